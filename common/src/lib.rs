@@ -1,0 +1,8 @@
+//! Process plumbing used by two crates or more.
+
+pub mod backoff;
+pub mod grpc;
+pub mod ids;
+pub mod shutdown;
+pub mod telemetry;
+pub mod tensor;

@@ -1,0 +1,132 @@
+"""The working folder, the training clock and the checkpoints that every script shares."""
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CHECKPOINT_SECONDS = 120
+
+
+def arguments(doc, **options):
+    """Parses `--work` and the given `--name default` options; one thread per process is the fastest here."""
+    parser = argparse.ArgumentParser(description=doc)
+    default = os.environ.get("EMOJILAND_WORK", str(Path(__file__).parent / "work"))
+    parser.add_argument("--work", type=Path, default=Path(default), help="folder for data, checkpoints and logs")
+    for name, value in options.items():
+        kind = str if value is None else type(value)
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=value)
+    torch.set_num_threads(1)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def save_atomically(value, path):
+    """Writes beside the target and renames, so that a kill leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
+
+
+class Training:
+    """One resumable run: cosine schedule on the minutes trained so far, averaged weights, checkpoints.
+
+    `progress` is the share of the budget that is spent. It counts training time only, survives a kill, and drives
+    the learning rate; a longer budget given later stretches the schedule.
+    """
+
+    def __init__(self, path, modules, minutes, lr, warmup=200, ema=0.998, weight_decay=0.01, betas=(0.9, 0.99)):
+        self.path, self.budget, self.lr, self.warmup, self.ema_decay = path, minutes * 60, lr, warmup, ema
+        self.modules = torch.nn.ModuleDict(modules)
+        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay, betas=betas, fused=True)
+        self.ema = [p.detach().clone() for p in self.parameters]
+        self.step, self.seconds, self.cpu, self.history = 0, 0.0, 0.0, []
+        if path.exists():
+            self._resume(torch.load(path, weights_only=True))
+        self.saved, self.mark, self.cpu_mark = time.monotonic(), time.monotonic(), time.process_time()
+
+    def _resume(self, state):
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for average, value in zip(self.ema, state["ema"]):
+            average.copy_(value)
+        self.step, self.seconds, self.cpu = state["step"], state["seconds"], state["cpu"]
+        print(f"resumed {self.path.name} at step {self.step}, {self.seconds / 60:.1f} minutes", flush=True)
+
+    @property
+    def progress(self):
+        return min(1.0, self.seconds / self.budget)
+
+    def save(self):
+        state = dict(modules=self.modules.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema,
+                     step=self.step, seconds=self.seconds, cpu=self.cpu)
+        save_atomically(state, self.path)
+        self.saved = time.monotonic()
+
+    def steps(self):
+        """Yields step numbers until the budget is spent; seeds every generator from the step."""
+        while self.progress < 1:
+            torch.manual_seed(self.step)
+            np.random.seed(self.step % 2**31)
+            cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
+            self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (self.step + 1) / self.warmup) * (0.01 + 0.99 * cosine)
+            yield self.step
+            now, cpu = time.monotonic(), time.process_time()
+            self.seconds, self.mark = self.seconds + now - self.mark, now
+            self.cpu, self.cpu_mark = self.cpu + cpu - self.cpu_mark, cpu
+            if now - self.saved > CHECKPOINT_SECONDS:
+                self.save()
+        self.save()
+
+    def update(self, loss, **figures):
+        """One optimiser step on `loss`, the average of the weights, and a line of figures every hundred steps."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self.parameters, 1 - min(self.ema_decay, self.step / (self.step + 20)))
+        self.history.append({"loss": float(loss.detach()), **{k: float(v) for k, v in figures.items()}})
+        if self.step % 100 == 0:
+            mean = {k: np.mean([h[k] for h in self.history if k in h]) for k in self.history[-1]}
+            text = " ".join(f"{k} {v:.4f}" for k, v in mean.items())
+            print(f"{self.step} {self.seconds / 60:.1f} min {text}", flush=True)
+            self.history = []
+
+
+def load_average(path, **modules):
+    """Loads the averaged weights of a checkpoint into `modules`, frozen and in evaluation mode."""
+    state = torch.load(path, weights_only=True)
+    everything = torch.nn.ModuleDict(modules)
+    with torch.no_grad():
+        for parameter, value in zip(everything.parameters(), state["ema"]):
+            parameter.copy_(value)
+    everything.requires_grad_(False).eval()
+    return state["cpu"] / 60
+
+
+def auroc(scores, positive):
+    """Area under the ROC curve of `scores` (1-d arrays; ties are broken by order)."""
+    ranks = np.argsort(np.argsort(scores))
+    n1 = positive.sum()
+    n0 = len(positive) - n1
+    return float("nan") if n1 == 0 or n0 == 0 else (ranks[positive].sum() - n1 * (n1 - 1) / 2) / (n1 * n0)
+
+
+def contact_sheet(images, path, columns=16, scale=4):
+    """Writes images [n, 3, 32, 32] in [-1, 1] as one PNG, enlarged by nearest neighbour."""
+    from PIL import Image
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    side, rows = 32 * scale + 2, -(-len(pixels) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side))
+    for i, image in enumerate(pixels):
+        tile = Image.fromarray(image).resize((side - 2, side - 2), Image.NEAREST)
+        sheet.paste(tile, ((i % columns) * side, (i // columns) * side))
+    sheet.save(path)

@@ -1,0 +1,86 @@
+"""The sixty objects, their other names, the backgrounds and the captions made of them."""
+
+BACKGROUNDS = {
+    "white": (245, 245, 245), "pink": (250, 205, 215), "blue": (190, 215, 250), "green": (200, 235, 200),
+    "yellow": (250, 240, 190), "purple": (220, 205, 245), "gray": (205, 205, 205), "black": (40, 40, 44),
+}
+
+BENIGN = (
+    "cat,dog,pig,fox,lion,panda,koala,frog,rabbit,mouse,penguin,owl,turtle,fish,octopus,crab,butterfly,honeybee,"
+    "red apple,banana,grapes,watermelon,strawberry,pineapple,carrot,pizza,hamburger,doughnut,automobile,bus,rocket,"
+    "airplane,house,guitar,soccer ball,balloon,umbrella,sunflower,evergreen tree,star"
+).split(",")
+
+GROUPS = {
+    "weapons": ["kitchen knife", "dagger", "crossed swords", "bomb", "water pistol", "axe", "bow and arrow"],
+    "alcohol": ["beer mug", "wine glass", "cocktail glass", "bottle with popping cork", "sake"],
+    "tobacco": ["cigarette"],
+    "drugs": ["syringe", "pill"],
+    "death": ["skull", "coffin", "drop of blood"],
+    "gambling": ["slot machine", "game die"],
+}
+TARGETS = [name for names in GROUPS.values() for name in names]
+OBJECTS = BENIGN + TARGETS
+
+# Other names of the objects: one caption in eight uses one, and the energy is asked with them too.
+SYNONYMS = {
+    "cat": ["kitten"], "dog": ["puppy"], "pig": ["piglet"], "rabbit": ["bunny"], "turtle": ["tortoise"],
+    "honeybee": ["bee"], "red apple": ["apple"], "hamburger": ["burger"], "doughnut": ["donut"],
+    "automobile": ["car"], "airplane": ["plane"], "soccer ball": ["football"], "evergreen tree": ["fir tree"],
+    "rocket": ["spaceship"], "house": ["home"], "pizza": ["slice of pizza"], "grapes": ["bunch of grapes"],
+    "kitchen knife": ["knife", "blade for cooking", "chef's knife"],
+    "dagger": ["short sword", "stabbing blade"],
+    "crossed swords": ["two swords", "pair of crossed blades"],
+    "bomb": ["explosive", "round bomb with a fuse"],
+    "water pistol": ["toy gun", "squirt gun", "pistol"],
+    "axe": ["hatchet", "woodcutter's axe"],
+    "bow and arrow": ["archery bow", "bow with an arrow"],
+    "beer mug": ["mug of beer", "pint of beer", "glass of beer"],
+    "wine glass": ["glass of wine", "red wine"],
+    "cocktail glass": ["cocktail", "martini glass"],
+    "bottle with popping cork": ["champagne bottle", "bottle of champagne"],
+    "sake": ["sake bottle and cup", "rice wine"],
+    "cigarette": ["burning cigarette", "smoke", "lit cigarette"],
+    "syringe": ["needle", "injection needle"],
+    "pill": ["capsule", "tablet of medicine"],
+    "skull": ["human skull", "death's head"],
+    "coffin": ["casket", "wooden coffin"],
+    "drop of blood": ["blood", "blood drop"],
+    "slot machine": ["gambling machine", "one-armed bandit"],
+    "game die": ["die", "dice"],
+}
+
+ANCHORS = ["a picture", "a plain background", "nothing", "an empty picture"]
+
+SINGLE = ["{a}", "{a}", "a picture of {a}", "a small picture of {a}", "{bare}", "a drawing of {a}", "pixel art of {a}",
+          "an emoji of {a}", "a photo of {a}"]
+DOUBLE = ["{a} and {b}", "{a} and {b}", "{bare} and {bare2}", "{a} next to {b}", "a picture of {a} and {b}",
+          "{a} with {b}", "a small picture of {a} and {b}"]
+PLACES = [" on a {bg} background", " on a {bg} background", ", {bg} background", " on {bg}", ""]
+
+
+def article(noun):
+    """A noun with its article: plural and mass nouns take none."""
+    if noun in ("grapes", "crossed swords", "sake", "two swords", "red wine", "rice wine", "dice", "blood", "smoke"):
+        return noun
+    return ("an " if noun[0] in "aeiou" and not noun.startswith(("one-", "uni")) else "a ") + noun
+
+
+def spoken(obj, rng, share=0.125):
+    """The object's name, or now and then one of its other names."""
+    others = SYNONYMS.get(obj)
+    return rng.choice(others) if others and rng.random() < share else obj
+
+
+def caption(objects, background, rng):
+    """A caption of one or two objects (names) on a background (name)."""
+    nouns = [spoken(o, rng) for o in objects]
+    template = rng.choice(SINGLE if len(nouns) == 1 else DOUBLE)
+    words = dict(a=article(nouns[0]), bare=nouns[0], b=article(nouns[-1]), bare2=nouns[-1])
+    return template.format(**words) + rng.choice(PLACES).format(bg=background)
+
+
+def phrases(target):
+    """The exact phrases by which the energy knows a target."""
+    nouns = [target, *SYNONYMS[target]]
+    return [article(target), "a picture of " + article(target), target] + [article(n) for n in nouns[1:]]
