@@ -1,0 +1,36 @@
+# Everything a person runs, by name. `make help` lists it.
+
+CARGO ?= cargo
+TOOLS := .tools
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench measure tools audit
+
+help: ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: tools ## Build, then draw out/demo.png: unsteered and steered pairs with their score curves.
+	$(CARGO) run --release --locked --quiet --package fairlead -- demo --out out/demo.png
+
+test: tools ## Run every test.
+	$(CARGO) build --locked --package fairlead
+	scripts/test.sh
+
+lint: tools ## Check formatting, clippy, dependencies and the contract.
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" cargo-deny --locked check licenses bans sources
+	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" buf lint
+
+bench: tools ## Time the frozen layers beside torch (needs a Python with torch: FAIRLEAD_PYTHON).
+	$(CARGO) run --release --locked --quiet --package fairlead-bench
+
+measure: tools ## Measure steering on 200 prompts of each kind, judged by the judge; out/evaluation.
+	$(CARGO) run --release --locked --quiet --package fairlead -- evaluate -n 200
+
+audit: tools ## Check dependencies against the RustSec advisories (needs the internet).
+	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" cargo-deny --locked check advisories
+
+tools: ## Install what is missing, or say what to run.
+	@PYTHON="$(PYTHON)" scripts/tools.sh $(TOOLS)
