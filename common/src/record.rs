@@ -1,0 +1,61 @@
+//! Safety records as text: canonical protobuf JSON, one object, readable by people and tools.
+
+use std::sync::LazyLock;
+
+use fairlead_proto::{FILE_DESCRIPTOR_SET, v1::SafetyRecord};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
+
+static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
+    DescriptorPool::decode(FILE_DESCRIPTOR_SET)
+        .expect("the build made the descriptors")
+        .get_message_by_name("fairlead.v1.SafetyRecord")
+        .expect("the contract has the record")
+});
+
+/// Text that is no safety record.
+#[derive(Debug, thiserror::Error)]
+#[error("not a safety record: {0}")]
+pub struct RecordError(#[from] serde_json::Error);
+
+/// The record as indented JSON, fields named as in the contract; default values are left out.
+pub fn to_json(record: &SafetyRecord) -> String {
+    let mut message = DynamicMessage::new(RECORD.clone());
+    message.transcode_from(record).expect("both sides come from the same contract");
+    let mut out = Vec::new();
+    let mut serializer = serde_json::Serializer::pretty(&mut out);
+    message
+        .serialize_with_options(&mut serializer, &SerializeOptions::new().use_proto_field_name(true))
+        .expect("a message serialises into memory");
+    String::from_utf8(out).expect("JSON is UTF-8")
+}
+
+/// Reads what [`to_json`] wrote; an unknown field is an error.
+pub fn from_json(text: &str) -> Result<SafetyRecord, RecordError> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let message = DynamicMessage::deserialize(RECORD.clone(), &mut deserializer)?;
+    deserializer.end()?;
+    Ok(message.transcode_to().expect("both sides come from the same contract"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_proto::v1::{ConceptScore, ImageStatus, StepRecord};
+
+    #[test]
+    fn records_round_trip_and_read_like_the_contract() {
+        let record = SafetyRecord {
+            record_id: "r".into(),
+            status: ImageStatus::Withheld.into(),
+            seed: u64::MAX,
+            trajectory: vec![StepRecord { step: 3, time: 0.88, ..Default::default() }],
+            final_scores: vec![ConceptScore { concept: "axe".into(), z: 4.5, ..Default::default() }],
+            ..Default::default()
+        };
+        let text = to_json(&record);
+        assert!(text.contains("IMAGE_STATUS_WITHHELD") && text.contains("final_scores"), "{text}");
+        assert_eq!(from_json(&text).expect("it reads back"), record);
+        assert!(from_json("{\"kitchen\": 1}").is_err());
+        assert!(from_json(&format!("{text} trailing")).is_err());
+    }
+}
