@@ -1,1 +1,72 @@
-//! Work in progress.
+//! Every neural network of Fairlead, with frozen weights, and nothing else.
+//!
+//! # What is where
+//! | | |
+//! |---|---|
+//! | [`layers`] | convolution, linear, norms, attention, activations, upsampling, resizing: forward and input gradient |
+//! | [`ClipTextModel`], [`ClipModel`] | the text encoder of Stable Diffusion; both towers of a contrastive model |
+//! | [`AutoencoderKl`] | latents to pixels with a gradient, pixels to latents |
+//! | [`UNet2DConditionModel`] | the denoiser of Stable Diffusion 1 and 2 |
+//! | [`Judge`] | a small classifier that measures and never steers |
+//! | [`ClipTokenizer`] | token for token transformers' `CLIPTokenizer`, long prompts in several windows |
+//! | [`PipelineFolder`], [`content_hash`] | a diffusers folder and what identifies a model |
+//!
+//! Networks are read from the folders of **diffusers** and **transformers** (`config.json` and safetensors files in f32,
+//! f16 or bf16, computed in f32). Loading is strict: a setting that is not supported, a key that is
+//! missing, unexpected, of another shape or not finite is an [`Error`] that names it, and nothing is loaded.
+//! No weight is ever made up.
+//!
+//! # Gradients without autograd
+//! Steering needs `dE/dlatent` through the decoder and an energy model, with weights that never change. Each
+//! layer and network therefore has two methods: `forward(x, tape)`, which saves on the [`Tape`] what the way
+//! back needs, and `backward(dy, tape)`, the vector-Jacobian product, which takes it off again in
+//! reverse order. Memory falls while the gradient is computed, nothing is ever computed for a weight, and a
+//! forward pass with [`Tape::off`] saves nothing.
+//!
+//! candle's own autograd is not used. Several of its operations (fused softmax, layer norm, rotary
+//! embeddings) cut the graph without an error, others give wrong gradients (nearest upsampling of an input
+//! used twice, some pooling), gradients are computed for frozen weights too, and every activation lives until
+//! the end. Here each layer and network is tested against torch and against finite differences.
+//!
+//! ```
+//! # use fairlead_models::{AutoencoderKl, Result, Tape};
+//! # use candle_core::{Device, Tensor};
+//! # fn steer(dir: &std::path::Path, latent: &Tensor, energy_gradient: impl Fn(&Tensor) -> Tensor) -> Result<Tensor> {
+//! let vae = AutoencoderKl::load(dir, &Device::Cpu)?;
+//! let mut tape = Tape::recording();
+//! let pixels = vae.decode(latent, &mut tape)?;
+//! let dpixels = energy_gradient(&pixels);
+//! vae.decode_backward(&dpixels, &mut tape)
+//! # }
+//! ```
+//!
+//! # Devices and determinism
+//! On the CPU the layers run kernels of their own; on other devices the same layers are composed of candle's
+//! operations. A sample's numbers depend neither on its batch nor on the number of threads.
+
+mod attend;
+mod clip;
+mod config;
+mod error;
+mod folder;
+mod judge;
+mod kernels;
+pub mod layers;
+mod parts;
+mod resnet;
+mod tape;
+mod tokenizer;
+mod unet;
+mod vae;
+mod weights;
+
+pub use clip::{
+    ClipConfig, ClipModel, ClipPreprocess, ClipTextConfig, ClipTextModel, ClipVisionConfig,
+};
+pub use error::{Error, KeyProblems, Result};
+pub use folder::{PipelineFolder, content_hash};
+pub use judge::Judge;
+pub use tape::Tape;
+pub use tokenizer::{ClipTokenizer, EncodedPrompt};
+pub use unet::{UNet2DConditionConfig, UNet2DConditionModel, UNetLevel};
+pub use vae::{AutoencoderKl, AutoencoderKlConfig};

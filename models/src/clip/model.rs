@@ -1,0 +1,140 @@
+//! Both towers of CLIP and the space they share.
+
+use std::path::Path;
+
+use candle_core::{D, Device, Tensor};
+
+use super::config::ClipConfig;
+use super::preprocess::ClipPreprocess;
+use super::text::ClipTextModel;
+use super::vision::VisionTower;
+use crate::layers::Linear;
+use crate::{Error, Result, Tape, weights};
+
+/// transformers' `CLIPModel`. Images come as RGB in 0..1 and are normalised here; the gradient goes back to
+/// those same pixels.
+#[derive(Debug)]
+pub struct ClipModel {
+    config: ClipConfig,
+    preprocess: ClipPreprocess,
+    text: ClipTextModel,
+    vision: VisionTower,
+    text_projection: Linear,
+    visual_projection: Linear,
+    logit_scale: f32,
+    /// `[1, 3, 1, 1]`.
+    mean: Tensor,
+    /// `[1, 3, 1, 1]`.
+    inverse_std: Tensor,
+}
+
+impl ClipModel {
+    /// Reads a transformers folder: `config.json`, `model.safetensors` (or its shards) and
+    /// `preprocessor_config.json`.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        let config = ClipConfig::read(&dir.join("config.json"))?;
+        let preprocess = ClipPreprocess::read(dir, &config)?;
+        let per_channel = |values: [f32; 3]| Tensor::new(&values, device)?.reshape((1, 3, 1, 1));
+        let (mean, inverse_std) =
+            (per_channel(preprocess.mean)?, per_channel(preprocess.std.map(f32::recip))?);
+        let shared = config.projection_dim;
+        weights::load(dir, "model", device, |root| {
+            Ok(Self {
+                text: ClipTextModel::new(&root.at("text_model"), config.text.clone())?,
+                vision: VisionTower::new(&root.at("vision_model"), config.vision.clone())?,
+                text_projection: root.projection(
+                    "text_projection",
+                    config.text.hidden_size,
+                    shared,
+                )?,
+                visual_projection: root.projection(
+                    "visual_projection",
+                    config.vision.hidden_size,
+                    shared,
+                )?,
+                logit_scale: root.tensor("logit_scale", &[])?.to_scalar::<f32>()?.exp(),
+                config,
+                preprocess,
+                mean,
+                inverse_std,
+            })
+        })
+    }
+
+    /// What `config.json` says.
+    pub fn config(&self) -> &ClipConfig {
+        &self.config
+    }
+
+    /// What `preprocessor_config.json` says.
+    pub fn preprocess(&self) -> &ClipPreprocess {
+        &self.preprocess
+    }
+
+    /// The factor on cosines that the model was trained with (100 for OpenAI's).
+    pub fn logit_scale(&self) -> f32 {
+        self.logit_scale
+    }
+
+    /// Unit vectors `[b, projection_dim]` of `b` windows of token ids.
+    ///
+    /// # Errors
+    /// As [`ClipTextModel::forward`], and when a window has no end mark.
+    pub fn text_features(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        let hidden = self.text.forward(ids)?;
+        let pooled = self.text.pool(&hidden, ids)?;
+        let mut tape = Tape::off();
+        unit(&self.text_projection.forward(&pooled, &mut tape)?, &mut tape)
+    }
+
+    /// Unit vectors `[b, projection_dim]` of images `[b, 3, image_size, image_size]`, RGB in 0..1.
+    ///
+    /// # Errors
+    /// When the images have another shape.
+    pub fn image_features(&self, pixels: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        let side = self.config.image_size;
+        match pixels.dims() {
+            [b, 3, h, w] if *b > 0 && [*h, *w] == [side; 2] => {}
+            dims => {
+                let problem = format!("expected [b, 3, {side}, {side}], got {dims:?}");
+                return Err(Error::invalid("ClipModel::image_features", problem));
+            }
+        }
+        let pixels = pixels.broadcast_sub(&self.mean)?.broadcast_mul(&self.inverse_std)?;
+        let pooled = self.vision.forward(&pixels, tape)?;
+        unit(&self.visual_projection.forward(&pooled, tape)?, tape)
+    }
+
+    /// The gradient with respect to the pixels given to [`ClipModel::image_features`], from the gradient with
+    /// respect to its unit vectors `[b, projection_dim]`.
+    ///
+    /// # Errors
+    /// When the tape is empty or `dfeatures` has another shape.
+    pub fn image_features_backward(&self, dfeatures: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        let d = self.visual_projection.backward(&unit_backward(dfeatures, tape)?, tape)?;
+        Ok(self.vision.backward(&d, tape)?.broadcast_mul(&self.inverse_std)?)
+    }
+}
+
+/// `y = x / |x|` along the last dimension. Saves `y` and `|x|`.
+fn unit(x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+    let norm = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+    let y = x.broadcast_div(&norm)?;
+    tape.push(&y);
+    tape.push(&norm);
+    Ok(y)
+}
+
+/// `dx = (dy - y (y . dy)) / |x|`.
+fn unit_backward(dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+    let (norm, y) = (tape.pop()?, tape.pop()?);
+    if dy.dims() != y.dims() {
+        let problem = format!("expected {:?}, got {:?}", y.dims(), dy.dims());
+        return Err(Error::invalid("ClipModel::image_features_backward", problem));
+    }
+    let along = (dy * &y)?.sum_keepdim(D::Minus1)?;
+    Ok((dy - y.broadcast_mul(&along)?)?.broadcast_div(&norm)?)
+}

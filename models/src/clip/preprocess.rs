@@ -1,0 +1,93 @@
+//! How CLIP's image tower wants its pixels: `preprocessor_config.json`.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::config::ClipConfig;
+use crate::Result;
+use crate::config::ConfigFile;
+use crate::layers::Filter;
+
+/// OpenAI's means of red, green and blue, the default of `CLIPImageProcessor`.
+const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+/// OpenAI's standard deviations.
+const STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+/// Settings that say how a picture gets to RGB in 0..1, which is not done here, or only name things.
+const HARMLESS: [&str; 14] = [
+    "crop_pct",
+    "data_format",
+    "default_to_square",
+    "device",
+    "disable_grouping",
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_resize",
+    "feature_extractor_type",
+    "image_processor_type",
+    "input_data_format",
+    "pad_size",
+    "processor_class",
+    "return_tensors",
+];
+
+/// What happens to RGB in 0..1 before the image tower: `(x - mean) / std`, at the model's size.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClipPreprocess {
+    /// Mean of red, green and blue in 0..1.
+    pub mean: [f32; 3],
+    /// Standard deviation of red, green and blue, above 0.
+    pub std: [f32; 3],
+    /// How the model's authors resized pictures to its input size.
+    pub filter: Filter,
+}
+
+impl ClipPreprocess {
+    /// Reads `preprocessor_config.json`, or the `image_processor` section of the newer
+    /// `processor_config.json`.
+    pub(super) fn read(dir: &Path, model: &ClipConfig) -> Result<Self> {
+        let (old, new) = (dir.join("preprocessor_config.json"), dir.join("processor_config.json"));
+        let fields = if !old.is_file() && new.is_file() {
+            ConfigFile::read(&new)?.section("image_processor", &[])?
+        } else {
+            ConfigFile::read(&old)?
+        };
+        for field in ["size", "crop_size"] {
+            let fits = fields.get(field).is_none_or(|size| covers(size, model.image_size));
+            if !fits {
+                let side = model.image_size;
+                return Err(fields.unsupported(field, format!("{side}, the model's image_size")));
+            }
+        }
+        let filter = match fields.get("resample").map(Value::as_u64) {
+            None | Some(Some(3)) => Filter::BicubicAntialias,
+            Some(Some(2)) => Filter::BilinearAntialias,
+            _ => return Err(fields.unsupported("resample", "3 (bicubic) or 2 (bilinear)")),
+        };
+        let rescale = fields.number("rescale_factor", 1.0 / 255.0)?;
+        if !fields.flag("do_rescale", true)? || (rescale * 255.0 - 1.0).abs() > 1e-6 {
+            return Err(fields.unsupported("rescale_factor", "1/255 with do_rescale true"));
+        }
+        let normalize = fields.flag("do_normalize", true)?;
+        let triple = |field, default| -> Result<[f32; 3]> {
+            let given = fields.numbers(field, 3)?.filter(|_| normalize);
+            Ok(given.map_or(default, |v| [v[0], v[1], v[2]]))
+        };
+        let mean = triple("image_mean", if normalize { MEAN } else { [0.0; 3] })?;
+        let std = triple("image_std", if normalize { STD } else { [1.0; 3] })?;
+        if std.iter().any(|&s| s <= 0.0) {
+            return Err(fields.unsupported("image_std", "three numbers above 0"));
+        }
+        fields.finish(&HARMLESS)?;
+        Ok(Self { mean, std, filter })
+    }
+}
+
+/// Whether a size setting (a number, `shortest_edge`, or `height` and `width`) means this side.
+fn covers(size: &Value, side: usize) -> bool {
+    let side = Some(side as u64);
+    let field = |name: &str| size.get(name).and_then(Value::as_u64);
+    size.as_u64() == side
+        || field("shortest_edge") == side
+        || (field("height") == side && field("width") == side)
+}

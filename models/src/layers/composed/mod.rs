@@ -1,0 +1,12 @@
+//! The layers composed of candle's operations: the path of every device that has no kernels here, and
+//! an independent implementation to test the kernels against.
+
+mod activation;
+mod attention;
+mod conv;
+mod norm;
+
+pub(super) use activation::{activation, activation_slope};
+pub(super) use attention::{attention, attention_backward};
+pub(super) use conv::{conv2d, conv2d_backward, linear, upsample2x, upsample2x_backward};
+pub(super) use norm::{group_norm, group_norm_backward, layer_norm, layer_norm_backward};

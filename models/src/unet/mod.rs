@@ -1,0 +1,10 @@
+//! Stable Diffusion's denoiser, versions 1 and 2.
+
+mod blocks;
+mod config;
+mod model;
+mod time;
+mod transformer;
+
+pub use config::{UNet2DConditionConfig, UNetLevel};
+pub use model::UNet2DConditionModel;
