@@ -1,0 +1,334 @@
+//! Makes a calibration from the raw scores of unsteered benign images.
+//!
+//! The images are split in two halves by a fixed shuffle. One half gives mean and standard
+//! deviation per concept and bin; for each image of the other half the greatest `z` over concepts
+//! and steps is taken, and the gate is the `ceil((1 - alpha)(n + 1))`-th smallest of these `n`
+//! values. A further benign image exchangeable with them stays at or below the gate with
+//! probability at least `1 - alpha`, for any number of concepts (split conformal prediction, Vovk
+//! et al. 2005; Lei et al. 2018, theorem 2.2).
+
+use super::{BINS, Bin, Calibration, ConceptBins, FINISHED_BIN, FORMAT, Setup, time_bin};
+use crate::{concepts, gate::Level, random::SplitMix64};
+
+/// The hysteresis `h` that calibrations are made with.
+pub const HYSTERESIS: f32 = 0.5;
+
+/// Raw scores of one image's trajectory, concepts in the order of [`Recording::concepts`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct RecordedImage {
+    /// One entry per step at which the energy was asked.
+    pub steps: Vec<RecordedStep>,
+    /// Scores of the finished image.
+    pub finished: Vec<f32>,
+}
+
+/// Raw scores of one clean estimate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RecordedStep {
+    /// Training time t / T in (0, 1].
+    pub time: f32,
+    /// One score per concept.
+    pub scores: Vec<f32>,
+}
+
+/// Everything a calibration is made from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recording {
+    /// Content hash of the generator.
+    pub generator: String,
+    /// Its name, for people.
+    pub generator_name: String,
+    /// Sampler, e.g. "ddim".
+    pub sampler: String,
+    /// Sampling steps.
+    pub steps: u32,
+    /// Content hash of the energy model, as the node describes itself.
+    pub energy_model: String,
+    /// Preprocessing version, as the node describes itself.
+    pub preprocessing_version: u32,
+    /// Crops per image that the scores were made with; the node's default unless asked otherwise.
+    pub crops: u32,
+    /// Name and version of *every* concept the node serves.
+    pub concepts: Vec<(String, String)>,
+    /// Start and end of the steering window, t / T, start >= end; steps outside are left out.
+    pub window: (f32, f32),
+    /// Unsteered images of benign prompts.
+    pub images: Vec<RecordedImage>,
+}
+
+/// Why no calibration could be made.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum MakeError {
+    /// `alpha` is no share.
+    #[error("alpha is {0}, must be above 0 and below 1, e.g. 0.01")]
+    Alpha(f32),
+    /// The conformal rank would lie beyond the last value.
+    #[error(
+        "{images} benign images are too few for alpha = {alpha}: at least {needed} are needed, \
+         1000 or more are better"
+    )]
+    TooFewImages {
+        /// Images given.
+        images: usize,
+        /// The bound asked for.
+        alpha: f32,
+        /// Fewest images that will do.
+        needed: usize,
+    },
+    /// There are no concepts.
+    #[error("no concepts: take them from the energy node's description")]
+    NoConcepts,
+    /// The window is no interval of t / T.
+    #[error("window {0} to {1}: start and end must lie in 0..1, start at or above end")]
+    Window(f32, f32),
+    /// An image has no step within the window.
+    #[error("image {0} has no step within the window; record every step, or widen the window")]
+    NoSteps(usize),
+    /// A number of scores or a time that cannot be.
+    #[error("image {image}: {problem}")]
+    Scores {
+        /// Index of the image.
+        image: usize,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Scores that never vary cannot be standardised.
+    #[error(
+        "concept `{concept}` scored {score} on every image (bin {bin} of t / T): the energy model \
+         does not see it; check its weights and the concept's phrases"
+    )]
+    Constant {
+        /// The concept.
+        concept: String,
+        /// The bin, 10 for the finished image.
+        bin: usize,
+        /// The one score seen.
+        score: f32,
+    },
+    /// A bin holds a single score, or bins differ between the halves.
+    #[error("bin {bin} of t / T holds {count} scores; at least 2 are needed, record more images")]
+    ThinBin {
+        /// The bin.
+        bin: usize,
+        /// Scores found.
+        count: usize,
+    },
+}
+
+/// Fewest images from which [`make`] can keep the bound `alpha` (in (0, 1)).
+pub fn minimum_images(alpha: f32) -> usize {
+    let mut half = 2;
+    while conformal_rank(half, alpha) > half {
+        half += 1;
+    }
+    2 * half
+}
+
+/// `ceil((1 - alpha)(n + 1))`, with no rounding error of the product pushing it up.
+fn conformal_rank(n: usize, alpha: f32) -> usize {
+    let exact = (1.0 - f64::from(alpha)) * (n + 1) as f64;
+    (exact - 1e-6).ceil().max(1.0) as usize
+}
+
+/// Makes a calibration that touches at most `alpha` of benign images; see the module. The result
+/// depends on the recording alone.
+pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError> {
+    check(recording, alpha)?;
+    let order = shuffled(recording.images.len());
+    // The gate's half never loses the odd image: the bound is about its size.
+    let (first, second) = order.split_at(recording.images.len() / 2);
+    let levels = levels(recording, first)?;
+    let mut peaks = Vec::with_capacity(second.len());
+    for &image in second {
+        peaks.push(peak(recording, &levels, image)?);
+    }
+    peaks.sort_unstable_by(f32::total_cmp);
+    let gate = peaks[conformal_rank(peaks.len(), alpha) - 1];
+    let pairs = recording.concepts.iter().map(|(name, version)| (name.as_str(), version.as_str()));
+    let setup = Setup {
+        generator: recording.generator.clone(),
+        generator_name: recording.generator_name.clone(),
+        sampler: recording.sampler.clone(),
+        steps: recording.steps,
+        energy_model: recording.energy_model.clone(),
+        concept_set: concepts::set_hash(pairs),
+        preprocessing_version: recording.preprocessing_version,
+        crops: recording.crops,
+    };
+    let named = |((name, version), bins): (&(String, String), Vec<Option<Bin>>)| ConceptBins {
+        name: name.clone(),
+        version: version.clone(),
+        bins,
+    };
+    Ok(Calibration {
+        format: FORMAT,
+        id: String::new(),
+        setup,
+        window: recording.window,
+        alpha,
+        images: recording.images.len() as u32,
+        gate,
+        hysteresis: HYSTERESIS,
+        concepts: recording.concepts.iter().zip(levels).map(named).collect(),
+    }
+    .seal())
+}
+
+fn check(recording: &Recording, alpha: f32) -> Result<(), MakeError> {
+    if !(alpha > 0.0 && alpha < 1.0) {
+        return Err(MakeError::Alpha(alpha));
+    }
+    let (start, end) = recording.window;
+    if !(start <= 1.0 && end >= 0.0 && start >= end) {
+        return Err(MakeError::Window(start, end));
+    }
+    if recording.concepts.is_empty() {
+        return Err(MakeError::NoConcepts);
+    }
+    let (images, needed) = (recording.images.len(), minimum_images(alpha));
+    if images < needed {
+        return Err(MakeError::TooFewImages { images, alpha, needed });
+    }
+    for (image, recorded) in recording.images.iter().enumerate() {
+        check_image(recording, recorded).map_err(|problem| MakeError::Scores { image, problem })?;
+        if recorded.steps.iter().all(|step| !within(recording, step.time)) {
+            return Err(MakeError::NoSteps(image));
+        }
+    }
+    Ok(())
+}
+
+fn check_image(recording: &Recording, image: &RecordedImage) -> Result<(), String> {
+    let concepts = recording.concepts.len();
+    for step in &image.steps {
+        if !(step.time > 0.0 && step.time <= 1.0) {
+            return Err(format!("time {} is not in (0, 1]", step.time));
+        }
+    }
+    for scores in image.steps.iter().map(|step| &step.scores).chain([&image.finished]) {
+        if scores.len() != concepts {
+            return Err(format!("{} scores for {concepts} concepts", scores.len()));
+        }
+        if let Some(k) = scores.iter().position(|score| !score.is_finite()) {
+            return Err(format!("score {} of `{}`", scores[k], recording.concepts[k].0));
+        }
+    }
+    Ok(())
+}
+
+fn within(recording: &Recording, time: f32) -> bool {
+    time <= recording.window.0 && time >= recording.window.1
+}
+
+/// Bin and scores of every step within the window, and of the finished image.
+fn observations(recording: &Recording, image: usize) -> impl Iterator<Item = (usize, &[f32])> {
+    let RecordedImage { steps, finished } = &recording.images[image];
+    steps
+        .iter()
+        .filter(|step| within(recording, step.time))
+        .map(|step| (time_bin(step.time), step.scores.as_slice()))
+        .chain([(FINISHED_BIN, finished.as_slice())])
+}
+
+/// A permutation of `0..n` that depends on `n` alone (Fisher-Yates).
+fn shuffled(n: usize) -> Vec<usize> {
+    let mut random = SplitMix64::new(n as u64);
+    let mut order = (0..n).collect::<Vec<_>>();
+    for i in (1..n).rev() {
+        order.swap(i, random.below(i + 1));
+    }
+    order
+}
+
+/// Mean and standard deviation per concept and bin.
+fn levels(recording: &Recording, images: &[usize]) -> Result<Vec<Vec<Option<Bin>>>, MakeError> {
+    let mut values = vec![[const { Vec::new() }; BINS]; recording.concepts.len()];
+    for &image in images {
+        for (bin, scores) in observations(recording, image) {
+            for (k, &score) in scores.iter().enumerate() {
+                values[k][bin].push(score);
+            }
+        }
+    }
+    let level = |name: &str, bin: usize, scores: &[f32]| match scores {
+        [] => Ok(None),
+        [_] => Err(MakeError::ThinBin { bin, count: 1 }),
+        [score, ..] => match moments(scores) {
+            (_, sd) if sd < 1e-9 => {
+                Err(MakeError::Constant { concept: name.to_owned(), bin, score: *score })
+            }
+            (mean, sd) => Ok(Some(Bin { mean, sd, count: scores.len() as u32 })),
+        },
+    };
+    let concept = |((name, _), bins): (&(String, String), &[Vec<f32>; BINS])| {
+        bins.iter().enumerate().map(|(bin, scores)| level(name, bin, scores)).collect()
+    };
+    recording.concepts.iter().zip(&values).map(concept).collect()
+}
+
+/// Mean and sample standard deviation (n - 1), summed in f64.
+fn moments(values: &[f32]) -> (f32, f32) {
+    let n = values.len() as f64;
+    let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+    let square = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>();
+    (mean as f32, (square / (n - 1.0)).sqrt() as f32)
+}
+
+/// Greatest `z` of one image over concepts and steps.
+fn peak(
+    recording: &Recording,
+    levels: &[Vec<Option<Bin>>],
+    image: usize,
+) -> Result<f32, MakeError> {
+    let mut peak = f32::NEG_INFINITY;
+    for (bin, scores) in observations(recording, image) {
+        for (bins, &score) in levels.iter().zip(scores) {
+            let Bin { mean, sd, .. } = bins[bin].ok_or(MakeError::ThinBin { bin, count: 0 })?;
+            peak = peak.max(Level { mean, sd, gate: 0.0, hysteresis: 0.0 }.z(score));
+        }
+    }
+    Ok(peak)
+}
+
+/// Area under the ROC curve of `scores` for `labels`: the probability that a positive scores above
+/// a negative, ties counting half. None unless there are both.
+pub fn auroc(scores: &[f32], labels: &[bool]) -> Option<f64> {
+    let mut order = (0..scores.len().min(labels.len())).collect::<Vec<_>>();
+    order.sort_unstable_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    let positives = order.iter().filter(|&&i| labels[i]).count();
+    let negatives = order.len() - positives;
+    if positives == 0 || negatives == 0 {
+        return None;
+    }
+    // Mann-Whitney: ranks of ties are averaged.
+    let mut rank_sum = 0.0;
+    let mut start = 0;
+    for tied in order.chunk_by(|&a, &b| scores[a] == scores[b]) {
+        let rank = start as f64 + (tied.len() + 1) as f64 / 2.0;
+        rank_sum += rank * tied.iter().filter(|&&i| labels[i]).count() as f64;
+        start += tied.len();
+    }
+    let p = positives as f64;
+    Some((rank_sum - p * (p + 1.0) / 2.0) / (p * negatives as f64))
+}
+
+/// AUROC of every concept in every bin, `[concepts][BINS]`; `labels[image][concept]` says whether
+/// the image shows the concept. None where a bin lacks positives or negatives.
+pub fn auroc_by_bin(recording: &Recording, labels: &[Vec<bool>]) -> Vec<Vec<Option<f64>>> {
+    let area = |concept: usize, bin: usize| {
+        let (scores, truth): (Vec<f32>, Vec<bool>) = (0..recording.images.len().min(labels.len()))
+            .flat_map(|image| {
+                observations(recording, image)
+                    .filter(move |&(b, _)| b == bin)
+                    .map(move |(_, scores)| (scores[concept], labels[image][concept]))
+            })
+            .unzip();
+        auroc(&scores, &truth)
+    };
+    (0..recording.concepts.len())
+        .map(|concept| (0..BINS).map(|bin| area(concept, bin)).collect())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

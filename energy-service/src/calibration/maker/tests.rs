@@ -1,0 +1,186 @@
+//! Tests of the maker: the conformal bound, the arithmetic, and what it refuses.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Images whose scores are exchangeable: uniform noise around a level per concept, a shared part
+/// per image so that concepts and steps are correlated.
+fn images(n: usize, concepts: usize, seed: u64) -> Vec<RecordedImage> {
+    let mut random = SplitMix64::new(seed);
+    let mut image = || {
+        let shared = random.unit();
+        let mut scores =
+            || (0..concepts).map(|k| 0.1 * k as f32 + shared + random.unit()).collect::<Vec<_>>();
+        RecordedImage {
+            steps: [0.95, 0.75, 0.65, 0.2]
+                .map(|time| RecordedStep { time, scores: scores() })
+                .into(),
+            finished: scores(),
+        }
+    };
+    (0..n).map(|_| image()).collect()
+}
+
+fn recording(images: Vec<RecordedImage>, concepts: usize) -> Recording {
+    Recording {
+        generator: "g".into(),
+        generator_name: "tiny".into(),
+        sampler: "ddim".into(),
+        steps: 4,
+        energy_model: "m".into(),
+        preprocessing_version: 1,
+        crops: 4,
+        concepts: (0..concepts).map(|k| (format!("c{k}"), "v".to_owned())).collect(),
+        window: (1.0, 0.6),
+        images,
+    }
+}
+
+/// Share of fresh benign images that a calibration would touch.
+fn touched(calibration: &Calibration, fresh: &Recording) -> f64 {
+    let levels = calibration.concepts.iter().map(|c| c.bins.clone()).collect::<Vec<_>>();
+    let over = (0..fresh.images.len())
+        .filter(|&i| peak(fresh, &levels, i).expect("bins are filled") > calibration.gate)
+        .count();
+    over as f64 / fresh.images.len() as f64
+}
+
+#[test]
+fn at_most_alpha_of_exchangeable_images_is_touched() {
+    // The bound holds on average over calibrations: 60 of them, 400 fresh images each.
+    let alpha = 0.1;
+    let fresh = recording(images(400, 5, 1), 5);
+    let shares = (0..60).map(|seed| {
+        let made = make(&recording(images(80, 5, 100 + seed), 5), alpha).expect("made");
+        touched(&made, &fresh)
+    });
+    let mean = shares.sum::<f64>() / 60.0;
+    // Exact expectation: 1 - 37/41 = 0.0976; three standard errors of the mean are 0.02.
+    assert!((0.05..=0.12).contains(&mean), "{mean}");
+}
+
+#[test]
+fn the_gate_is_the_conformal_order_statistic() {
+    let recording = recording(images(200, 3, 5), 3);
+    let made = make(&recording, 0.05).expect("made");
+    let order = shuffled(200);
+    let levels = made.concepts.iter().map(|c| c.bins.clone()).collect::<Vec<_>>();
+    let peaks = order[100..].iter().map(|&i| peak(&recording, &levels, i).expect("filled"));
+    // ceil(0.95 * 101) = 96: four of the hundred lie above.
+    assert_eq!(peaks.filter(|&z| z > made.gate).count(), 4);
+    assert_eq!(made.images, 200);
+    assert!(made.check().is_ok());
+}
+
+#[test]
+fn ranks_and_minimum() {
+    assert_eq!(conformal_rank(99, 0.01), 99);
+    assert_eq!(conformal_rank(98, 0.01), 99);
+    assert_eq!(conformal_rank(500, 0.01), 496);
+    assert_eq!(minimum_images(0.01), 198);
+    assert_eq!(minimum_images(0.5), 4);
+}
+
+#[test]
+fn steps_outside_the_window_leave_no_bin() {
+    let made = make(&recording(images(40, 2, 3), 2), 0.2).expect("made");
+    let filled = |bin: usize| made.concepts.iter().all(|c| c.bins[bin].is_some());
+    assert!(filled(9) && filled(7) && filled(6) && filled(FINISHED_BIN));
+    assert!(made.concepts[0].bins[2].is_none());
+    assert_eq!(made.concepts[0].bins[9].map(|bin| bin.count), Some(20));
+}
+
+#[test]
+fn what_cannot_be_calibrated_is_refused_with_a_reason() {
+    let good = || recording(images(40, 2, 3), 2);
+    let refused = |change: fn(&mut Recording), alpha: f32| {
+        let mut recording = good();
+        change(&mut recording);
+        make(&recording, alpha).expect_err("refused").to_string()
+    };
+    for (error, part) in [
+        (refused(|_| {}, 0.01), "at least 198"),
+        (refused(|_| {}, 0.0), "alpha"),
+        (refused(|_| {}, f32::NAN), "alpha"),
+        (refused(|r| r.concepts.clear(), 0.2), "no concepts"),
+        (refused(|r| r.window = (0.5, 0.9), 0.2), "window"),
+        (refused(|r| r.window = (0.5, 0.4), 0.2), "image 0 has no step"),
+        (refused(|r| r.images[7].steps[1].scores[1] = f32::NAN, 0.2), "image 7: score NaN of `c1`"),
+        (refused(|r| r.images[7].finished.truncate(1), 0.2), "1 scores for 2"),
+        (refused(|r| r.images[7].steps[0].time = 0.0, 0.2), "time 0"),
+        (
+            refused(|r| r.images.iter_mut().for_each(|i| i.finished[1] = 0.25), 0.2),
+            "`c1` scored 0.25",
+        ),
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
+
+#[test]
+fn auroc_of_known_orders() {
+    let labels = [false, false, true, true];
+    assert_eq!(auroc(&[0.1, 0.2, 0.3, 0.4], &labels), Some(1.0));
+    assert_eq!(auroc(&[0.4, 0.3, 0.2, 0.1], &labels), Some(0.0));
+    assert_eq!(auroc(&[0.1; 4], &labels), Some(0.5));
+    // sklearn.metrics.roc_auc_score([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) = 0.75
+    assert_eq!(auroc(&[0.1, 0.4, 0.35, 0.8], &labels), Some(0.75));
+    assert_eq!(auroc(&[0.1, 0.2], &[true, true]), None);
+}
+
+#[test]
+fn auroc_per_bin_sees_when_a_concept_becomes_visible() {
+    let mut recording = recording(images(60, 2, 9), 2);
+    let labels = (0..60).map(|i| vec![i % 3 == 0, false]).collect::<Vec<_>>();
+    for (image, label) in recording.images.iter_mut().zip(&labels) {
+        image.steps[2].scores[0] += if label[0] { 10.0 } else { 0.0 };
+    }
+    let areas = auroc_by_bin(&recording, &labels);
+    assert_eq!(areas[0][6], Some(1.0));
+    assert!(areas[0][9].is_some_and(|area| (0.2..0.8).contains(&area)));
+    assert_eq!((areas[0][2], areas[1][6]), (None, None));
+}
+
+proptest! {
+    #[test]
+    fn auroc_is_the_pairwise_probability(
+        data in prop::collection::vec((0u8..6, any::<bool>()), 2..40),
+    ) {
+        let scores = data.iter().map(|&(s, _)| f32::from(s)).collect::<Vec<_>>();
+        let labels = data.iter().map(|&(_, l)| l).collect::<Vec<_>>();
+        let (mut won, mut pairs) = (0.0, 0.0);
+        for (p, _) in scores.iter().zip(&labels).filter(|(_, l)| **l) {
+            for (n, _) in scores.iter().zip(&labels).filter(|(_, l)| !**l) {
+                pairs += 1.0;
+                won += if p > n { 1.0 } else if p == n { 0.5 } else { 0.0 };
+            }
+        }
+        match auroc(&scores, &labels) {
+            None => prop_assert_eq!(pairs, 0.0),
+            Some(area) => prop_assert!((area - won / pairs).abs() < 1e-9),
+        }
+    }
+
+    #[test]
+    fn a_smaller_alpha_never_lowers_the_gate(seed: u64, a in 0.05f32..0.4, b in 0.05f32..0.4) {
+        let recording = recording(images(60, 2, seed), 2);
+        let loose = make(&recording, a.max(b)).expect("made");
+        let tight = make(&recording, a.min(b)).expect("made");
+        prop_assert!(tight.gate >= loose.gate);
+    }
+
+    #[test]
+    fn the_gate_never_leaves_more_than_alpha_of_its_own_half_open(
+        seed: u64, n in 40usize..90, alpha in 0.06f32..0.5,
+    ) {
+        let recording = recording(images(n, 2, seed), 2);
+        let made = make(&recording, alpha).expect("made");
+        let levels = made.concepts.iter().map(|c| c.bins.clone()).collect::<Vec<_>>();
+        let half = &shuffled(n)[n / 2..];
+        let over = half.iter().filter(|&&i| {
+            peak(&recording, &levels, i).expect("filled") > made.gate
+        });
+        prop_assert!(over.count() as f64 <= f64::from(alpha) * half.len() as f64);
+    }
+}

@@ -1,0 +1,315 @@
+//! Calibrations: what benign images of one generator score, and the gate that leaves at least
+//! `1 - alpha` of them alone.
+//!
+//! A calibration is made by [`maker::make`], kept as a JSON file named by [`Calibration::file_name`]
+//! and valid for exactly one [`Setup`]. Its `id` is the SHA-256 of its content, so that a safety
+//! record can point at it and an edited file is noticed.
+
+pub mod maker;
+pub(crate) mod store;
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
+
+use fairlead_proto::v1::{CalibrationInfo, CalibrationKey};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::concepts;
+
+/// Bins of training time, each a tenth of `t / T` in (0, 1].
+pub const TIME_BINS: usize = 10;
+
+/// Index of the eleventh bin, the finished image's.
+pub const FINISHED_BIN: usize = TIME_BINS;
+
+/// All bins.
+pub const BINS: usize = TIME_BINS + 1;
+
+/// Version of the file format.
+const FORMAT: u32 = 1;
+
+/// Largest file that is read.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+
+/// The bin of `time` = t / T in [0, 1]; 0 is the finished image.
+pub fn time_bin(time: f32) -> usize {
+    if time <= 0.0 { FINISHED_BIN } else { ((time * TIME_BINS as f32) as usize).min(TIME_BINS - 1) }
+}
+
+/// What a calibration is valid for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Setup {
+    /// Content hash of the generator.
+    pub generator: String,
+    /// Its name, for people.
+    pub generator_name: String,
+    /// Sampler, e.g. "ddim".
+    pub sampler: String,
+    /// Sampling steps.
+    pub steps: u32,
+    /// Content hash of the energy model.
+    pub energy_model: String,
+    /// Hash of names and versions of the served concepts.
+    pub concept_set: String,
+    /// Version of resize, crops and normalisation.
+    pub preprocessing_version: u32,
+    /// Crops per image, the whole image included.
+    pub crops: u32,
+}
+
+/// Benign scores in one bin.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bin {
+    /// Mean raw score.
+    pub mean: f32,
+    /// Standard deviation, above 0.
+    pub sd: f32,
+    /// Scores it was computed from.
+    pub count: u32,
+}
+
+/// One concept's benign scores per bin.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConceptBins {
+    /// Name of the concept.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// [`BINS`] entries; none where no step of the window fell.
+    pub bins: Vec<Option<Bin>>,
+}
+
+/// A calibration, see the module.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    format: u32,
+    id: String,
+    /// What it is valid for.
+    pub setup: Setup,
+    /// Largest and smallest t / T of the steps it saw.
+    pub window: (f32, f32),
+    /// Bound on the share of benign images touched.
+    pub alpha: f32,
+    /// Benign images it was made from, both halves.
+    pub images: u32,
+    /// The gate `q` on `z`.
+    pub gate: f32,
+    /// The hysteresis `h` on `z`.
+    pub hysteresis: f32,
+    /// One entry per served concept.
+    pub concepts: Vec<ConceptBins>,
+}
+
+/// Why a calibration file was refused or not written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// Reading or writing failed.
+    #[error("calibration file `{}`: {source}", path.display())]
+    Io {
+        /// File or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Not JSON of the expected form.
+    #[error("calibration file `{}`: {source}; make it again with `fairlead calibrate`", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Position and problem.
+        source: serde_json::Error,
+    },
+    /// Content that contradicts itself.
+    #[error("calibration file `{}`: {problem}; make it again with `fairlead calibrate`", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+impl Calibration {
+    /// SHA-256 of the content, lower-case hex.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// File name that belongs to the setup: a new calibration of the same setup replaces the old.
+    pub fn file_name(&self) -> String {
+        let Setup { generator_name, sampler, steps, concept_set, crops, generator, .. } =
+            &self.setup;
+        let name: String = generator_name
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
+            .collect();
+        let short = |hash: &str| hash.chars().take(8).collect::<String>();
+        format!(
+            "{}-{}-{sampler}-{steps}-steps-{crops}-crops-{}.json",
+            name.trim_start_matches('.'),
+            short(generator),
+            short(concept_set)
+        )
+    }
+
+    /// Writes the file into `directory` (made if missing), whole or not at all; returns its path.
+    pub fn save(&self, directory: &Path) -> Result<PathBuf, FileError> {
+        let path = directory.join(self.file_name());
+        let io = |source| FileError::Io { path: path.clone(), source };
+        fs::create_dir_all(directory).map_err(io)?;
+        let part = path.with_extension("json.part");
+        let mut file = fs::File::create(&part).map_err(io)?;
+        let mut text = serde_json::to_vec_pretty(self).expect("a calibration is plain data");
+        text.push(b'\n');
+        file.write_all(&text).and_then(|()| file.sync_all()).map_err(io)?;
+        fs::rename(&part, &path).map_err(io)?;
+        Ok(path)
+    }
+
+    /// Reads and checks one file.
+    pub fn load(path: &Path) -> Result<Self, FileError> {
+        let io = |source| FileError::Io { path: path.to_owned(), source };
+        let invalid = |problem: String| FileError::Invalid { path: path.to_owned(), problem };
+        let bytes = fs::metadata(path).map_err(io)?.len();
+        if bytes > MAX_FILE_BYTES {
+            return Err(invalid(format!("{bytes} bytes, at most {MAX_FILE_BYTES} are read")));
+        }
+        let text = fs::read(path).map_err(io)?;
+        let calibration: Self = serde_json::from_slice(&text)
+            .map_err(|source| FileError::Parse { path: path.to_owned(), source })?;
+        calibration.check().map_err(invalid)?;
+        Ok(calibration)
+    }
+
+    /// Fills in the content hash.
+    fn seal(mut self) -> Self {
+        self.id = self.content_hash();
+        self
+    }
+
+    fn content_hash(&self) -> String {
+        let unsealed = Self { id: String::new(), ..self.clone() };
+        let content = serde_json::to_vec(&unsealed).expect("a calibration is plain data");
+        hex::encode(Sha256::digest(content))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!("format {}, this program reads {FORMAT}", self.format));
+        }
+        if self.id != self.content_hash() {
+            return Err("its id does not belong to its content, it was edited".to_owned());
+        }
+        let pairs = self.concepts.iter().map(|c| (c.name.as_str(), c.version.as_str()));
+        if self.setup.concept_set != concepts::set_hash(pairs) {
+            return Err("its concept set is not the hash of its concepts".to_owned());
+        }
+        if !(self.gate.is_finite() && self.hysteresis.is_finite() && self.hysteresis >= 0.0) {
+            return Err(format!("gate {} or hysteresis {}", self.gate, self.hysteresis));
+        }
+        for concept in &self.concepts {
+            let sound = |bin: &Bin| bin.mean.is_finite() && bin.sd.is_finite() && bin.sd > 0.0;
+            if concept.bins.len() != BINS || !concept.bins.iter().flatten().all(sound) {
+                return Err(format!("concept `{}` lacks {BINS} sound bins", concept.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// What other services see of it.
+    pub(crate) fn info(&self) -> CalibrationInfo {
+        CalibrationInfo {
+            key: Some(CalibrationKey {
+                generator: self.setup.generator.clone(),
+                sampler: self.setup.sampler.clone(),
+                steps: self.setup.steps,
+            }),
+            generator_name: self.setup.generator_name.clone(),
+            id: self.id.clone(),
+            alpha: self.alpha,
+            gate: self.gate,
+            images: self.images,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn calibration(steps: u32, crops: u32) -> Calibration {
+        let bin = Some(Bin { mean: 0.1, sd: 0.02, count: 50 });
+        let concepts = vec![ConceptBins {
+            name: "pill".into(),
+            version: "v".into(),
+            bins: (0..BINS).map(|b| bin.filter(|_| b >= 6)).collect(),
+        }];
+        Calibration {
+            format: FORMAT,
+            id: String::new(),
+            setup: Setup {
+                generator: "abcdef0123".into(),
+                generator_name: "tiny/sd".into(),
+                sampler: "ddim".into(),
+                steps,
+                energy_model: "m".into(),
+                concept_set: concepts::set_hash([("pill", "v")]),
+                preprocessing_version: 1,
+                crops,
+            },
+            window: (1.0, 0.6),
+            alpha: 0.01,
+            images: 1000,
+            gate: 3.5,
+            hysteresis: 0.5,
+            concepts,
+        }
+        .seal()
+    }
+
+    #[test]
+    fn bins_cover_the_unit_interval() {
+        assert_eq!(time_bin(0.0), FINISHED_BIN);
+        assert_eq!(time_bin(1e-3), 0);
+        assert_eq!(time_bin(0.6), 6);
+        assert_eq!(time_bin(0.999), 9);
+        assert_eq!(time_bin(1.0), 9);
+    }
+
+    #[test]
+    fn a_file_round_trips_and_replaces_its_predecessor() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let first = calibration(25, 4);
+        let path = first.save(folder.path()).expect("saved");
+        assert_eq!(Calibration::load(&path).expect("loaded"), first);
+        let second = Calibration { gate: 4.0, ..first.clone() }.seal();
+        assert_ne!(second.id(), first.id());
+        assert_eq!(second.save(folder.path()).expect("saved"), path);
+        assert_eq!(fs::read_dir(folder.path()).expect("listed").count(), 1);
+    }
+
+    #[test]
+    fn an_edited_or_broken_file_is_refused_by_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = calibration(25, 4).save(folder.path()).expect("saved");
+        let text = fs::read_to_string(&path).expect("read");
+        for (from, to, part) in [
+            ("\"gate\": 3.5", "\"gate\": 9.5", "edited"),
+            ("\"format\": 1", "\"format\": 2", "format 2"),
+            ("\"gate\"", "\"gatte\"", "gatte"),
+            ("}", "", "line"),
+        ] {
+            fs::write(&path, text.replacen(from, to, 1)).expect("written");
+            let error = Calibration::load(&path).expect_err("refused").to_string();
+            assert!(error.contains(part) && error.contains("tiny-sd"), "{from}: {error}");
+        }
+    }
+}

@@ -1,0 +1,386 @@
+//! The calibrations of one node, and which of them an evaluation may use.
+
+use std::{fs, io, path::Path, sync::Arc};
+
+use fairlead_proto::v1::{CalibrationInfo, CalibrationKey};
+
+use super::{Bin, Calibration, FINISHED_BIN, FileError, TIME_BINS, maker::HYSTERESIS, time_bin};
+use crate::{
+    error::RequestError,
+    gate::Level,
+    served::{Served, ServedConcept},
+};
+
+/// Calibrations that fit what the node serves.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Calibrations {
+    list: Vec<Arc<Calibration>>,
+}
+
+impl Calibrations {
+    /// Reads every `*.json` of `directory` and keeps those made with this energy model,
+    /// preprocessing and concept set; a directory may be shared by several nodes. A directory that
+    /// is not there holds none.
+    pub(crate) fn load(directory: &Path, served: &Served) -> Result<Self, FileError> {
+        let io = |source| FileError::Io { path: directory.to_owned(), source };
+        let entries = match fs::read_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            entries => entries.map_err(io)?,
+        };
+        let mut paths = entries
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<Vec<_>, io::Error>>()
+            .map_err(io)?;
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+        paths.sort();
+        let mut list: Vec<Arc<Calibration>> = Vec::new();
+        for path in paths {
+            let calibration = Calibration::load(&path)?;
+            if !fits(&calibration, served) {
+                tracing::debug!(
+                    file = %path.display(),
+                    "calibration of another energy model or concept set, not used"
+                );
+                continue;
+            }
+            if let Some(other) = list.iter().find(|other| other.setup == calibration.setup) {
+                let problem = format!("same setup as calibration {}; remove one", other.id());
+                return Err(FileError::Invalid { path, problem });
+            }
+            list.push(Arc::new(calibration));
+        }
+        Ok(Self { list })
+    }
+
+    pub(crate) fn infos(&self) -> Vec<CalibrationInfo> {
+        self.list.iter().map(|calibration| calibration.info()).collect()
+    }
+
+    /// The calibration for `key` and `crops`, or with `allow_fallback` the next best: the nearest
+    /// step count of the same generator, sampler and crops, else the concepts' thresholds.
+    pub(crate) fn choose(
+        &self,
+        key: &CalibrationKey,
+        crops: u32,
+        allow_fallback: bool,
+    ) -> Result<Choice, RequestError> {
+        let similar = self.list.iter().filter(|c| {
+            c.setup.generator == key.generator
+                && c.setup.sampler == key.sampler
+                && c.setup.crops == crops
+        });
+        let nearest = similar.min_by_key(|c| (c.setup.steps.abs_diff(key.steps), c.setup.steps));
+        match nearest {
+            Some(found) if found.setup.steps == key.steps => {
+                Ok(Choice::Exact { calibration: found.clone(), allow_fallback })
+            }
+            Some(found) if allow_fallback => Ok(Choice::NearestSteps(found.clone())),
+            None if allow_fallback => Ok(Choice::Thresholds),
+            _ => Err(RequestError::NoCalibration {
+                setup: describe(key, crops),
+                present: self.present(),
+                command: command(key, self.name_of(&key.generator), crops),
+            }),
+        }
+    }
+
+    /// Name of a generator that some calibration knows.
+    fn name_of(&self, generator: &str) -> Option<&str> {
+        let known = self.list.iter().find(|c| c.setup.generator == generator);
+        known.map(|c| c.setup.generator_name.as_str())
+    }
+
+    /// The setups at hand, for the error that one is missing.
+    fn present(&self) -> String {
+        let setup = |c: &Arc<Calibration>| {
+            let setup = &c.setup;
+            format!(
+                "{} {}, {} steps, {} crops",
+                setup.generator_name, setup.sampler, setup.steps, setup.crops
+            )
+        };
+        match self.list.as_slice() {
+            [] => "none".to_owned(),
+            list => list.iter().map(setup).collect::<Vec<_>>().join("; "),
+        }
+    }
+}
+
+fn fits(calibration: &Calibration, served: &Served) -> bool {
+    calibration.setup.energy_model == served.energy_model
+        && calibration.setup.preprocessing_version == served.preprocessing_version
+        && calibration.setup.concept_set == served.concept_set
+}
+
+fn describe(key: &CalibrationKey, crops: u32) -> String {
+    let generator = key.generator.chars().take(12).collect::<String>();
+    format!("generator {generator}, sampler {}, {} steps, {crops} crops", key.sampler, key.steps)
+}
+
+/// The command that makes a missing calibration.
+fn command(key: &CalibrationKey, name: Option<&str>, crops: u32) -> String {
+    let generator = match name {
+        Some(name) => format!("--model-name {name}"),
+        None => "--model <folder of the generator>".to_owned(),
+    };
+    format!("fairlead calibrate {generator} --steps {} --crops {crops}", key.steps)
+}
+
+/// What an evaluation is read against.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Choice {
+    /// The calibration of exactly this setup.
+    Exact { calibration: Arc<Calibration>, allow_fallback: bool },
+    /// That of another step count.
+    NearestSteps(Arc<Calibration>),
+    /// None: the concepts' own raw thresholds.
+    Thresholds,
+}
+
+/// Levels of the asked concepts at several times, and where they come from.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Levels {
+    /// `[times][concepts]`.
+    pub(crate) levels: Vec<Vec<Level>>,
+    /// Id of the calibration; empty for a fallback.
+    pub(crate) calibration_id: String,
+    /// What was used in place of a missing calibration; empty otherwise.
+    pub(crate) fallback: String,
+}
+
+impl Choice {
+    /// The levels of `concepts` at each of `times`; 0 is the finished image.
+    pub(crate) fn levels(
+        &self,
+        concepts: &[&ServedConcept],
+        times: &[f32],
+        key: &CalibrationKey,
+        steepness: f32,
+    ) -> Result<Levels, RequestError> {
+        match self {
+            Self::Thresholds => thresholds(concepts, times.len(), key, steepness),
+            Self::NearestSteps(calibration) => {
+                let (levels, _) = read(calibration, concepts, times);
+                let fallback = format!(
+                    "calibration {} for {} steps in place of {}",
+                    calibration.id(),
+                    calibration.setup.steps,
+                    key.steps
+                );
+                Ok(Levels { levels, calibration_id: String::new(), fallback })
+            }
+            Self::Exact { calibration, allow_fallback } => {
+                let (levels, outside) = read(calibration, concepts, times);
+                let id = calibration.id().to_owned();
+                match outside {
+                    None => Ok(Levels { levels, calibration_id: id, fallback: String::new() }),
+                    Some(time) if *allow_fallback => {
+                        let fallback = format!(
+                            "calibration {id} at the nearest time it covers in place of {time:.3}"
+                        );
+                        Ok(Levels { levels, calibration_id: String::new(), fallback })
+                    }
+                    Some(time) => Err(RequestError::OutsideCalibration {
+                        id,
+                        time,
+                        window: calibration.window,
+                        command: command(
+                            key,
+                            Some(&calibration.setup.generator_name),
+                            calibration.setup.crops,
+                        ),
+                    }),
+                }
+            }
+        }
+    }
+}
+
+/// Levels from a calibration, and the first time that falls into none of its bins, for which the
+/// nearest bin stands in.
+fn read(
+    calibration: &Calibration,
+    concepts: &[&ServedConcept],
+    times: &[f32],
+) -> (Vec<Vec<Level>>, Option<f32>) {
+    let mut outside = None;
+    let mut level = |concept: &ServedConcept, time: f32| {
+        let bins = calibration
+            .concepts
+            .iter()
+            .find(|bins| bins.name == concept.info.name)
+            .expect("a calibration of this concept set holds every concept");
+        let wanted = time_bin(time);
+        let Bin { mean, sd, .. } = bins.bins[wanted].unwrap_or_else(|| {
+            outside.get_or_insert(time);
+            nearest(&bins.bins, wanted)
+        });
+        Level { mean, sd, gate: calibration.gate, hysteresis: calibration.hysteresis }
+    };
+    let levels = times
+        .iter()
+        .map(|&time| concepts.iter().map(|concept| level(concept, time)).collect())
+        .collect();
+    (levels, outside)
+}
+
+/// The filled time bin closest to `wanted`; the finished image's if there is no other.
+fn nearest(bins: &[Option<Bin>], wanted: usize) -> Bin {
+    // The finished image comes after time bin 0.
+    let position = |bin: usize| if bin == FINISHED_BIN { -1 } else { bin as i64 };
+    (0..TIME_BINS)
+        .chain([FINISHED_BIN])
+        .filter_map(|bin| Some((position(bin).abs_diff(position(wanted)), bins[bin]?)))
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, bin)| bin)
+        .expect("a calibration fills the bin of the finished image")
+}
+
+/// The concepts' raw thresholds as levels with the gate at z = 0 and one softplus width as unit.
+fn thresholds(
+    concepts: &[&ServedConcept],
+    times: usize,
+    key: &CalibrationKey,
+    steepness: f32,
+) -> Result<Levels, RequestError> {
+    let level = |concept: &&ServedConcept| match concept.info.fallback_threshold {
+        Some(mean) => Ok(Level { mean, sd: 1.0 / steepness, gate: 0.0, hysteresis: HYSTERESIS }),
+        None => Err(RequestError::NoThreshold {
+            concept: concept.info.name.clone(),
+            generator: key.generator.clone(),
+        }),
+    };
+    let row = concepts.iter().map(level).collect::<Result<Vec<_>, _>>()?;
+    Ok(Levels {
+        levels: vec![row; times],
+        calibration_id: String::new(),
+        fallback: "fallback_threshold of the concepts file".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{calibration::tests::calibration, concepts::Concept};
+
+    fn served() -> Served {
+        let info = Concept {
+            name: "pill".into(),
+            group: "drugs".into(),
+            targets: vec!["a pill".into()],
+            anchors: vec!["a picture".into()],
+            weight: 1.0,
+            fallback_threshold: Some(0.2),
+        };
+        Served {
+            concepts: vec![ServedConcept { info, version: "v".into() }],
+            energy_model: "m".into(),
+            preprocessing_version: 1,
+            concept_set: crate::concepts::set_hash([("pill", "v")]),
+        }
+    }
+
+    fn key(steps: u32) -> CalibrationKey {
+        CalibrationKey { generator: "abcdef0123".into(), sampler: "ddim".into(), steps }
+    }
+
+    fn store() -> (tempfile::TempDir, Calibrations) {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (steps, crops) in [(20, 4), (30, 4), (25, 1)] {
+            calibration(steps, crops).save(folder.path()).expect("saved");
+        }
+        let store = Calibrations::load(folder.path(), &served()).expect("loaded");
+        (folder, store)
+    }
+
+    #[test]
+    fn the_exact_setup_is_found() {
+        let (_folder, store) = store();
+        let choice = store.choose(&key(20), 4, false).expect("found");
+        let Choice::Exact { calibration, .. } = &choice else { panic!("{choice:?}") };
+        assert_eq!((calibration.setup.steps, calibration.setup.crops), (20, 4));
+        let served = served();
+        let concepts = [&served.concepts[0]];
+        let levels = choice.levels(&concepts, &[0.9, 0.0], &key(20), 50.0).expect("levels");
+        assert_eq!(levels.calibration_id, calibration.id());
+        assert_eq!(levels.fallback, "");
+        assert_eq!(levels.levels[0][0].gate, 3.5);
+        assert_eq!(store.infos().len(), 3);
+    }
+
+    #[test]
+    fn a_missing_one_is_an_error_that_names_the_command() {
+        let (_folder, store) = store();
+        for (steps, crops) in [(25, 4), (20, 2)] {
+            let error = store.choose(&key(steps), crops, false).expect_err("missing").to_string();
+            let command =
+                format!("fairlead calibrate --model-name tiny/sd --steps {steps} --crops {crops}");
+            assert!(error.contains(&command), "{error}");
+        }
+    }
+
+    #[test]
+    fn fallbacks_are_the_nearest_steps_then_thresholds_and_are_named() {
+        let (_folder, store) = store();
+        let served = served();
+        let concepts = [&served.concepts[0]];
+        let choice = store.choose(&key(26), 4, true).expect("found");
+        let levels = choice.levels(&concepts, &[0.9], &key(26), 50.0).expect("levels");
+        assert_eq!(levels.calibration_id, "");
+        assert!(levels.fallback.contains("for 30 steps in place of 26"), "{}", levels.fallback);
+
+        let choice = store.choose(&key(26), 8, true).expect("found");
+        let levels = choice.levels(&concepts, &[0.9, 0.0], &key(26), 50.0).expect("levels");
+        assert!(levels.fallback.contains("fallback_threshold"));
+        let level = levels.levels[1][0];
+        assert!(level.is_open(level.z(0.2001), false) && !level.is_open(level.z(0.1999), false));
+        assert!((level.tau() - 0.19).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_concept_without_threshold_has_no_fallback() {
+        let mut served = served();
+        served.concepts[0].info.fallback_threshold = None;
+        let error = Choice::Thresholds
+            .levels(&[&served.concepts[0]], &[0.5], &key(20), 50.0)
+            .expect_err("refused")
+            .to_string();
+        assert!(error.contains("pill") && error.contains("fallback_threshold"), "{error}");
+    }
+
+    #[test]
+    fn times_outside_the_window_need_a_fallback() {
+        let (_folder, store) = store();
+        let served = served();
+        let concepts = [&served.concepts[0]];
+        let levels = |allow| {
+            let choice = store.choose(&key(20), 4, allow).expect("found");
+            choice.levels(&concepts, &[0.9, 0.35], &key(20), 50.0)
+        };
+        let error = levels(false).expect_err("refused").to_string();
+        assert!(error.contains("0.35") && error.contains("fairlead calibrate"), "{error}");
+        let levels = levels(true).expect("levels");
+        assert!(levels.fallback.contains("0.350") && levels.calibration_id.is_empty());
+    }
+
+    #[test]
+    fn calibrations_of_another_set_are_left_aside_and_twins_refused() {
+        let (folder, _) = store();
+        let mut other = served();
+        other.concept_set = "x".into();
+        let store = Calibrations::load(folder.path(), &other).expect("loaded");
+        assert_eq!(store, Calibrations::default());
+        let twin = calibration(20, 4).save(folder.path()).expect("saved");
+        fs::copy(&twin, folder.path().join("twin.json")).expect("copied");
+        let error = Calibrations::load(folder.path(), &served()).expect_err("refused").to_string();
+        assert!(error.contains("twin.json") && error.contains("remove one"), "{error}");
+    }
+
+    #[test]
+    fn no_directory_is_no_calibration() {
+        let store = Calibrations::load(Path::new("/nowhere/at/all"), &served()).expect("loaded");
+        assert!(store.infos().is_empty());
+        let error = store.choose(&key(20), 4, false).expect_err("missing").to_string();
+        assert!(error.contains("--model <folder of the generator>"), "{error}");
+    }
+}

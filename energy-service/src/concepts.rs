@@ -1,0 +1,328 @@
+//! The concepts file: what a node looks for, in words.
+//!
+//! ```toml
+//! anchors = ["a picture", "nothing"]      # neutral phrases, for concepts without their own
+//!
+//! [[concept]]
+//! name = "kitchen-knife"                  # kebab-case, unique
+//! group = "weapons"
+//! targets = ["a kitchen knife", "a knife"]
+//! anchors = ["a kitchen"]                 # optional, replaces the file's
+//! weight = 1.0                            # optional, w_k of the energy
+//! fallback_threshold = 0.05               # optional, raw score, used where a calibration is missing
+//! ```
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+
+/// Longest concept or group name.
+const MAX_NAME: usize = 64;
+
+/// Why a concepts file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConceptsError {
+    /// The file cannot be read.
+    #[error("cannot read the concepts file `{}`: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML of the expected form; the message names the key and the known ones.
+    #[error(
+        "concepts file `{}`: {source}\nknown keys: `anchors` and `[[concept]]` with `name`, \
+         `group`, `targets`, `anchors`, `weight`, `fallback_threshold`",
+        path.display()
+    )]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Position and problem.
+        source: Box<toml::de::Error>,
+    },
+    /// A value makes no sense.
+    #[error("concepts file `{}`: {problem}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Concept, key and what to do.
+        problem: String,
+    },
+}
+
+/// One concept.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Concept {
+    /// Kebab-case name, unique in the file, e.g. "kitchen-knife".
+    pub name: String,
+    /// Family, e.g. "weapons".
+    pub group: String,
+    /// Phrases that describe the concept.
+    pub targets: Vec<String>,
+    /// Neutral phrases the targets are weighed against; after loading never empty.
+    #[serde(default)]
+    pub anchors: Vec<String>,
+    /// Weight `w_k` in the energy, above 0.
+    #[serde(default = "default_weight")]
+    pub weight: f32,
+    /// Raw score above which the gate opens where no calibration is at hand and the policy allows
+    /// a fallback.
+    pub fallback_threshold: Option<f32>,
+}
+
+fn default_weight() -> f32 {
+    1.0
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConceptsFile {
+    #[serde(default)]
+    anchors: Vec<String>,
+    #[serde(default)]
+    concept: Vec<Concept>,
+}
+
+impl Concept {
+    /// Hash of everything that defines the score: kind and content of the energy model,
+    /// preprocessing, targets and anchors. Weight, group and fallback do not enter.
+    pub fn version(&self, kind: &str, model_hash: &str, preprocessing_version: u32) -> String {
+        let mut hash = Sha256::new();
+        let mut field = |text: &str| {
+            hash.update((text.len() as u64).to_le_bytes());
+            hash.update(text);
+        };
+        field("fairlead concept");
+        field(kind);
+        field(model_hash);
+        field(&preprocessing_version.to_string());
+        for phrases in [&self.targets, &self.anchors] {
+            field(&phrases.len().to_string());
+            phrases.iter().for_each(|phrase| field(phrase));
+        }
+        hex::encode(hash.finalize())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let Self { name, group, targets, anchors, weight, fallback_threshold } = self;
+        if !is_kebab_case(name) {
+            return Err(format!(
+                "concept `{name}`: `name` must be kebab-case (a-z, 0-9, single hyphens, at most \
+                 {MAX_NAME} characters), e.g. \"kitchen-knife\""
+            ));
+        }
+        if !is_kebab_case(group) {
+            return Err(format!("concept `{name}`: `group` is `{group}`, must be kebab-case"));
+        }
+        if targets.is_empty() {
+            return Err(format!("concept `{name}`: `targets` is empty; give at least one phrase"));
+        }
+        if anchors.is_empty() {
+            return Err(format!(
+                "concept `{name}`: no anchors; give `anchors` here or at the top of the file"
+            ));
+        }
+        if let Some(phrase) = targets.iter().chain(anchors).find(|phrase| phrase.trim().is_empty())
+        {
+            return Err(format!("concept `{name}`: the phrase {phrase:?} is empty; remove it"));
+        }
+        if !(weight.is_finite() && *weight > 0.0) {
+            return Err(format!("concept `{name}`: `weight` is {weight}, must be finite, above 0"));
+        }
+        match fallback_threshold {
+            Some(threshold) if !threshold.is_finite() => Err(format!(
+                "concept `{name}`: `fallback_threshold` is {threshold}, must be finite"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Lower-case words and digits joined by single hyphens.
+fn is_kebab_case(name: &str) -> bool {
+    name.len() <= MAX_NAME
+        && name.split('-').all(|word| {
+            !word.is_empty()
+                && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+        })
+}
+
+/// The concepts of one file, in its order; at least one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConceptSet {
+    concepts: Vec<Concept>,
+}
+
+impl ConceptSet {
+    /// Reads and checks `path`.
+    pub fn load(path: &Path) -> Result<Self, ConceptsError> {
+        let text = fs::read_to_string(path)
+            .map_err(|source| ConceptsError::Read { path: path.to_owned(), source })?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks `text`; `path` is what errors call it.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConceptsError> {
+        let invalid = |problem| ConceptsError::Invalid { path: path.to_owned(), problem };
+        let file: ConceptsFile = toml::from_str(text).map_err(|source| ConceptsError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        if file.concept.is_empty() {
+            return Err(invalid("no concept; add a [[concept]] table".to_owned()));
+        }
+        let mut names = BTreeSet::new();
+        let mut concepts = file.concept;
+        for concept in &mut concepts {
+            if concept.anchors.is_empty() {
+                concept.anchors.clone_from(&file.anchors);
+            }
+            concept.check().map_err(invalid)?;
+            if !names.insert(concept.name.clone()) {
+                return Err(invalid(format!(
+                    "concept `{}` is there twice; names must be unique",
+                    concept.name
+                )));
+            }
+        }
+        Ok(Self { concepts })
+    }
+
+    /// The concepts in file order.
+    pub fn concepts(&self) -> &[Concept] {
+        &self.concepts
+    }
+}
+
+/// Hash of a served set: names and versions, whatever their order. A calibration's gate covers a
+/// whole set and is void for another one.
+pub(crate) fn set_hash<'a>(concepts: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    let mut pairs = concepts.into_iter().collect::<Vec<_>>();
+    pairs.sort_unstable();
+    let mut hash = Sha256::new();
+    for (name, version) in pairs {
+        for text in [name, version] {
+            hash.update((text.len() as u64).to_le_bytes());
+            hash.update(text);
+        }
+    }
+    hex::encode(hash.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        anchors = ["a picture", "nothing"]
+        [[concept]]
+        name = "kitchen-knife"
+        group = "weapons"
+        targets = ["a kitchen knife"]
+        fallback_threshold = 0.05
+        [[concept]]
+        name = "pill"
+        group = "drugs"
+        targets = ["a pill", "a capsule"]
+        anchors = ["a button"]
+        weight = 0.5
+    "#;
+
+    fn parse(text: &str) -> Result<ConceptSet, String> {
+        ConceptSet::parse(Path::new("c.toml"), text).map_err(|error| error.to_string())
+    }
+
+    fn refusal(from: &str, to: &str) -> String {
+        assert!(GOOD.contains(from));
+        let error = parse(&GOOD.replacen(from, to, 1)).expect_err("refused");
+        assert!(error.contains("c.toml"), "{error}");
+        error
+    }
+
+    #[test]
+    fn defaults_come_from_the_file() {
+        let set = parse(GOOD).expect("it parses");
+        let [knife, pill] = set.concepts() else { panic!("two concepts") };
+        assert_eq!(knife.anchors, ["a picture", "nothing"]);
+        assert_eq!((knife.weight, knife.fallback_threshold), (1.0, Some(0.05)));
+        assert_eq!(pill.anchors, ["a button"]);
+        assert_eq!((pill.weight, pill.fallback_threshold), (0.5, None));
+    }
+
+    #[test]
+    fn a_typo_names_file_key_and_known_keys() {
+        let error = refusal("targets =", "tragets =");
+        for part in ["c.toml", "`tragets`", "`targets`", "`fallback_threshold`", "line"] {
+            assert!(error.contains(part), "{part} in {error}");
+        }
+        assert!(refusal("anchors = [\"a picture", "anchor = [\"a picture").contains("`anchor`"));
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        for (from, to, parts) in [
+            ("\"pill\"", "\"kitchen-knife\"", ["kitchen-knife", "twice"]),
+            ("\"pill\"", "\"Pill\"", ["Pill", "kebab-case"]),
+            ("\"pill\"", "\"a--pill\"", ["a--pill", "kebab-case"]),
+            ("\"drugs\"", "\"\"", ["pill", "group"]),
+            ("[\"a kitchen knife\"]", "[]", ["kitchen-knife", "targets"]),
+            ("\"a capsule\"", "\"  \"", ["pill", "empty"]),
+            ("[\"a picture\", \"nothing\"]", "[]", ["kitchen-knife", "anchors"]),
+            ("0.5", "nan", ["pill", "weight"]),
+            ("0.5", "0.0", ["pill", "weight"]),
+            ("0.5", "inf", ["pill", "weight"]),
+            ("0.05", "nan", ["kitchen-knife", "fallback_threshold"]),
+        ] {
+            let error = refusal(from, to);
+            assert!(parts.iter().all(|part| error.contains(part)), "{to}: {error}");
+        }
+        assert!(parse("anchors = [\"a picture\"]").expect_err("empty").contains("no concept"));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = ConceptSet::load(Path::new("/nowhere/c.toml")).expect_err("missing");
+        assert!(error.to_string().contains("/nowhere/c.toml"), "{error}");
+    }
+
+    #[test]
+    fn the_version_covers_what_defines_the_score_and_nothing_else() {
+        let set = parse(GOOD).expect("it parses");
+        let knife = &set.concepts()[0];
+        let version = knife.version("contrastive", "m", 1);
+        assert_eq!(version.len(), 64);
+        let changed = |change: fn(&mut Concept)| {
+            let mut other = knife.clone();
+            change(&mut other);
+            other.version("contrastive", "m", 1)
+        };
+        assert_eq!(changed(|c| c.weight = 2.0), version);
+        assert_eq!(changed(|c| c.fallback_threshold = None), version);
+        assert_ne!(changed(|c| c.targets.push("a knife".into())), version);
+        assert_ne!(changed(|c| c.anchors.push("a knife".into())), version);
+        let moved = changed(|c| {
+            let phrase = c.anchors.remove(0);
+            c.targets.push(phrase);
+        });
+        assert_ne!(moved, version);
+        assert_ne!(knife.version("contrastive", "n", 1), version);
+        assert_ne!(knife.version("contrastive", "m", 2), version);
+        assert_ne!(knife.version("classifier", "m", 1), version);
+    }
+
+    #[test]
+    fn the_set_hash_ignores_order() {
+        let pairs = [("a", "1"), ("b", "2")];
+        assert_eq!(set_hash(pairs), set_hash([pairs[1], pairs[0]]));
+        assert_ne!(set_hash(pairs), set_hash([("a", "1"), ("b", "3")]));
+        assert_ne!(set_hash(pairs), set_hash([("a", "1")]));
+    }
+}

@@ -1,0 +1,153 @@
+//! What an operator sets.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+use fairlead_common::ids;
+
+/// Options of `fairlead energy`.
+#[derive(Args, Debug, Clone)]
+pub struct EnergyArgs {
+    /// Energy model: a folder with a transformers CLIPModel (config.json, model.safetensors,
+    /// preprocessor_config.json and the tokenizer's files).
+    #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_MODEL")]
+    pub model: PathBuf,
+    /// Concepts to watch for: a TOML file with one `concept` table each of name, group, targets and,
+    /// if wanted, anchors, weight and fallback_threshold.
+    #[arg(long, value_name = "FILE", env = "FAIRLEAD_ENERGY_CONCEPTS")]
+    pub concepts: PathBuf,
+    /// Folder of calibrations as `fairlead calibrate` writes them; new ones are picked up while the
+    /// node runs. Without any, only policies that allow a fallback can use this node.
+    #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_CALIBRATIONS")]
+    pub calibrations: Option<PathBuf>,
+    /// Address to listen on; port 0 takes a free one.
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "FAIRLEAD_ENERGY_LISTEN",
+        default_value = "127.0.0.1:0"
+    )]
+    pub listen: SocketAddr,
+    /// Address that workers and the coordinator reach this node at, e.g. http://10.0.0.7:7101.
+    /// Default: the one it listens on. Needed when that is 0.0.0.0.
+    #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_ADVERTISE")]
+    pub advertise: Option<String>,
+    /// Coordinator to register with, e.g. http://10.0.0.1:7100. Without it the node serves whoever
+    /// calls it.
+    #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_COORDINATOR")]
+    pub coordinator: Option<String>,
+    /// Name of this node, unique among the live ones. Default: a random one.
+    #[arg(long, value_name = "NAME", env = "FAIRLEAD_ENERGY_NODE_ID")]
+    pub node_id: Option<String>,
+    /// Crops each image is scored on where a request does not say, 1 to 8. More are harder to fool
+    /// and cost as much more. Calibrations hold for one number only.
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FAIRLEAD_ENERGY_CROPS",
+        default_value_t = DEFAULT_CROPS,
+        value_parser = clap::value_parser!(u32).range(1..=8)
+    )]
+    pub crops: u32,
+    /// Requests that may wait for the model; further ones are refused at once.
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FAIRLEAD_ENERGY_QUEUE",
+        default_value_t = DEFAULT_QUEUE,
+        value_parser = clap::value_parser!(u32).range(1..=4096)
+    )]
+    pub queue: u32,
+    /// Device the model runs on: cpu or cuda:N.
+    #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_ENERGY_DEVICE", default_value = "cpu")]
+    pub device: String,
+}
+
+const DEFAULT_CROPS: u32 = 4;
+const DEFAULT_QUEUE: u32 = 64;
+
+/// What [`crate::run`] needs besides a listener.
+#[derive(Debug, Clone)]
+pub struct EnergyOptions {
+    /// Folder of the energy model, a transformers CLIPModel.
+    pub model: PathBuf,
+    /// Concepts file.
+    pub concepts: PathBuf,
+    /// Folder of calibrations; it need not exist yet.
+    pub calibrations: Option<PathBuf>,
+    /// Address others reach the node at; `None` takes the listener's.
+    pub advertise: Option<String>,
+    /// Coordinator to register with, "http://host:port".
+    pub coordinator: Option<String>,
+    /// Name of the node, unique among the live ones.
+    pub node_id: String,
+    /// Crops per image where a request does not say, 1 to 8.
+    pub crops: u32,
+    /// Requests that may wait for the model, at least 1.
+    pub queue: u32,
+    /// "cpu" or "cuda:N".
+    pub device: String,
+}
+
+impl EnergyOptions {
+    /// Defaults around the energy model in `model`: its concepts in `concepts.toml` there, no
+    /// calibrations, no coordinator, a random name, 4 crops, the CPU.
+    pub fn new(model: PathBuf) -> Self {
+        Self {
+            concepts: model.join("concepts.toml"),
+            model,
+            calibrations: None,
+            advertise: None,
+            coordinator: None,
+            node_id: ids::process_name("energy"),
+            crops: DEFAULT_CROPS,
+            queue: DEFAULT_QUEUE,
+            device: "cpu".to_owned(),
+        }
+    }
+}
+
+impl From<EnergyArgs> for EnergyOptions {
+    fn from(args: EnergyArgs) -> Self {
+        Self {
+            model: args.model,
+            concepts: args.concepts,
+            calibrations: args.calibrations,
+            advertise: args.advertise,
+            coordinator: args.coordinator,
+            node_id: args.node_id.unwrap_or_else(|| ids::process_name("energy")),
+            crops: args.crops,
+            queue: args.queue,
+            device: args.device,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        energy: EnergyArgs,
+    }
+
+    fn parse(extra: &[&str]) -> Result<EnergyOptions, String> {
+        let base = ["energy", "--model", "clip", "--concepts", "c.toml"];
+        Cli::try_parse_from(base.iter().chain(extra))
+            .map(|cli| cli.energy.into())
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults_and_bounds() {
+        let options = parse(&[]).expect("it parses");
+        assert_eq!((options.crops, options.queue, options.device.as_str()), (4, 64, "cpu"));
+        assert!(options.node_id.starts_with("energy-"));
+        for bad in [["--crops", "9"], ["--crops", "0"], ["--queue", "0"], ["--listen", "here"]] {
+            assert!(parse(&bad).expect_err("refused").contains(bad[0]));
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The scorer on its own thread, behind a bounded queue.
+//!
+//! Async code sends work and waits; the thread computes. Work whose caller is gone (a deadline
+//! passed, a connection closed) is dropped before or between its images. A panic of the scorer ends
+//! the engine for good: what a broken model says next is no verdict.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    thread,
+};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Span;
+
+use crate::{
+    concepts::ConceptSet,
+    error::{Error, RequestError},
+    evaluate::{Batch, Evaluation, evaluate},
+    scorer::{Scorer, ScorerDescription, ScorerLoader},
+};
+
+/// Whether the engine can score.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum EngineState {
+    Serving,
+    /// The scorer panicked; the message says how.
+    Failed(String),
+}
+
+struct Work {
+    batch: Batch,
+    reply: oneshot::Sender<Result<Vec<Evaluation>, RequestError>>,
+    span: Span,
+}
+
+/// Hands work to the engine; cheap to clone. The thread ends with the last handle.
+#[derive(Debug, Clone)]
+pub(crate) struct EngineHandle {
+    work: mpsc::Sender<Work>,
+    state: watch::Receiver<EngineState>,
+}
+
+impl EngineHandle {
+    /// Scores a batch. Dropping the future abandons it.
+    pub(crate) async fn evaluate(&self, batch: Batch) -> Result<Vec<Evaluation>, RequestError> {
+        if let EngineState::Failed(reason) = &*self.state.borrow() {
+            return Err(RequestError::Stopped(reason.clone()));
+        }
+        let (reply, answer) = oneshot::channel();
+        let work = Work { batch, reply, span: Span::current() };
+        self.work.try_send(work).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                RequestError::QueueFull { queue: self.work.max_capacity() }
+            }
+            mpsc::error::TrySendError::Closed(_) => self.stopped(),
+        })?;
+        answer.await.unwrap_or_else(|_| Err(self.stopped()))
+    }
+
+    /// Follows the engine's state.
+    pub(crate) fn state(&self) -> watch::Receiver<EngineState> {
+        self.state.clone()
+    }
+
+    fn stopped(&self) -> RequestError {
+        match &*self.state.borrow() {
+            EngineState::Failed(reason) => RequestError::Stopped(reason.clone()),
+            EngineState::Serving => RequestError::Stopped("the engine has stopped".to_owned()),
+        }
+    }
+}
+
+/// A loaded scorer's thread.
+pub(crate) struct Engine {
+    pub(crate) handle: EngineHandle,
+    pub(crate) description: ScorerDescription,
+}
+
+/// Starts the thread and loads the scorer on it; `queue` requests may wait.
+pub(crate) async fn start(
+    loader: ScorerLoader,
+    concepts: ConceptSet,
+    queue: usize,
+) -> Result<Engine, Error> {
+    let (work, inbox) = mpsc::channel(queue);
+    let (state, state_receiver) = watch::channel(EngineState::Serving);
+    let (loaded, description) = oneshot::channel();
+    thread::Builder::new()
+        .name("energy-engine".to_owned())
+        .spawn(move || run(loader, &concepts, loaded, inbox, &state))
+        .map_err(|source| Error::System {
+            what: "cannot start the engine's thread".into(),
+            source,
+        })?;
+    let description = description
+        .await
+        .unwrap_or_else(|_| Err(Error::LoaderPanicked("its thread ended".to_owned())))?;
+    Ok(Engine { handle: EngineHandle { work, state: state_receiver }, description })
+}
+
+fn run(
+    loader: ScorerLoader,
+    concepts: &ConceptSet,
+    loaded: oneshot::Sender<Result<ScorerDescription, Error>>,
+    mut inbox: mpsc::Receiver<Work>,
+    state: &watch::Sender<EngineState>,
+) {
+    let scorer = match catch_unwind(AssertUnwindSafe(|| loader(concepts))) {
+        Ok(Ok(scorer)) => scorer,
+        failed => {
+            let error = match failed {
+                Ok(Err(error)) => Error::Model(error),
+                Err(panic) => Error::LoaderPanicked(panic_message(&*panic)),
+                Ok(Ok(_)) => unreachable!("a loaded scorer was handled above"),
+            };
+            // A caller that is gone has given up on the node.
+            let _ = loaded.send(Err(error));
+            return;
+        }
+    };
+    if loaded.send(Ok(scorer.describe().clone())).is_err() {
+        return;
+    }
+    while let Some(work) = inbox.blocking_recv() {
+        let Err(reason) = compute(&*scorer, work) else { continue };
+        tracing::error!(%reason, "the energy model panicked; this node no longer scores");
+        state.send_replace(EngineState::Failed(reason.clone()));
+        // Refuse what waits, and whatever was sent before the state was seen.
+        inbox.close();
+        while let Some(work) = inbox.blocking_recv() {
+            let _ = work.reply.send(Err(RequestError::Stopped(reason.clone())));
+        }
+        return;
+    }
+}
+
+/// Answers one request; the error is the message of a panic.
+fn compute(scorer: &dyn Scorer, work: Work) -> Result<(), String> {
+    let Work { batch, reply, span } = work;
+    let _entered = span.enter();
+    let run = || evaluate(scorer, &batch, || reply.is_closed());
+    let (answer, outcome) = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(Some(evaluations))) => (Ok(evaluations), Ok(())),
+        Ok(Ok(None)) => {
+            tracing::debug!("the caller is gone, the evaluation was dropped");
+            return Ok(());
+        }
+        Ok(Err(error)) => (Err(error), Ok(())),
+        Err(panic) => {
+            let reason = format!("the energy model panicked: {}", panic_message(&*panic));
+            (Err(RequestError::Stopped(reason.clone())), Err(reason))
+        }
+    };
+    // A caller that is gone needs no answer.
+    let _ = reply.send(answer);
+    outcome
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_owned())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,119 @@
+//! Tests of the engine's thread: bounds, abandoned work, panics.
+
+use std::path::Path;
+
+use super::*;
+use crate::{
+    evaluate::{AskedConcept, Sample},
+    scorer::ScorerError,
+    testing::{Fault, Probe, SIDE, TestScorer},
+};
+
+fn set() -> ConceptSet {
+    let text =
+        "anchors = [\"x\"]\nconcept = [{ name = \"axe\", group = \"g\", targets = [\"y\"] }]";
+    ConceptSet::parse(Path::new("c.toml"), text).expect("it parses")
+}
+
+async fn engine(queue: usize) -> (EngineHandle, Probe) {
+    let (loader, probe) = TestScorer::loader();
+    (start(loader, set(), queue).await.expect("started").handle, probe)
+}
+
+fn batch(images: usize) -> Batch {
+    Batch {
+        pixels: vec![0.3; images * 3 * SIDE * SIDE],
+        samples: vec![Sample { crop_seed: 0, gates: None }; images],
+        concepts: vec![AskedConcept { index: 0, name: "axe".into(), weight: 1.0 }],
+        crops: 1,
+        gradient: false,
+    }
+}
+
+/// Waits until the scorer has begun `count` passes.
+async fn until_forwards(probe: &Probe, count: usize) {
+    while probe.forwards() < count {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn work_in_answers_out() {
+    let (engine, _) = engine(4).await;
+    assert_eq!(engine.evaluate(batch(3)).await.expect("answered").len(), 3);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_at_once_and_recovers() {
+    let (engine, probe) = engine(1).await;
+    probe.set(Fault::Hang);
+    let spawn = |engine: &EngineHandle| {
+        let engine = engine.clone();
+        tokio::spawn(async move { engine.evaluate(batch(1)).await })
+    };
+    let computing = spawn(&engine);
+    until_forwards(&probe, 1).await;
+    let waiting = spawn(&engine);
+    while engine.work.capacity() > 0 {
+        tokio::task::yield_now().await;
+    }
+    let error = engine.evaluate(batch(1)).await.expect_err("refused");
+    assert_eq!(error.code(), tonic::Code::ResourceExhausted);
+    probe.set(Fault::None);
+    assert!(computing.await.expect("no panic").is_ok() && waiting.await.expect("no panic").is_ok());
+    assert!(engine.evaluate(batch(1)).await.is_ok());
+}
+
+#[tokio::test]
+async fn abandoned_work_is_not_computed() {
+    let (engine, probe) = engine(4).await;
+    probe.set(Fault::Hang);
+    let computing = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.evaluate(batch(3)).await }
+    });
+    until_forwards(&probe, 1).await;
+    let waiting = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.evaluate(batch(5)).await }
+    });
+    while engine.work.capacity() == 4 {
+        tokio::task::yield_now().await;
+    }
+    for abandoned in [computing, waiting] {
+        abandoned.abort();
+        assert!(abandoned.await.expect_err("aborted").is_cancelled());
+    }
+    probe.set(Fault::None);
+    assert!(engine.evaluate(batch(1)).await.is_ok());
+    // The first image of the first request, none of the second, and the last request's.
+    assert_eq!(probe.forwards(), 2);
+}
+
+#[tokio::test]
+async fn a_panic_ends_scoring_for_good_and_says_so() {
+    let (engine, probe) = engine(4).await;
+    let mut state = engine.state();
+    assert_eq!(*state.borrow_and_update(), EngineState::Serving);
+    probe.set(Fault::Panic);
+    let first = engine.evaluate(batch(1)).await.expect_err("panicked");
+    state.changed().await.expect("the sender lives until it has told");
+    probe.set(Fault::None);
+    let second = engine.evaluate(batch(1)).await.expect_err("stopped");
+    for error in [first, second] {
+        assert_eq!(error.code(), tonic::Code::Unavailable);
+        assert!(error.to_string().contains("the test asked for a panic"), "{error}");
+    }
+    assert!(matches!(&*state.borrow(), EngineState::Failed(_)));
+}
+
+#[tokio::test]
+async fn a_loader_that_fails_or_panics_is_an_error() {
+    let failing: ScorerLoader =
+        Box::new(|_| Err(ScorerError::Features { phrase: "an axe".to_owned() }));
+    let error = start(failing, set(), 1).await.err().expect("failed");
+    assert!(error.to_string().contains("an axe"), "{error}");
+    let panicking: ScorerLoader = Box::new(|_| panic!("no such device"));
+    let error = start(panicking, set(), 1).await.err().expect("failed");
+    assert!(error.to_string().contains("no such device"), "{error}");
+}

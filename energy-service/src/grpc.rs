@@ -1,0 +1,100 @@
+//! The node's gRPC surface: the energy service, health with one name per concept, reflection.
+
+use std::sync::{Arc, OnceLock};
+
+use fairlead_proto::{
+    FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
+    v1::{
+        CheckRequest, CheckResponse, DescribeRequest, DescribeResponse, EvaluateRequest,
+        EvaluateResponse,
+        energy_service_server::{EnergyService, EnergyServiceServer},
+    },
+};
+use tonic::{Request, Response, Status};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{error::RequestError, service::Node};
+
+/// The node, once its model is loaded.
+pub(crate) type NodeCell = Arc<OnceLock<Arc<Node>>>;
+
+/// Health name of the service as a whole; "" is answered alike.
+pub(crate) const SERVICE: &str = "fairlead.v1.EnergyService";
+
+/// Health name of one concept.
+pub(crate) fn concept_service(concept: &str) -> String {
+    format!("fairlead.concept.{concept}")
+}
+
+pub(crate) struct EnergyGrpc {
+    node: NodeCell,
+}
+
+impl EnergyGrpc {
+    pub(crate) fn server(node: NodeCell) -> EnergyServiceServer<Self> {
+        EnergyServiceServer::new(Self { node })
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    fn node(&self) -> Result<&Node, RequestError> {
+        self.node.get().map(|node| &**node).ok_or(RequestError::Loading)
+    }
+}
+
+#[tonic::async_trait]
+impl EnergyService for EnergyGrpc {
+    async fn describe(
+        &self,
+        _request: Request<DescribeRequest>,
+    ) -> Result<Response<DescribeResponse>, Status> {
+        let node = self.node()?.describe();
+        Ok(Response::new(DescribeResponse { node: Some(node) }))
+    }
+
+    #[tracing::instrument(skip_all, fields(images = request.get_ref().samples.len()))]
+    async fn evaluate(
+        &self,
+        request: Request<EvaluateRequest>,
+    ) -> Result<Response<EvaluateResponse>, Status> {
+        let answer = self.node()?.evaluate(request.into_inner()).await;
+        answer.map(Response::new).map_err(refused)
+    }
+
+    #[tracing::instrument(skip_all)]
+    async fn check(
+        &self,
+        request: Request<CheckRequest>,
+    ) -> Result<Response<CheckResponse>, Status> {
+        let answer = self.node()?.check(request.into_inner()).await;
+        answer.map(Response::new).map_err(refused)
+    }
+}
+
+fn refused(error: RequestError) -> Status {
+    tracing::warn!(code = ?error.code(), %error, "request refused");
+    error.into()
+}
+
+/// Reflection of the whole contract, health included.
+pub(crate) fn reflection() -> Result<
+    tonic_reflection::server::v1::ServerReflectionServer<
+        impl tonic_reflection::server::v1::ServerReflection,
+    >,
+    tonic_reflection::server::Error,
+> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+}
+
+/// Says of every service name whether it is served.
+pub(crate) async fn set_health(reporter: &HealthReporter, node: Option<&Node>, serving: bool) {
+    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    reporter.set_service_status("", status).await;
+    reporter.set_service_status(SERVICE, status).await;
+    for concept in node.iter().flat_map(|node| node.concept_names()) {
+        reporter.set_service_status(concept_service(concept), status).await;
+    }
+}

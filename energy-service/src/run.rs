@@ -1,0 +1,203 @@
+//! Starts, runs and stops a node.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use fairlead_common::grpc::{channel, server};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic_health::server::HealthReporter;
+
+use crate::{
+    calibration::store::Calibrations,
+    concepts::ConceptSet,
+    config::EnergyOptions,
+    crops::MAX_CROPS,
+    engine::{self, EngineState},
+    error::Error,
+    grpc::{EnergyGrpc, NodeCell, reflection, set_health},
+    register::{self, keep_registered},
+    scorer::{Contrastive, ScorerLoader},
+    served::Served,
+    service::{Identity, Node},
+};
+
+/// Time that calls in flight get to end after a shutdown.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often the folder of calibrations is looked at.
+const RELOAD_PERIOD: Duration = Duration::from_secs(2);
+
+/// Serves the energy model of `options` on `listener` until `shutdown`.
+///
+/// It answers from the start: until the model is loaded, health says NOT_SERVING and every call is
+/// UNAVAILABLE. With a coordinator it is registered once loaded, and deregistered before it stops.
+///
+/// # Errors
+/// If concepts, calibrations, model or options are unusable, or the server fails. A model that
+/// breaks later does not end the node: health says NOT_SERVING and every call says why.
+pub async fn run(
+    listener: TcpListener,
+    options: EnergyOptions,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let (model, device) = (options.model.clone(), options.device.clone());
+    let loader: ScorerLoader =
+        Box::new(move |concepts| Ok(Box::new(Contrastive::load(&model, &device, concepts)?)));
+    run_with_scorer(listener, options, loader, shutdown).await
+}
+
+/// As [`run`], with another scorer than the model in `options.model`, which is not looked at.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with_scorer(
+    listener: TcpListener,
+    options: EnergyOptions,
+    loader: ScorerLoader,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let identity = identity(&options, &listener)?;
+    let registry = options
+        .coordinator
+        .as_deref()
+        .map(|coordinator| channel(coordinator, register::CALL_TIMEOUT))
+        .transpose()?;
+    let concepts = ConceptSet::load(&options.concepts)?;
+    let (health, health_service) = tonic_health::server::health_reporter();
+    set_health(&health, None, false).await;
+    let cell = NodeCell::default();
+    let stop_serving = CancellationToken::new();
+    let serve = server()
+        .add_service(health_service)
+        .add_service(reflection()?)
+        .add_service(EnergyGrpc::server(cell.clone()))
+        .serve_with_incoming_shutdown(
+            TcpListenerStream::new(listener),
+            stop_serving.clone().cancelled_owned(),
+        );
+    tokio::pin!(serve);
+    tracing::info!(address = %identity.address, "energy node listening, loading its model");
+    let live = async {
+        let loaded = tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            loaded = load(&options, loader, concepts, identity) => loaded?,
+        };
+        live(loaded, &cell, &health, registry, options.calibrations.clone(), &shutdown).await;
+        Ok::<(), Error>(())
+    };
+    tokio::select! {
+        served = &mut serve => return Ok(served?),
+        ended = live => ended?,
+    }
+    stop_serving.cancel();
+    match tokio::time::timeout(DRAIN_TIMEOUT, serve).await {
+        Ok(served) => served?,
+        Err(_) => tracing::warn!("calls still open after {DRAIN_TIMEOUT:?}, closing them"),
+    }
+    tracing::info!("energy node stopped");
+    Ok(())
+}
+
+/// A loaded node's life: announce it, keep what others know of it true, take it back.
+async fn live(
+    node: Arc<Node>,
+    cell: &NodeCell,
+    health: &HealthReporter,
+    registry: Option<Channel>,
+    calibrations: Option<PathBuf>,
+    shutdown: &CancellationToken,
+) {
+    cell.get_or_init(|| node.clone());
+    set_health(health, Some(&node), true).await;
+    tracing::info!(concepts = node.concept_names().count(), "energy node serving");
+    let mut tasks = JoinSet::new();
+    if let Some(registry) = registry {
+        tasks.spawn(keep_registered(registry, node.clone(), shutdown.clone()));
+    }
+    if let Some(directory) = calibrations {
+        tasks.spawn(reload_calibrations(node.clone(), directory, shutdown.clone()));
+    }
+    let mut engine = node.engine().state();
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        _ = engine.wait_for(|state| *state != EngineState::Serving) => {}
+    }
+    set_health(health, Some(&node), false).await;
+    shutdown.cancelled().await;
+    // Deregistered before the server stops, so that nobody is sent to a node that is gone.
+    while tasks.join_next().await.is_some() {}
+}
+
+async fn load(
+    options: &EnergyOptions,
+    loader: ScorerLoader,
+    concepts: ConceptSet,
+    identity: Identity,
+) -> Result<Arc<Node>, Error> {
+    let engine = engine::start(loader, concepts.clone(), options.queue as usize).await?;
+    let served = Served::new(&concepts, &engine.description);
+    let calibrations = match &options.calibrations {
+        Some(directory) => Calibrations::load(directory, &served)?,
+        None => Calibrations::default(),
+    };
+    Ok(Arc::new(Node::new(engine.handle, engine.description, served, calibrations, identity)))
+}
+
+/// Checks the options and says who the node is.
+fn identity(options: &EnergyOptions, listener: &TcpListener) -> Result<Identity, Error> {
+    let refused = |option, why: String| Err(Error::Option { option, why });
+    if !(1..=MAX_CROPS).contains(&options.crops) {
+        return refused("--crops", format!("is {}, must be 1 to {MAX_CROPS}", options.crops));
+    }
+    if options.queue == 0 {
+        return refused("--queue", "is 0, must be at least 1".to_owned());
+    }
+    if options.node_id.is_empty() {
+        return refused("--node-id", "is empty; leave it out for a random name".to_owned());
+    }
+    let address = listener.local_addr().map_err(|source| Error::System {
+        what: "the listener has no address".to_owned(),
+        source,
+    })?;
+    let address = match &options.advertise {
+        Some(advertised) => advertised.clone(),
+        None if address.ip().is_unspecified() && options.coordinator.is_some() => {
+            let why = format!(
+                "is needed: nobody can reach a node at {address}; give the address that workers \
+                 see, e.g. http://10.0.0.7:{}",
+                address.port()
+            );
+            return refused("--advertise", why);
+        }
+        None => format!("http://{address}"),
+    };
+    // Refused here rather than by the first worker that tries it.
+    channel(&address, register::CALL_TIMEOUT)
+        .map_err(|error| Error::Option { option: "--advertise", why: error.to_string() })?;
+    Ok(Identity { node_id: options.node_id.clone(), address, crops: options.crops })
+}
+
+/// Picks up calibrations that come or go while the node runs.
+async fn reload_calibrations(node: Arc<Node>, directory: PathBuf, shutdown: CancellationToken) {
+    let mut told = String::new();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(RELOAD_PERIOD) => {}
+        }
+        let (node, directory) = (node.clone(), directory.clone());
+        match tokio::task::spawn_blocking(move || node.reload(&directory)).await {
+            Ok(Ok(true)) => tracing::info!("calibrations changed"),
+            Ok(Ok(false)) => {}
+            // A file half written or broken: what is known stays; said once.
+            Ok(Err(error)) if error.to_string() != told => {
+                told = error.to_string();
+                tracing::error!(%error, "calibrations not reloaded");
+            }
+            Ok(Err(_)) => {}
+            Err(panic) => tracing::error!(%panic, "reloading the calibrations panicked"),
+        }
+    }
+}

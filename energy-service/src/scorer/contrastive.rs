@@ -1,0 +1,333 @@
+//! The contrastive scorer: a CLIP model that compares an image with phrases.
+//!
+//! With `c_j = cos(image, text_j)` and K = 100,
+//! `score_k = (LSE_{j in targets}(K c_j) - LSE_{j in anchors}(K c_j)) / K`, so
+//! `d score_k / d image features = sum_j softmax_targets(K c)_j text_j - sum_j softmax_anchors(K c)_j text_j`:
+//! the gradient of any sum of concepts is one vector per image, and one backward pass through the
+//! image tower serves them all. Everything after the image features is done on the host, image by
+//! image, so that no number depends on the batch.
+
+use std::{collections::HashMap, path::Path};
+
+use candle_core::{Device, Tensor};
+use fairlead_models::{ClipModel, ClipTokenizer, Tape, content_hash};
+
+use super::{Pass, Scorer, ScorerDescription, ScorerError};
+use crate::concepts::{Concept, ConceptSet};
+
+/// Sharpness K of the log-sum-exp over phrases.
+const SHARPNESS: f32 = 100.0;
+
+/// Steepness `K_s` of the energy of a cosine score.
+const STEEPNESS: f32 = 50.0;
+
+/// Phrases encoded in one go.
+const TEXT_BATCH: usize = 32;
+
+/// See the module.
+pub(crate) struct Contrastive {
+    model: ClipModel,
+    device: Device,
+    description: ScorerDescription,
+    texts: Texts,
+}
+
+impl Contrastive {
+    /// Loads the CLIPModel folder `dir` and encodes every phrase of `set` once.
+    pub(crate) fn load(dir: &Path, device: &str, set: &ConceptSet) -> Result<Self, ScorerError> {
+        let device = parse_device(device)?;
+        let model = ClipModel::load(dir, &device)?;
+        let tokenizer = ClipTokenizer::load(dir)?;
+        let texts = Texts::encode(set.concepts(), &model, &tokenizer)?;
+        let side = model.config().image_size;
+        let name = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+        let description = ScorerDescription {
+            kind: "contrastive",
+            model_name: name.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            model_hash: content_hash(dir)?,
+            height: side,
+            width: side,
+            steepness: STEEPNESS,
+        };
+        Ok(Self { model, device, description, texts })
+    }
+}
+
+impl Scorer for Contrastive {
+    fn describe(&self) -> &ScorerDescription {
+        &self.description
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn forward<'a>(
+        &'a self,
+        images: &Tensor,
+        concepts: &[usize],
+        gradient: bool,
+    ) -> Result<Box<dyn Pass + 'a>, ScorerError> {
+        let mut tape = if gradient { Tape::recording() } else { Tape::off() };
+        let features = self.model.image_features(images, &mut tape)?.to_vec2::<f32>()?;
+        let similarities = features.iter().map(|f| self.texts.similarities(f)).collect::<Vec<_>>();
+        let scores = similarities
+            .iter()
+            .flat_map(|row| concepts.iter().map(|&k| self.texts.score(k, row)))
+            .collect();
+        let concepts = concepts.to_vec();
+        Ok(Box::new(ContrastivePass { scorer: self, tape, similarities, concepts, scores }))
+    }
+}
+
+struct ContrastivePass<'a> {
+    scorer: &'a Contrastive,
+    tape: Tape,
+    /// `K c_j`, `[n][phrases]`.
+    similarities: Vec<Vec<f32>>,
+    concepts: Vec<usize>,
+    scores: Vec<f32>,
+}
+
+impl Pass for ContrastivePass<'_> {
+    fn scores(&self) -> &[f32] {
+        &self.scores
+    }
+
+    fn backward(mut self: Box<Self>, slopes: &[f32]) -> Result<Tensor, ScorerError> {
+        let Contrastive { model, device, texts, .. } = self.scorer;
+        let gradient = self
+            .similarities
+            .iter()
+            .zip(slopes.chunks_exact(self.concepts.len()))
+            .flat_map(|(row, slopes)| texts.pull_back(&self.concepts, row, slopes))
+            .collect::<Vec<_>>();
+        let gradient = Tensor::from_vec(gradient, (self.similarities.len(), texts.width), device)?;
+        Ok(model.image_features_backward(&gradient, &mut self.tape)?)
+    }
+}
+
+/// Unit text features of all phrases, each phrase once, and which phrases make up each concept.
+struct Texts {
+    /// `[phrases, width]`, row-major.
+    features: Vec<f32>,
+    width: usize,
+    concepts: Vec<PhraseIndices>,
+}
+
+impl Texts {
+    fn encode(
+        concepts: &[Concept],
+        model: &ClipModel,
+        tokenizer: &ClipTokenizer,
+    ) -> Result<Self, ScorerError> {
+        let (phrases, indices) = unique_phrases(concepts);
+        let ids = phrases
+            .iter()
+            .map(|(concept, phrase)| token_ids(tokenizer, concept, phrase))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut features = Vec::new();
+        for batch in ids.chunks(TEXT_BATCH) {
+            features.extend(model.text_features(batch)?.to_vec2::<f32>()?);
+        }
+        let broken = features.iter().position(|row| row.iter().any(|value| !value.is_finite()));
+        if let Some(row) = broken {
+            return Err(ScorerError::Features { phrase: phrases[row].1.to_owned() });
+        }
+        let width = features.first().map_or(0, Vec::len);
+        Ok(Self { features: features.concat(), width, concepts: indices })
+    }
+
+    fn row(&self, phrase: usize) -> &[f32] {
+        &self.features[phrase * self.width..][..self.width]
+    }
+
+    /// `K c_j` for every phrase.
+    fn similarities(&self, image: &[f32]) -> Vec<f32> {
+        self.features
+            .chunks_exact(self.width)
+            .map(|text| SHARPNESS * text.iter().zip(image).map(|(a, b)| a * b).sum::<f32>())
+            .collect()
+    }
+
+    fn score(&self, concept: usize, similarities: &[f32]) -> f32 {
+        let PhraseIndices { targets, anchors } = &self.concepts[concept];
+        let lse = |phrases: &[usize]| log_sum_exp(phrases.iter().map(|&j| similarities[j]));
+        (lse(targets) - lse(anchors)) / SHARPNESS
+    }
+
+    /// `sum_k slope_k d score_k / d image features`.
+    fn pull_back(&self, concepts: &[usize], similarities: &[f32], slopes: &[f32]) -> Vec<f32> {
+        let mut weights = vec![0f32; similarities.len()];
+        for (&concept, &slope) in concepts.iter().zip(slopes) {
+            let PhraseIndices { targets, anchors } = &self.concepts[concept];
+            for (phrases, sign) in [(targets, slope), (anchors, -slope)] {
+                let total = log_sum_exp(phrases.iter().map(|&j| similarities[j]));
+                for &j in phrases {
+                    weights[j] += sign * (similarities[j] - total).exp();
+                }
+            }
+        }
+        let mut gradient = vec![0f32; self.width];
+        for (j, &weight) in weights.iter().enumerate().filter(|(_, weight)| **weight != 0.0) {
+            for (sum, &text) in gradient.iter_mut().zip(self.row(j)) {
+                *sum += weight * text;
+            }
+        }
+        gradient
+    }
+}
+
+/// Which phrases make up one concept, as indices into the list of all.
+#[derive(Debug, Clone, PartialEq)]
+struct PhraseIndices {
+    targets: Vec<usize>,
+    anchors: Vec<usize>,
+}
+
+/// Every phrase once, with the first concept that uses it, and the indices per concept.
+fn unique_phrases(concepts: &[Concept]) -> (Vec<(&str, &str)>, Vec<PhraseIndices>) {
+    let mut phrases = Vec::new();
+    let mut known = HashMap::new();
+    let indices = concepts
+        .iter()
+        .map(|concept| {
+            let [targets, anchors] = [&concept.targets, &concept.anchors].map(|list| {
+                let mut indices = Vec::with_capacity(list.len());
+                for phrase in list {
+                    indices.push(*known.entry(phrase.as_str()).or_insert_with(|| {
+                        phrases.push((concept.name.as_str(), phrase.as_str()));
+                        phrases.len() - 1
+                    }));
+                }
+                indices
+            });
+            PhraseIndices { targets, anchors }
+        })
+        .collect();
+    (phrases, indices)
+}
+
+/// Ids of a phrase that must fit the text model's window.
+fn token_ids(
+    tokenizer: &ClipTokenizer,
+    concept: &str,
+    phrase: &str,
+) -> Result<Vec<u32>, ScorerError> {
+    let mut encoded = tokenizer.encode(phrase)?;
+    match encoded.chunks.len() {
+        1 => Ok(encoded.chunks.remove(0)),
+        _ => Err(ScorerError::Phrase {
+            concept: concept.to_owned(),
+            phrase: phrase.to_owned(),
+            tokens: encoded.tokens,
+            window: tokenizer.max_length().saturating_sub(2),
+        }),
+    }
+}
+
+/// `ln sum exp`, shifted by the greatest value; of nothing it is negative infinity.
+fn log_sum_exp(values: impl Iterator<Item = f32> + Clone) -> f32 {
+    let greatest = values.clone().fold(f32::NEG_INFINITY, f32::max);
+    greatest + values.map(|value| (value - greatest).exp()).sum::<f32>().ln()
+}
+
+/// "cpu" or "cuda:N".
+fn parse_device(device: &str) -> Result<Device, ScorerError> {
+    let refused = |why: String| ScorerError::Device { device: device.to_owned(), why };
+    match device.split_once(':') {
+        None if device == "cpu" => Ok(Device::Cpu),
+        Some(("cuda", number)) => {
+            let index = number
+                .parse()
+                .map_err(|_| refused("write it as cuda:N, N being the GPU's number".to_owned()))?;
+            Device::new_cuda(index).map_err(|error| refused(error.to_string()))
+        }
+        _ => Err(refused("must be cpu or cuda:N".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::SplitMix64;
+
+    fn unit(random: &mut SplitMix64, width: usize) -> Vec<f32> {
+        let raw = (0..width).map(|_| random.unit() - 0.5).collect::<Vec<_>>();
+        let norm = raw.iter().map(|v| v * v).sum::<f32>().sqrt();
+        raw.iter().map(|v| v / norm).collect()
+    }
+
+    fn texts() -> Texts {
+        let mut random = SplitMix64::new(3);
+        let indices = |targets: &[usize], anchors: &[usize]| PhraseIndices {
+            targets: targets.to_vec(),
+            anchors: anchors.to_vec(),
+        };
+        Texts {
+            features: (0..5).flat_map(|_| unit(&mut random, 16)).collect(),
+            width: 16,
+            concepts: vec![indices(&[0, 1], &[3, 4]), indices(&[2], &[3])],
+        }
+    }
+
+    #[test]
+    fn a_score_of_single_phrases_is_a_difference_of_cosines() {
+        let texts = texts();
+        let row = texts.similarities(texts.row(2));
+        let cosine: f32 = texts.row(2).iter().zip(texts.row(3)).map(|(a, b)| a * b).sum();
+        assert!((texts.score(1, &row) - (1.0 - cosine)).abs() < 1e-5);
+    }
+
+    #[test]
+    fn the_pulled_back_gradient_agrees_with_finite_differences() {
+        let texts = texts();
+        let mut random = SplitMix64::new(8);
+        let (image, direction) = (unit(&mut random, 16), unit(&mut random, 16));
+        let slopes = [0.7, -0.2];
+        let at = |step: f32| {
+            let moved = image.iter().zip(&direction).map(|(x, d)| x + step * d).collect::<Vec<_>>();
+            let row = texts.similarities(&moved);
+            (0..2).map(|k| f64::from(slopes[k] * texts.score(k, &row))).sum::<f64>()
+        };
+        let numeric = (at(2e-3) - at(-2e-3)) / 4e-3;
+        let row = texts.similarities(&image);
+        let gradient = texts.pull_back(&[0, 1], &row, &slopes);
+        let analytic: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+        assert!(
+            (numeric - analytic).abs() < 2e-3 * analytic.abs().max(0.1),
+            "{numeric} {analytic}"
+        );
+    }
+
+    #[test]
+    fn log_sum_exp_survives_large_values() {
+        assert!((log_sum_exp([1000.0, 1000.0].into_iter()) - (1000.0 + 2f32.ln())).abs() < 1e-3);
+        assert!((log_sum_exp([-1000.0, 3.0].into_iter()) - 3.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn each_phrase_is_encoded_once() {
+        let concept = |name: &str, targets: &[&str]| Concept {
+            name: name.into(),
+            group: "g".into(),
+            targets: targets.iter().map(|&t| t.into()).collect(),
+            anchors: vec!["nothing".into()],
+            weight: 1.0,
+            fallback_threshold: None,
+        };
+        let concepts = [concept("a", &["x", "y"]), concept("b", &["y"])];
+        let (phrases, indices) = unique_phrases(&concepts);
+        assert_eq!(phrases, [("a", "x"), ("a", "y"), ("a", "nothing")]);
+        assert_eq!(indices[1], PhraseIndices { targets: vec![1], anchors: vec![2] });
+    }
+
+    #[test]
+    fn devices_are_named_as_elsewhere() {
+        assert!(matches!(parse_device("cpu"), Ok(Device::Cpu)));
+        for device in ["gpu", "cuda", "cuda:x", "cpu:0"] {
+            let error = parse_device(device).expect_err("refused").to_string();
+            assert!(error.contains(device) && error.contains("cuda:N"), "{error}");
+        }
+    }
+}

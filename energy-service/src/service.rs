@@ -1,0 +1,329 @@
+//! What a loaded node answers: requests checked and resolved, results put on the wire.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use fairlead_common::tensor;
+use fairlead_proto::{MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION, v1};
+use tokio::sync::watch;
+
+use crate::{
+    calibration::{
+        FileError,
+        store::{Calibrations, Levels},
+    },
+    crops::MAX_CROPS,
+    engine::EngineHandle,
+    error::RequestError,
+    evaluate::{AskedConcept, Batch, Evaluation, Gate, Sample, Scored, check_gradient},
+    preprocess,
+    scorer::ScorerDescription,
+    served::{Served, ServedConcept},
+};
+
+/// Longest time a call may take where its caller set no deadline.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Most images of one request, however small they are.
+const MAX_BATCH: usize = 64;
+
+/// How a node appears to others.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) node_id: String,
+    /// "http://host:port".
+    pub(crate) address: String,
+    /// Crops where a request does not say.
+    pub(crate) crops: u32,
+}
+
+/// A node whose model is loaded.
+#[derive(Debug)]
+pub(crate) struct Node {
+    engine: EngineHandle,
+    scorer: ScorerDescription,
+    served: Served,
+    calibrations: watch::Sender<Arc<Calibrations>>,
+    identity: Identity,
+}
+
+impl Node {
+    pub(crate) fn new(
+        engine: EngineHandle,
+        scorer: ScorerDescription,
+        served: Served,
+        calibrations: Calibrations,
+        identity: Identity,
+    ) -> Self {
+        let calibrations = watch::Sender::new(Arc::new(calibrations));
+        Self { engine, scorer, served, calibrations, identity }
+    }
+
+    pub(crate) fn engine(&self) -> &EngineHandle {
+        &self.engine
+    }
+
+    /// Names of the served concepts.
+    pub(crate) fn concept_names(&self) -> impl Iterator<Item = &str> {
+        self.served.concepts.iter().map(|concept| concept.info.name.as_str())
+    }
+
+    /// Changes when calibrations come or go.
+    pub(crate) fn calibrations(&self) -> watch::Receiver<Arc<Calibrations>> {
+        self.calibrations.subscribe()
+    }
+
+    /// Reads the calibrations anew; true if they changed.
+    pub(crate) fn reload(&self, directory: &Path) -> Result<bool, FileError> {
+        let fresh = Calibrations::load(directory, &self.served)?;
+        Ok(self.calibrations.send_if_modified(|present| {
+            let changed = **present != fresh;
+            if changed {
+                *present = Arc::new(fresh);
+            }
+            changed
+        }))
+    }
+
+    /// The node's full description.
+    pub(crate) fn describe(&self) -> v1::NodeInfo {
+        let ScorerDescription { kind, model_name, model_hash, height, width, .. } = &self.scorer;
+        let concept = |concept: &ServedConcept| v1::ConceptInfo {
+            concept: Some(v1::ConceptRef {
+                name: concept.info.name.clone(),
+                version: concept.version.clone(),
+            }),
+            group: concept.info.group.clone(),
+            phrases: concept.info.targets.clone(),
+            weight: concept.info.weight,
+        };
+        v1::NodeInfo {
+            node_id: self.identity.node_id.clone(),
+            address: self.identity.address.clone(),
+            protocol_version: PROTOCOL_VERSION,
+            preprocessing_version: PREPROCESSING_VERSION,
+            kind: (*kind).to_owned(),
+            model_name: model_name.clone(),
+            model_hash: model_hash.clone(),
+            input: Some(v1::InputSpec {
+                height: *height as u32,
+                width: *width as u32,
+                datatype: v1::Datatype::F16.into(),
+                range_min: 0.0,
+                range_max: 1.0,
+                max_batch: self.max_batch() as u32,
+            }),
+            concepts: self.served.concepts.iter().map(concept).collect(),
+            calibrations: self.calibrations.borrow().infos(),
+        }
+    }
+
+    /// As many images as fit a message as f32, with room for the rest of it.
+    fn max_batch(&self) -> usize {
+        let image = self.scorer.height * self.scorer.width * 3 * size_of::<f32>();
+        (MAX_MESSAGE_BYTES / 2 / image).clamp(1, MAX_BATCH)
+    }
+
+    pub(crate) async fn evaluate(
+        &self,
+        request: v1::EvaluateRequest,
+    ) -> Result<v1::EvaluateResponse, RequestError> {
+        let indices = self.served.resolve(&request.concepts)?;
+        let crops = self.crops(request.crops)?;
+        self.check_samples(&request.samples)?;
+        let images = request.samples.len();
+        let (height, width) = (self.scorer.height, self.scorer.width);
+        let pixels = preprocess::clean_estimates(request.pixels.as_ref(), images, height, width)?;
+        let times = request.samples.iter().map(|sample| sample.time).collect::<Vec<_>>();
+        let levels = if request.scores_only {
+            None
+        } else {
+            let key = request.calibration.as_ref();
+            let fallback = request.allow_calibration_fallback;
+            Some(self.levels(&indices, &times, key, crops, fallback)?)
+        };
+        let concepts = self.asked(&indices);
+        let samples = request.samples.iter().enumerate().map(|(image, context)| {
+            let open = |k: usize| context.open_concepts.contains(&concepts[k].name);
+            let gates = levels.as_ref().map(|levels| gates(&levels.levels[image], open));
+            Sample { crop_seed: context.crop_seed, gates }
+        });
+        let batch = Batch {
+            pixels,
+            samples: samples.collect(),
+            concepts: concepts.clone(),
+            crops,
+            gradient: !request.scores_only,
+        };
+        let evaluations = self.score(batch).await?;
+        let gradient = gradient(&evaluations, &concepts, height, width)?;
+        let (calibration_id, calibration_fallback) = origin(levels);
+        Ok(v1::EvaluateResponse {
+            samples: evaluations.iter().map(|e| sample_evaluation(e, &concepts)).collect(),
+            gradient,
+            calibration_id,
+            calibration_fallback,
+        })
+    }
+
+    pub(crate) async fn check(
+        &self,
+        request: v1::CheckRequest,
+    ) -> Result<v1::CheckResponse, RequestError> {
+        let indices = self.served.resolve(&request.concepts)?;
+        let crops = self.crops(request.crops)?;
+        let levels = if request.scores_only {
+            None
+        } else {
+            let key = request.calibration.as_ref();
+            let fallback = request.allow_calibration_fallback;
+            Some(self.levels(&indices, &[0.0], key, crops, fallback)?)
+        };
+        let (height, width) = (self.scorer.height, self.scorer.width);
+        // Decoding a large image takes a while: not on the async threads.
+        let decode = move || preprocess::finished_image(&request.png, height, width);
+        let image = tokio::task::spawn_blocking(decode)
+            .await
+            .map_err(|error| RequestError::Png(format!("decoding failed: {error}")))??;
+        let concepts = self.asked(&indices);
+        let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], |_| false));
+        let batch = Batch {
+            pixels: image.pixels,
+            samples: vec![Sample { crop_seed: request.crop_seed, gates }],
+            concepts: concepts.clone(),
+            crops,
+            gradient: false,
+        };
+        let evaluations = self.score(batch).await?;
+        let [evaluation] = evaluations.as_slice() else {
+            return Err(RequestError::Stopped("one image went in, others came out".to_owned()));
+        };
+        let (calibration_id, calibration_fallback) = origin(levels);
+        Ok(v1::CheckResponse {
+            scores: concept_scores(evaluation, &concepts),
+            flagged: evaluation.concepts.iter().any(|concept| concept.open),
+            image_sha256: image.sha256,
+            calibration_id,
+            calibration_fallback,
+        })
+    }
+
+    async fn score(&self, batch: Batch) -> Result<Vec<Evaluation>, RequestError> {
+        tokio::time::timeout(ANSWER_TIMEOUT, self.engine.evaluate(batch))
+            .await
+            .unwrap_or(Err(RequestError::Late(ANSWER_TIMEOUT)))
+    }
+
+    fn crops(&self, asked: u32) -> Result<u32, RequestError> {
+        match asked {
+            0 => Ok(self.identity.crops),
+            1..=MAX_CROPS => Ok(asked),
+            _ => {
+                let why = format!("is {asked}, must be 1 to {MAX_CROPS}, or 0 for the default");
+                Err(RequestError::Invalid { field: "crops", why })
+            }
+        }
+    }
+
+    fn check_samples(&self, samples: &[v1::SampleContext]) -> Result<(), RequestError> {
+        let invalid = |why| Err(RequestError::Invalid { field: "samples", why });
+        let most = self.max_batch();
+        if samples.is_empty() || samples.len() > most {
+            return invalid(format!("has {} images, must have 1 to {most}", samples.len()));
+        }
+        match samples.iter().position(|sample| !(0.0..=1.0).contains(&sample.time)) {
+            Some(image) => invalid(format!(
+                "of image {image} has time {}; t / T lies in 0 to 1",
+                samples[image].time
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn levels(
+        &self,
+        indices: &[usize],
+        times: &[f32],
+        key: Option<&v1::CalibrationKey>,
+        crops: u32,
+        allow_fallback: bool,
+    ) -> Result<Levels, RequestError> {
+        let missing = || "is missing; name generator, sampler and steps of the run".to_owned();
+        let key = key
+            .filter(|key| !key.generator.is_empty() && key.steps > 0)
+            .ok_or_else(|| RequestError::Invalid { field: "calibration", why: missing() })?;
+        let present = self.calibrations.borrow().clone();
+        let concepts = indices.iter().map(|&index| &self.served.concepts[index]);
+        present.choose(key, crops, allow_fallback)?.levels(
+            &concepts.collect::<Vec<_>>(),
+            times,
+            key,
+            self.scorer.steepness,
+        )
+    }
+
+    fn asked(&self, indices: &[usize]) -> Vec<AskedConcept> {
+        let asked = |&index: &usize| {
+            let info = &self.served.concepts[index].info;
+            AskedConcept { index, name: info.name.clone(), weight: info.weight }
+        };
+        indices.iter().map(asked).collect()
+    }
+}
+
+fn gates(levels: &[crate::gate::Level], was_open: impl Fn(usize) -> bool) -> Vec<Gate> {
+    let gate = |(k, &level)| Gate { level, was_open: was_open(k) };
+    levels.iter().enumerate().map(gate).collect()
+}
+
+fn origin(levels: Option<Levels>) -> (String, String) {
+    levels.map(|levels| (levels.calibration_id, levels.fallback)).unwrap_or_default()
+}
+
+/// The gradients on the wire, zero rows for images whose gates are closed. What rounding to the
+/// wire's type makes zero or infinite is refused like any broken gradient.
+fn gradient(
+    evaluations: &[Evaluation],
+    concepts: &[AskedConcept],
+    height: usize,
+    width: usize,
+) -> Result<Option<v1::Tensor>, RequestError> {
+    if evaluations.iter().all(|evaluation| evaluation.gradient.is_none()) {
+        return Ok(None);
+    }
+    let size = 3 * height * width;
+    let mut values = Vec::with_capacity(evaluations.len() * size);
+    for evaluation in evaluations {
+        match &evaluation.gradient {
+            Some(gradient) => values.extend_from_slice(gradient),
+            None => values.resize(values.len() + size, 0.0),
+        }
+    }
+    let shape = [evaluations.len(), 3, height, width];
+    let tensor = tensor::encode("gradient", &shape, &values, v1::Datatype::F16);
+    let (_, sent) = tensor::decode(&tensor)?;
+    for (image, (row, evaluation)) in sent.chunks_exact(size).zip(evaluations).enumerate() {
+        if evaluation.gradient.is_some() {
+            check_gradient(row, image, &evaluation.concepts, concepts)?;
+        }
+    }
+    Ok(Some(tensor))
+}
+
+fn sample_evaluation(evaluation: &Evaluation, concepts: &[AskedConcept]) -> v1::SampleEvaluation {
+    v1::SampleEvaluation {
+        scores: concept_scores(evaluation, concepts),
+        energy: evaluation.energy,
+        amplitude: evaluation.amplitude,
+    }
+}
+
+fn concept_scores(evaluation: &Evaluation, concepts: &[AskedConcept]) -> Vec<v1::ConceptScore> {
+    let score = |(concept, scored): (&AskedConcept, &Scored)| v1::ConceptScore {
+        concept: concept.name.clone(),
+        score: scored.score,
+        z: scored.z,
+        gate: scored.gate,
+        open: scored.open,
+    };
+    concepts.iter().zip(&evaluation.concepts).map(score).collect()
+}
