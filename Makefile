@@ -14,7 +14,6 @@ demo: tools ## Build, then draw out/demo.png: unsteered and steered pairs with t
 	$(CARGO) run --release --locked --quiet --package fairlead -- demo --out out/demo.png
 
 test: tools ## Run every test.
-	$(CARGO) build --locked --package fairlead
 	scripts/test.sh
 
 lint: tools ## Check formatting, clippy, dependencies and the contract.

@@ -1,1 +1,227 @@
-//! Work in progress.
+//! A sandbox of real processes: the `fairlead` binary's services on free loopback ports, killed
+//! one by one or all at the end.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use fairlead_common::grpc;
+use fairlead_proto::{
+    MAX_MESSAGE_BYTES,
+    v1::{
+        GetImageRequest, Job, JobSpec, JobState, ListConceptsRequest, ListModelsRequest,
+        SubmitJobRequest, WatchJobRequest, WatchJobResponse,
+        catalog_service_client::CatalogServiceClient,
+        generation_service_client::GenerationServiceClient, watch_job_response::Event,
+    },
+};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    time::timeout,
+};
+use tonic::{Streaming, transport::Channel};
+
+/// Anything a test waits for comes within this time on a busy machine, or never.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(25);
+
+/// The `fairlead` binary that was built with this test.
+pub fn binary() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    let profile = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
+    let binary = profile.join("fairlead");
+    assert!(binary.exists(), "{} is missing: run the whole workspace's tests", binary.display());
+    binary
+}
+
+/// A path inside `assets/`.
+pub fn asset(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets").join(name)
+}
+
+/// The binary with logs silenced and no settings from outside.
+pub fn command() -> Command {
+    let mut command = Command::new(binary());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("FAIRLEAD_")) {
+        command.env_remove(name);
+    }
+    command.env("FAIRLEAD_LOG", "warn").kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+/// Running services and a client of their coordinator.
+pub struct Sandbox {
+    folder: tempfile::TempDir,
+    processes: Vec<(String, Child)>,
+    address: String,
+}
+
+impl Sandbox {
+    /// Starts a coordinator with `policies` (TOML).
+    pub async fn with_policies(policies: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("policies.toml");
+        std::fs::write(&file, policies)?;
+        let mut coordinator = command();
+        coordinator
+            .args(["coordinator", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(folder.path().join("data"))
+            .arg("--policies")
+            .arg(file);
+        let mut sandbox = Self { folder, processes: Vec::new(), address: String::new() };
+        sandbox.address = sandbox.spawn("coordinator", coordinator).await?;
+        Ok(sandbox)
+    }
+
+    /// A coordinator with the embedded policies, an energy node "energy" and a worker "worker".
+    pub async fn emojiland() -> Result<Self> {
+        let policies = std::fs::read_to_string(asset("policies.toml"))?;
+        let mut sandbox = Self::with_policies(&policies).await?;
+        sandbox.energy("energy").await?;
+        sandbox.worker("worker").await?;
+        sandbox.ready().await?;
+        Ok(sandbox)
+    }
+
+    /// Starts an energy node with the embedded model and concepts.
+    pub async fn energy(&mut self, name: &str) -> Result<()> {
+        let mut energy = command();
+        energy
+            .args(["energy", "--listen", "127.0.0.1:0", "--node-id", name])
+            .args(["--coordinator", &self.address])
+            .arg("--model")
+            .arg(asset("emojiland-clip"))
+            .arg("--concepts")
+            .arg(asset("concepts/emojiland.toml"))
+            .arg("--calibrations")
+            .arg(asset("calibrations"));
+        self.spawn(name, energy).await.map(drop)
+    }
+
+    /// Starts a worker with the embedded generator.
+    pub async fn worker(&mut self, name: &str) -> Result<()> {
+        let mut worker = command();
+        worker
+            .args(["worker", "--worker-id", name, "--coordinator", &self.address])
+            .arg("--model")
+            .arg(asset("emojiland-sd"))
+            .stdout(Stdio::null());
+        let child = worker.spawn().context("the worker did not start")?;
+        self.processes.push((name.to_owned(), child));
+        Ok(())
+    }
+
+    /// Waits until a generator is attached and concepts are served.
+    pub async fn ready(&mut self) -> Result<()> {
+        let catalog = CatalogServiceClient::new(self.channel()?);
+        let attached = async {
+            loop {
+                let models = catalog.clone().list_models(ListModelsRequest {}).await;
+                let concepts = catalog.clone().list_concepts(ListConceptsRequest {}).await;
+                if let (Ok(models), Ok(concepts)) = (models, concepts)
+                    && !models.into_inner().models.is_empty()
+                    && !concepts.into_inner().concepts.is_empty()
+                {
+                    return;
+                }
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        timeout(PATIENCE, attached).await.context("the cluster did not become ready")
+    }
+
+    /// Kills a process with SIGKILL and waits for its end.
+    pub async fn kill(&mut self, name: &str) -> Result<()> {
+        let position = self.processes.iter().position(|(other, _)| other == name);
+        let position = position.with_context(|| format!("no process `{name}`"))?;
+        let (_, mut child) = self.processes.remove(position);
+        child.kill().await?;
+        Ok(())
+    }
+
+    /// Address of the coordinator.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// A folder that lives as long as the sandbox.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A client of the coordinator.
+    pub fn client(&self) -> Result<GenerationServiceClient<Channel>> {
+        Ok(GenerationServiceClient::new(self.channel()?)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES))
+    }
+
+    /// Submits `spec`.
+    pub async fn submit(&self, spec: JobSpec) -> Result<Job, tonic::Status> {
+        let request = SubmitJobRequest { spec: Some(spec), idempotency_key: String::new() };
+        let client = self.client().map_err(|error| tonic::Status::internal(error.to_string()))?;
+        let reply = client.clone().submit_job(request).await?.into_inner();
+        reply.job.ok_or_else(|| tonic::Status::internal("an answer without a job"))
+    }
+
+    /// The job's events from the first on.
+    pub async fn watch(&self, job: &Job) -> Result<Streaming<WatchJobResponse>> {
+        let request = WatchJobRequest { job_id: job.job_id.clone(), after_sequence: 0 };
+        Ok(self.client()?.watch_job(request).await?.into_inner())
+    }
+
+    /// Waits for the job's end.
+    pub async fn finish(&self, job: &Job) -> Result<Job> {
+        let mut events = self.watch(job).await?;
+        let end = async {
+            while let Some(response) = events.message().await? {
+                if let Some(Event::Job(job)) = response.event
+                    && !matches!(job.state(), JobState::Queued | JobState::Running)
+                {
+                    return Ok(job);
+                }
+            }
+            bail!("the watch ended before the job")
+        };
+        timeout(PATIENCE, end).await.context("the job did not end")?
+    }
+
+    /// Submits `spec`, waits for COMPLETED and returns the released PNGs.
+    pub async fn images(&self, spec: JobSpec) -> Result<(Job, Vec<Vec<u8>>)> {
+        let job = self.finish(&self.submit(spec).await?).await?;
+        ensure!(job.state() == JobState::Completed, "{:?}: {}", job.state(), job.reason);
+        let mut pngs = Vec::new();
+        for image in &job.images {
+            pngs.push(self.png(&job.job_id, image.index).await?);
+        }
+        Ok((job, pngs))
+    }
+
+    /// Fetches one released image.
+    pub async fn png(&self, job_id: &str, index: u32) -> Result<Vec<u8>, tonic::Status> {
+        let request = GetImageRequest { job_id: job_id.to_owned(), index };
+        let client = self.client().map_err(|error| tonic::Status::internal(error.to_string()))?;
+        Ok(client.clone().get_image(request).await?.into_inner().png)
+    }
+
+    fn channel(&self) -> Result<Channel> {
+        Ok(grpc::channel(&self.address, PATIENCE)?)
+    }
+
+    /// Starts a service and reads the address it prints.
+    async fn spawn(&mut self, name: &str, mut command: Command) -> Result<String> {
+        let mut child = command.stdout(Stdio::piped()).spawn()?;
+        let stdout = child.stdout.take().context("stdout was piped")?;
+        let mut lines = BufReader::new(stdout).lines();
+        let line = timeout(PATIENCE, lines.next_line())
+            .await
+            .with_context(|| format!("`{name}` said nothing"))??
+            .with_context(|| format!("`{name}` ended at once"))?;
+        let address = line.strip_prefix("listening on ").with_context(|| line.clone())?.to_owned();
+        self.processes.push((name.to_owned(), child));
+        Ok(address)
+    }
+}

@@ -1,0 +1,116 @@
+//! Where the models that ship with the project are.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+/// Which models a local cluster runs.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Models")]
+pub(crate) struct ModelArgs {
+    /// Generator: a diffusers folder (model_index.json inside), e.g. a Stable Diffusion checkout.
+    /// Default: the embedded emojiland-sd.
+    #[arg(long = "model", value_name = "DIR", env = "FAIRLEAD_MODEL")]
+    pub(crate) generator: Option<PathBuf>,
+    /// Energy: a transformers CLIPModel folder. Default: the embedded emojiland-clip.
+    #[arg(long = "energy", value_name = "DIR", env = "FAIRLEAD_ENERGY")]
+    pub(crate) energy: Option<PathBuf>,
+    /// Concepts to steer away from, as TOML. Default: the twenty of assets/concepts/emojiland.toml.
+    #[arg(long = "concepts", value_name = "FILE", env = "FAIRLEAD_CONCEPTS")]
+    pub(crate) concepts: Option<PathBuf>,
+    /// Folder of calibrations, as written by `fairlead calibrate`. Default: assets/calibrations.
+    #[arg(long = "calibrations", value_name = "DIR", env = "FAIRLEAD_CALIBRATIONS")]
+    pub(crate) calibrations: Option<PathBuf>,
+    /// Folder of the embedded models. Default: `assets` in the working folder, beside the
+    /// binary, or in the source tree it was built from.
+    #[arg(long = "assets", value_name = "DIR", env = "FAIRLEAD_ASSETS")]
+    pub(crate) assets: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    pub(crate) fn generator(&self) -> Result<PathBuf> {
+        self.or_embedded(&self.generator, "emojiland-sd")
+    }
+
+    pub(crate) fn energy(&self) -> Result<PathBuf> {
+        self.or_embedded(&self.energy, "emojiland-clip")
+    }
+
+    pub(crate) fn concepts(&self) -> Result<PathBuf> {
+        self.or_embedded(&self.concepts, "concepts/emojiland.toml")
+    }
+
+    pub(crate) fn calibrations(&self) -> Result<PathBuf> {
+        self.or_embedded(&self.calibrations, "calibrations")
+    }
+
+    pub(crate) fn judge(&self) -> Result<PathBuf> {
+        self.embedded("emojiland-judge")
+    }
+
+    pub(crate) fn policies(&self) -> Result<PathBuf> {
+        self.embedded("policies.toml")
+    }
+
+    pub(crate) fn objects(&self) -> Result<PathBuf> {
+        self.embedded("emojiland-objects.json")
+    }
+
+    fn or_embedded(&self, given: &Option<PathBuf>, name: &str) -> Result<PathBuf> {
+        match given {
+            Some(path) => Ok(path.clone()),
+            None => self.embedded(name),
+        }
+    }
+
+    fn embedded(&self, name: &str) -> Result<PathBuf> {
+        let candidates = match &self.assets {
+            Some(folder) => vec![folder.clone()],
+            None => default_folders(),
+        };
+        let found = candidates.iter().map(|folder| folder.join(name)).find(|path| path.exists());
+        match found {
+            Some(path) => Ok(path),
+            None => bail!(
+                "`{name}` is in none of: {}; point --assets at the project's assets folder",
+                candidates
+                    .iter()
+                    .map(|folder| folder.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
+        }
+    }
+}
+
+fn default_folders() -> Vec<PathBuf> {
+    let beside_binary = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(|folder| folder.join("assets")));
+    let source_tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets");
+    [Some(PathBuf::from("assets")), beside_binary, Some(source_tree)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_asset_names_the_folders_searched() {
+        let empty = tempfile::tempdir().expect("a temporary folder");
+        let args = ModelArgs {
+            generator: None,
+            energy: Some("elsewhere".into()),
+            concepts: None,
+            calibrations: None,
+            assets: Some(empty.path().into()),
+        };
+        let message = args.generator().expect_err("nothing is there").to_string();
+        assert!(message.contains("emojiland-sd") && message.contains("--assets"), "{message}");
+        assert_eq!(args.energy().expect("it was given"), PathBuf::from("elsewhere"));
+    }
+}

@@ -1,0 +1,154 @@
+//! A whole cluster inside this process, on loopback: the real services speaking real gRPC.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use fairlead_coordinator::{CoordinatorOptions, Data, Policies};
+use fairlead_energy::EnergyOptions;
+use fairlead_worker::WorkerArgs;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{assets::ModelArgs, client::Client};
+
+/// Models are loaded and every service attached within this time, or the start failed.
+const START_TIMEOUT: Duration = Duration::from_secs(300);
+const READY_POLL: Duration = Duration::from_millis(20);
+/// Time the services get to end what they hold.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What to run and where.
+pub(crate) struct ClusterOptions {
+    pub(crate) models: ModelArgs,
+    /// Address of the coordinator; port 0 takes a free one.
+    pub(crate) listen: SocketAddr,
+    /// Folder of jobs, images and records; `None` keeps them in memory.
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Policies file; `None` takes the embedded one.
+    pub(crate) policies: Option<PathBuf>,
+    /// Most images in one shard.
+    pub(crate) max_batch: Option<u32>,
+}
+
+impl ClusterOptions {
+    /// A cluster for the length of one command.
+    pub(crate) fn temporary(models: &ModelArgs) -> Self {
+        Self {
+            models: models.clone(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            data_dir: None,
+            policies: None,
+            max_batch: None,
+        }
+    }
+}
+
+/// A running local cluster. Call [`LocalCluster::stop`] to end it in order.
+pub(crate) struct LocalCluster {
+    address: String,
+    services: JoinSet<Result<()>>,
+    stop_workers: CancellationToken,
+    stop_coordinator: CancellationToken,
+}
+
+impl LocalCluster {
+    /// Starts coordinator, energy node and worker and waits until a job could run.
+    pub(crate) async fn start(options: ClusterOptions) -> Result<Self> {
+        let policies = match &options.policies {
+            Some(file) => file.clone(),
+            None => options.models.policies()?,
+        };
+        let coordinator = CoordinatorOptions {
+            data: options.data_dir.map_or(Data::Memory, Data::Dir),
+            policies: Policies::load(&policies)?,
+            ..CoordinatorOptions::default()
+        };
+        let coordinator_listener = TcpListener::bind(options.listen).await.with_context(|| {
+            format!("cannot listen on {} (--listen picks another address)", options.listen)
+        })?;
+        let address = format!("http://{}", coordinator_listener.local_addr()?);
+        let energy_listener = TcpListener::bind("127.0.0.1:0").await?;
+
+        let energy = EnergyOptions {
+            concepts: options.models.concepts()?,
+            calibrations: options.models.calibrations().ok(),
+            coordinator: Some(address.clone()),
+            ..EnergyOptions::new(options.models.energy()?)
+        };
+        let mut worker = WorkerArgs::new(vec![options.models.generator()?], address.clone());
+        worker.max_batch = options.max_batch.unwrap_or(worker.max_batch);
+
+        let (stop_workers, stop_coordinator) = (CancellationToken::new(), CancellationToken::new());
+        let mut services = JoinSet::new();
+        let stop = stop_coordinator.clone();
+        services.spawn(async move {
+            let run = fairlead_coordinator::run(coordinator_listener, coordinator, stop);
+            run.await.context("the coordinator ended")
+        });
+        let stop = stop_workers.clone();
+        services.spawn(async move {
+            let run = fairlead_energy::run(energy_listener, energy, stop);
+            run.await.context("the energy node ended")
+        });
+        let stop = stop_workers.clone();
+        services.spawn(async move {
+            fairlead_worker::run(worker, stop).await.context("the worker ended")
+        });
+        let mut cluster = Self { address, services, stop_workers, stop_coordinator };
+        cluster.ready().await?;
+        Ok(cluster)
+    }
+
+    /// Address of the coordinator, "http://127.0.0.1:port".
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Ends when a service does, which is an error unless the cluster was stopped.
+    pub(crate) async fn failed(&mut self) -> Result<()> {
+        match self.services.join_next().await {
+            Some(Ok(Ok(()))) => bail!("a service ended by itself"),
+            Some(Ok(Err(error))) => Err(error),
+            Some(Err(panic)) => bail!("a service panicked: {panic}"),
+            None => bail!("no service is running"),
+        }
+    }
+
+    /// Stops worker and energy node, and when these have left, the coordinator.
+    pub(crate) async fn stop(mut self) -> Result<()> {
+        let drain = async {
+            self.stop_workers.cancel();
+            while let Some(ended) = self.services.join_next().await {
+                ended.context("a service panicked")??;
+                if self.services.len() <= 1 {
+                    self.stop_coordinator.cancel();
+                }
+            }
+            Ok(())
+        };
+        tokio::time::timeout(STOP_TIMEOUT, drain)
+            .await
+            .context("the services did not stop in time")?
+    }
+
+    async fn ready(&mut self) -> Result<()> {
+        let client = Client::new(&self.address)?;
+        let attached = async {
+            loop {
+                let models = client.models().await.map(|models| models.len()).unwrap_or(0);
+                let concepts = client.concepts().await.map(|list| list.len()).unwrap_or(0);
+                if models > 0 && concepts > 0 {
+                    return;
+                }
+                tokio::time::sleep(READY_POLL).await;
+            }
+        };
+        tokio::select! {
+            () = attached => Ok(()),
+            failed = self.failed() => failed,
+            () = tokio::time::sleep(START_TIMEOUT) => {
+                bail!("the local cluster was not ready within {START_TIMEOUT:?}")
+            }
+        }
+    }
+}

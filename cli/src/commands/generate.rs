@@ -1,0 +1,275 @@
+//! `fairlead generate`: prompts in, steered images out.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use fairlead_common::shutdown;
+use fairlead_proto::v1::{ImageStatus, JobSpec, JobState, SteeringMode, SteeringParams};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    assets::ModelArgs,
+    client::{self, Client, Finished},
+    cluster::{ClusterOptions, LocalCluster},
+    output,
+    progress::JobProgress,
+};
+
+/// Exit status when every job ended but some image was withheld.
+const WITHHELD: u8 = 3;
+/// Exit status after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Makes images from prompts and steers each one away from the policy's concepts while it is
+/// being sampled.
+///
+/// Without --server a whole cluster runs on this machine for the length of the command. Each
+/// image is written as NAME.png with its safety record NAME.json beside it; a withheld image
+/// leaves its record only. Ctrl-C cancels the job, not just this command.
+///
+/// Exit status: 0 all images released, 3 some withheld, 1 an error, 130 cancelled.
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    /// What to draw; several prompts are several jobs.
+    #[arg(required = true, value_name = "PROMPT")]
+    prompts: Vec<String>,
+    #[command(flatten)]
+    models: ModelArgs,
+    #[command(flatten)]
+    request: RequestArgs,
+    #[command(flatten)]
+    steering: SteeringArgs,
+    /// Coordinator to send the jobs to, e.g. http://127.0.0.1:7100.
+    #[arg(long, env = "FAIRLEAD_SERVER")]
+    server: Option<String>,
+    /// Generator by name, where the coordinator has several.
+    #[arg(long, value_name = "NAME", requires = "server")]
+    model_name: Option<String>,
+    /// Folder for images and records.
+    #[arg(long, short, default_value = "out")]
+    out: PathBuf,
+}
+
+/// What of a job is the client's to choose.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Request")]
+pub(crate) struct RequestArgs {
+    /// What not to draw.
+    #[arg(long, default_value = "")]
+    negative: String,
+    /// Images a prompt, 1 to 64.
+    #[arg(short, long, default_value_t = 1)]
+    n: u32,
+    /// Width and height in pixels, e.g. 512x512 or 512. Default: the model's.
+    #[arg(long, value_name = "WxH", value_parser = parse_size)]
+    size: Option<(u32, u32)>,
+    /// Sampling steps. Default: the model's.
+    #[arg(long)]
+    steps: Option<u32>,
+    /// Classifier-free guidance scale; 1 switches it off. Default: the model's.
+    #[arg(long)]
+    guidance: Option<f32>,
+    /// Seed of the first image; image i takes SEED + i. Default: drawn by the coordinator.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Policy by name. Default: the coordinator's default policy.
+    #[arg(long, default_value = "")]
+    pub(crate) policy: String,
+    /// A concept to steer away from on top of the policy's; repeatable.
+    #[arg(long = "concept", value_name = "NAME")]
+    extra_concepts: Vec<String>,
+    /// Most images a shard; the images do not depend on it.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_shard_size: u32,
+}
+
+/// Overrides of the policy's steering knobs, where the policy allows them.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Steering (where the policy allows)")]
+pub(crate) struct SteeringArgs {
+    /// How a correction enters the sampler.
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// Strength of one correction, relative to the clean estimate.
+    #[arg(long)]
+    eta: Option<f32>,
+    /// Start of the steering window as a fraction of training time (1 is pure noise).
+    #[arg(long)]
+    window_start: Option<f32>,
+    /// End of the steering window.
+    #[arg(long)]
+    window_end: Option<f32>,
+    /// Corrections a step, 1 to 4.
+    #[arg(long)]
+    inner_iterations: Option<u32>,
+    /// Gaussian over the latent gradient, in latent pixels.
+    #[arg(long)]
+    smoothing: Option<f32>,
+    /// Bound on the sum of corrections.
+    #[arg(long)]
+    cap: Option<f32>,
+    /// Crops the energy node makes of each image, 1 to 8.
+    #[arg(long)]
+    crops: Option<u32>,
+    /// Steps between evaluations while all gates are closed, 1 to 4.
+    #[arg(long)]
+    probe_period: Option<u32>,
+}
+
+/// The method's modes B, A and C.
+#[derive(Clone, Copy, ValueEnum)]
+enum Mode {
+    HoldNoise,
+    HoldState,
+    ShiftState,
+}
+
+impl SteeringArgs {
+    /// The overrides, or `None` if nothing was given.
+    pub(crate) fn params(&self) -> Option<SteeringParams> {
+        let mode = match self.mode {
+            None => SteeringMode::Unspecified,
+            Some(Mode::HoldNoise) => SteeringMode::HoldNoise,
+            Some(Mode::HoldState) => SteeringMode::HoldState,
+            Some(Mode::ShiftState) => SteeringMode::ShiftState,
+        };
+        let params = SteeringParams {
+            mode: mode.into(),
+            eta: self.eta,
+            window_start: self.window_start,
+            window_end: self.window_end,
+            inner_iterations: self.inner_iterations,
+            smoothing: self.smoothing,
+            cap: self.cap,
+            crops: self.crops,
+            probe_period: self.probe_period,
+        };
+        (params != SteeringParams::default()).then_some(params)
+    }
+}
+
+impl RequestArgs {
+    /// The job for `prompt`.
+    pub(crate) fn spec(&self, prompt: &str, steering: &SteeringArgs) -> JobSpec {
+        JobSpec {
+            prompt: prompt.to_owned(),
+            negative_prompt: self.negative.clone(),
+            n: self.n,
+            width: self.size.map(|(width, _)| width),
+            height: self.size.map(|(_, height)| height),
+            steps: self.steps,
+            guidance_scale: self.guidance,
+            seed: self.seed,
+            policy: self.policy.clone(),
+            extra_concepts: self.extra_concepts.clone(),
+            steering: steering.params(),
+            max_shard_size: self.max_shard_size,
+            ..Default::default()
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Result<(u32, u32), String> {
+    let (width, height) = text.split_once(['x', 'X']).unwrap_or((text, text));
+    let side = |s: &str| s.trim().parse::<u32>().map_err(|_| format!("`{s}` is no pixel count"));
+    Ok((side(width)?, side(height)?))
+}
+
+pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
+    let stop = shutdown::on_signal()?;
+    let folder = output::ensure_folder(&args.out)?;
+    let (client, cluster) = match &args.server {
+        Some(server) => (Client::new(server)?, None),
+        None => {
+            let start = LocalCluster::start(ClusterOptions::temporary(&args.models));
+            let cluster = tokio::select! {
+                cluster = start => cluster?,
+                () = stop.cancelled() => return Ok(ExitCode::from(INTERRUPTED)),
+            };
+            (Client::new(cluster.address())?, Some(cluster))
+        }
+    };
+    let outcome = generate_all(&client, &args, &folder, &stop).await;
+    if let Some(cluster) = cluster {
+        cluster.stop().await?;
+    }
+    outcome
+}
+
+async fn generate_all(
+    client: &Client,
+    args: &GenerateArgs,
+    folder: &Path,
+    stop: &CancellationToken,
+) -> Result<ExitCode> {
+    let mut withheld = 0;
+    for prompt in &args.prompts {
+        let mut spec = args.request.spec(prompt, &args.steering);
+        spec.model = args.model_name.clone().unwrap_or_default();
+        let job = client.submit(spec).await?;
+        let mut progress = JobProgress::new();
+        let job = client.follow(&job, stop, |step| progress.step(step)).await?;
+        progress.finish();
+        match job.state() {
+            JobState::Completed => {}
+            JobState::Cancelled => {
+                eprintln!("job {} was cancelled", job.job_id);
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
+            _ => bail!("job {} failed: {}", job.job_id, job.reason),
+        }
+        withheld += report(&client.collect(job).await?, prompt, folder)?;
+    }
+    Ok(if withheld > 0 { ExitCode::from(WITHHELD) } else { ExitCode::SUCCESS })
+}
+
+/// Saves and prints what a job left; returns how many images were withheld.
+fn report(finished: &Finished, prompt: &str, folder: &Path) -> Result<usize> {
+    for notice in &finished.job.notices {
+        println!("note: {notice}");
+    }
+    let mut withheld = 0;
+    for image in &finished.images {
+        let name = format!("{}-{}", output::slug(prompt), image.info.seed);
+        client::save(image, folder, &name)?;
+        let top = output::top_score(&image.info.final_scores)
+            .map(|top| format!("{} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))
+            .unwrap_or_default();
+        let steered = if image.info.steered { "steered" } else { "untouched" };
+        match image.info.status() {
+            ImageStatus::Released => {
+                println!("{}  {steered}  {top}", folder.join(format!("{name}.png")).display());
+            }
+            ImageStatus::Withheld => {
+                withheld += 1;
+                println!("withheld: image {} of \"{prompt}\": {top}", image.info.index);
+            }
+            other => {
+                return Err(anyhow::anyhow!(
+                    "image {} is {}",
+                    image.info.index,
+                    other.as_str_name()
+                ))
+                .context("a completed job has released or withheld images only");
+            }
+        }
+    }
+    Ok(withheld)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_one_side_or_two() {
+        assert_eq!(parse_size("512"), Ok((512, 512)));
+        assert_eq!(parse_size("640x384"), Ok((640, 384)));
+        assert!(parse_size("big").expect_err("no number").contains("`big`"));
+        assert!(parse_size("-1x2").is_err());
+    }
+}

@@ -1,0 +1,52 @@
+//! `fairlead up`: a cluster on loopback that stays.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::Args;
+use fairlead_common::shutdown;
+
+use crate::{
+    assets::ModelArgs,
+    cluster::{ClusterOptions, LocalCluster},
+};
+
+/// Runs coordinator, worker and energy node in one process, each on its own loopback port.
+///
+/// Then, in another terminal: `fairlead generate --server http://127.0.0.1:7100 "a cat"`.
+#[derive(Args)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    models: ModelArgs,
+    /// Address of the coordinator. This mode has no authentication: keep it on loopback.
+    #[arg(long, default_value = "127.0.0.1:7100", env = "FAIRLEAD_LISTEN")]
+    listen: SocketAddr,
+    /// Folder of jobs, images and safety records; kept between runs.
+    #[arg(long, default_value = "fairlead-data", env = "FAIRLEAD_DATA_DIR")]
+    data_dir: PathBuf,
+    /// Policies file. Default: assets/policies.toml.
+    #[arg(long, value_name = "FILE", env = "FAIRLEAD_POLICIES")]
+    policies: Option<PathBuf>,
+    /// Most images the worker makes at once.
+    #[arg(long, value_name = "N")]
+    max_batch: Option<u32>,
+}
+
+pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
+    let stop = shutdown::on_signal()?;
+    let options = ClusterOptions {
+        models: args.models,
+        listen: args.listen,
+        data_dir: Some(args.data_dir),
+        policies: args.policies,
+        max_batch: args.max_batch,
+    };
+    let mut cluster = LocalCluster::start(options).await?;
+    println!("cluster ready at {}", cluster.address());
+    tokio::select! {
+        () = stop.cancelled() => {}
+        failed = cluster.failed() => failed?,
+    }
+    cluster.stop().await?;
+    Ok(ExitCode::SUCCESS)
+}

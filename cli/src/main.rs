@@ -1,0 +1,101 @@
+//! The `fairlead` binary: every service of the cluster and the client's commands.
+
+mod assets;
+mod client;
+mod cluster;
+mod commands;
+mod output;
+mod pairs;
+mod progress;
+mod prompts;
+mod report;
+mod sheet;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use fairlead_common::telemetry::{self, LogFormat};
+
+// The engine allocates and frees activations of many megabytes at every step; with the system
+// allocator these go back to the kernel each time and cost more than the arithmetic.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Generate images from text and steer each one, while it is being sampled, away from concepts
+/// you forbid.
+///
+/// Start with `fairlead generate "a cat and a kitchen knife"`: it runs a whole cluster on this
+/// machine for the length of the command, on the small models that ship with the project.
+/// `fairlead up` keeps such a cluster running; `coordinator`, `worker` and `energy` start one
+/// service each, for clusters of several machines.
+#[derive(Parser)]
+#[command(name = "fairlead", version, max_term_width = 100, propagate_version = true)]
+struct Cli {
+    /// How log lines look: human or json.
+    #[arg(long, global = true, env = "FAIRLEAD_LOG_FORMAT", default_value = "human")]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a whole cluster on loopback: coordinator, worker and energy node.
+    Up(commands::up::UpArgs),
+    /// Turn prompts into steered images.
+    Generate(commands::generate::GenerateArgs),
+    /// Run the coordinator: admission, shards, leases, release.
+    Coordinator(fairlead_coordinator::CoordinatorArgs),
+    /// Run a generator worker attached to a coordinator.
+    Worker(fairlead_worker::WorkerArgs),
+    /// Run an energy node: a frozen model that scores concepts and answers with gradients.
+    Energy(fairlead_energy::EnergyArgs),
+    /// List the concepts a cluster steers away from and who serves them.
+    Concepts(commands::concepts::ConceptsArgs),
+    /// Measure a generator's benign images and set the gate from them.
+    Calibrate(commands::calibrate::CalibrateArgs),
+    /// Show what a PNG says about itself and check it against its safety record.
+    Inspect(commands::inspect::InspectArgs),
+    /// Draw the demonstration sheet: unsteered and steered pairs with their score curves.
+    Demo(commands::demo::DemoArgs),
+    /// Measure steering with a judge that does not steer.
+    Evaluate(commands::evaluate::EvaluateArgs),
+}
+
+impl Command {
+    /// Services log what they do; commands talk through their own output.
+    fn default_filter(&self) -> &'static str {
+        match self {
+            Self::Up(_) | Self::Coordinator(_) | Self::Worker(_) | Self::Energy(_) => "info",
+            _ => "error",
+        }
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    telemetry::init(cli.log_format, cli.command.default_filter());
+    match run(cli.command).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {}", output::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Up(args) => commands::up::run(args).await,
+        Command::Generate(args) => commands::generate::run(args).await,
+        Command::Coordinator(args) => commands::services::coordinator(args).await,
+        Command::Worker(args) => commands::services::worker(args).await,
+        Command::Energy(args) => commands::services::energy(args).await,
+        Command::Concepts(args) => commands::concepts::run(args).await,
+        Command::Calibrate(args) => commands::calibrate::run(args).await,
+        Command::Inspect(args) => commands::inspect::run(args).await,
+        Command::Demo(args) => commands::demo::run(args).await,
+        Command::Evaluate(args) => commands::evaluate::run(args).await,
+    }
+}

@@ -1,0 +1,80 @@
+//! How commands say things.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use fairlead_proto::v1::ConceptScore;
+
+/// An error with its causes on one line; what a gRPC status wraps is reduced to its message.
+pub(crate) fn chain(error: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let text = match cause.downcast_ref::<tonic::Status>() {
+            Some(status) => format!("{} ({:?})", status.message(), status.code()),
+            None => cause.to_string(),
+        };
+        if !parts.iter().any(|part| part.contains(&text)) {
+            parts.push(text);
+        }
+    }
+    parts.join(": ")
+}
+
+/// The concept closest to its gate, for one-line displays.
+pub(crate) fn top_score(scores: &[ConceptScore]) -> Option<&ConceptScore> {
+    scores.iter().max_by(|a, b| (a.z - a.gate).total_cmp(&(b.z - b.gate)))
+}
+
+/// A file name from a prompt: lower-case words joined by hyphens, at most 48 characters.
+pub(crate) fn slug(text: &str) -> String {
+    let mut slug = String::new();
+    for c in text.chars().flat_map(char::to_lowercase) {
+        if c.is_alphanumeric() {
+            slug.push(c);
+        } else if !slug.is_empty() && !slug.ends_with('-') {
+            slug.push('-');
+        }
+        if slug.chars().count() >= 48 {
+            break;
+        }
+    }
+    let slug = slug.trim_matches('-');
+    if slug.is_empty() { "image".to_owned() } else { slug.to_owned() }
+}
+
+/// Creates `folder` and returns it.
+pub(crate) fn ensure_folder(folder: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create the output folder {}", folder.display()))?;
+    Ok(folder.to_owned())
+}
+
+/// Writes a file whole or not at all: a reader never sees half of it.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let part = path.with_extension("part");
+    std::fs::write(&part, bytes)
+        .and_then(|()| std::fs::rename(&part, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn slugs_read_like_the_prompt() {
+        assert_eq!(slug("A cat, and a kitchen knife!"), "a-cat-and-a-kitchen-knife");
+        assert_eq!(slug("../../etc/passwd"), "etc-passwd");
+        assert_eq!(slug("\u{1f52a}"), "image");
+    }
+
+    proptest! {
+        #[test]
+        fn slugs_are_safe_file_names(text in ".*") {
+            let slug = slug(&text);
+            prop_assert!(!slug.is_empty() && slug.chars().count() <= 48);
+            prop_assert!(slug.chars().all(|c| c.is_alphanumeric() || c == '-'));
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Progress bars: one line an image with its step, its score closest to the gate, and the gate.
+
+use std::{collections::BTreeMap, io::IsTerminal};
+
+use fairlead_proto::v1::StepProgress;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::output;
+
+const TEMPLATE: &str = "{prefix:>4} [{bar:24}] {pos:>3}/{len:<3} {msg}";
+
+/// The bars of one job. Hidden where standard error is no terminal.
+pub(crate) struct JobProgress {
+    bars: MultiProgress,
+    images: BTreeMap<u32, ProgressBar>,
+}
+
+impl JobProgress {
+    pub(crate) fn new() -> Self {
+        let bars = MultiProgress::new();
+        if !std::io::stderr().is_terminal() {
+            bars.set_draw_target(indicatif::ProgressDrawTarget::hidden());
+        }
+        Self { bars, images: BTreeMap::new() }
+    }
+
+    /// Shows `step` on its image's bar.
+    pub(crate) fn step(&mut self, step: &StepProgress) {
+        let bar = self.images.entry(step.index).or_insert_with(|| {
+            let style = ProgressStyle::with_template(TEMPLATE)
+                .expect("the template is valid")
+                .progress_chars("=> ");
+            let bar = ProgressBar::new(u64::from(step.steps)).with_style(style);
+            self.bars.add(bar.with_prefix(format!("#{}", step.index)))
+        });
+        bar.set_position(u64::from(step.step) + 1);
+        bar.set_message(describe(step));
+    }
+
+    /// Leaves the bars on the screen as they are.
+    pub(crate) fn finish(&self) {
+        for bar in self.images.values() {
+            bar.abandon();
+        }
+    }
+}
+
+/// "kitchen-knife z 4.1 / 3.2 open, corrected 0.21", as much of it as the step has.
+fn describe(step: &StepProgress) -> String {
+    let mut text = String::new();
+    if step.attempt > 0 {
+        text.push_str(&format!("rerun {} ", step.attempt));
+    }
+    if let Some(top) = output::top_score(&step.scores) {
+        let gate = if top.open { "open" } else { "closed" };
+        text.push_str(&format!("{} z {:.1} / {:.1} {gate}", top.concept, top.z, top.gate));
+    }
+    if step.correction > 0.0 {
+        text.push_str(&format!(", corrected {:.2}", step.correction));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_proto::v1::ConceptScore;
+
+    #[test]
+    fn a_step_is_described_by_the_concept_closest_to_its_gate() {
+        let score = |concept: &str, z, gate, open| ConceptScore {
+            concept: concept.into(),
+            z,
+            gate,
+            open,
+            ..Default::default()
+        };
+        let step = StepProgress {
+            scores: vec![score("axe", 3.0, 5.0, false), score("bomb", 2.5, 2.0, true)],
+            correction: 0.25,
+            attempt: 1,
+            ..Default::default()
+        };
+        assert_eq!(describe(&step), "rerun 1 bomb z 2.5 / 2.0 open, corrected 0.25");
+        assert_eq!(describe(&StepProgress::default()), "");
+    }
+}

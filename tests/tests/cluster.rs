@@ -1,0 +1,241 @@
+//! The services as processes: images, determinism, and an energy node that dies.
+
+use anyhow::{Context, Result};
+use fairlead_proto::v1::{
+    CancelJobRequest, ImageStatus, JobSpec, JobState, watch_job_response::Event,
+};
+use fairlead_tests::{PATIENCE, Sandbox, asset};
+use tokio::time::timeout;
+use tonic::Code;
+
+/// A policy that steers, one that only looks, and one for step counts nobody calibrated.
+const POLICIES: &str = r#"
+default_policy = "default"
+[policies.default]
+concepts = ["*"]
+allow_overrides = true
+[policies.unsteered]
+concepts = ["*"]
+observe_only = true
+[policies.lenient]
+concepts = ["*"]
+allow_calibration_fallback = true
+"#;
+
+async fn sandbox() -> Result<Sandbox> {
+    let mut sandbox = Sandbox::with_policies(POLICIES).await?;
+    sandbox.energy("energy").await?;
+    sandbox.worker("worker").await?;
+    sandbox.ready().await?;
+    Ok(sandbox)
+}
+
+fn spec(prompt: &str, n: u32) -> JobSpec {
+    JobSpec { prompt: prompt.to_owned(), n, seed: Some(11), ..Default::default() }
+}
+
+/// The pixels of an RGB8 PNG.
+fn pixels(bytes: &[u8]) -> Vec<u8> {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().expect("a PNG");
+    let mut pixels = vec![0; reader.output_buffer_size().expect("a small image")];
+    reader.next_frame(&mut pixels).expect("a whole PNG");
+    pixels
+}
+
+fn all_pixels(pngs: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    pngs.iter().map(|png| pixels(png)).collect()
+}
+
+#[tokio::test]
+async fn benign_images_are_identical_to_unsteered_ones() -> Result<()> {
+    let sandbox = sandbox().await?;
+    let benign = spec("a penguin on a blue background", 4);
+    let (job, steered) = sandbox.images(benign.clone()).await?;
+    let unsteered = JobSpec { policy: "unsteered".into(), ..benign };
+    let (_, unsteered) = sandbox.images(unsteered).await?;
+    assert!(job.images.iter().all(|image| !image.steered), "a benign image was steered");
+    assert_eq!(job.policy.expect("a pinned policy").concepts.len(), 20);
+    assert_eq!(all_pixels(&steered), all_pixels(&unsteered));
+    let distinct: std::collections::BTreeSet<_> = all_pixels(&steered).into_iter().collect();
+    assert_eq!(distinct.len(), 4, "four seeds give four images");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_target_is_steered_and_images_do_not_depend_on_sharding() -> Result<()> {
+    let sandbox = sandbox().await?;
+    // A low eta keeps the final check from rerunning every image; withheld ones would do as well.
+    let target = spec("a kitchen knife on a white background", 4);
+    let mut records = Vec::new();
+    for max_shard_size in [4, 1, 3] {
+        let sharded = JobSpec { max_shard_size, ..target.clone() };
+        let job = sandbox.finish(&sandbox.submit(sharded).await?).await?;
+        assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+        assert!(job.images.iter().any(|image| image.steered), "no image was steered");
+        let mut outcome = Vec::new();
+        for image in &job.images {
+            outcome.push(match image.status() {
+                ImageStatus::Released => pixels(&sandbox.png(&job.job_id, image.index).await?),
+                ImageStatus::Withheld => Vec::new(),
+                other => panic!("image {} is {other:?}", image.index),
+            });
+        }
+        records.push(outcome);
+    }
+    assert_eq!(records[0], records[1]);
+    assert_eq!(records[0], records[2]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_energy_node_gone_mid_job_releases_nothing() -> Result<()> {
+    let mut sandbox = sandbox().await?;
+    let long = JobSpec {
+        steps: Some(500),
+        policy: "lenient".into(),
+        ..spec("a cat and a kitchen knife", 2)
+    };
+    let job = sandbox.submit(long).await?;
+    let mut events = sandbox.watch(&job).await?;
+    let first_score = async {
+        while let Some(response) = events.message().await? {
+            if matches!(&response.event, Some(Event::Progress(step)) if !step.scores.is_empty()) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("the job ended before its first score")
+    };
+    timeout(PATIENCE, first_score).await??;
+    sandbox.kill("energy").await?;
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Failed, "{job:?}");
+    let concepts = job.policy.as_ref().expect("a pinned policy").concepts.iter();
+    let named = concepts.clone().any(|concept| job.reason.contains(&concept.name));
+    assert!(named, "the reason names a concept: {}", job.reason);
+    for image in &job.images {
+        let status = sandbox.png(&job.job_id, image.index).await.expect_err("nothing is released");
+        assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_killed_worker_loses_no_job_and_changes_no_byte() -> Result<()> {
+    let mut sandbox = sandbox().await?;
+    let spec = JobSpec {
+        steps: Some(200),
+        policy: "lenient".into(),
+        ..spec("an owl on a green background", 2)
+    };
+    let (_, calm) = sandbox.images(spec.clone()).await?;
+    let job = sandbox.submit(spec).await?;
+    let mut events = sandbox.watch(&job).await?;
+    let first_step = async {
+        while let Some(response) = events.message().await? {
+            if matches!(response.event, Some(Event::Progress(_))) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("the job ended before its first step")
+    };
+    timeout(PATIENCE, first_step).await??;
+    sandbox.kill("worker").await?;
+    sandbox.worker("another").await?;
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    for (image, calm) in job.images.iter().zip(&calm) {
+        assert_eq!(pixels(&sandbox.png(&job.job_id, image.index).await?), pixels(calm));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_cancelled_job_ends_cancelled_and_the_worker_goes_on() -> Result<()> {
+    let sandbox = sandbox().await?;
+    let long = JobSpec { steps: Some(1000), policy: "lenient".into(), ..spec("a star", 4) };
+    let job = sandbox.submit(long).await?;
+    let request = CancelJobRequest { job_id: job.job_id.clone() };
+    sandbox.client()?.cancel_job(request).await?;
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Cancelled);
+    assert!(job.images.iter().all(|image| image.status() == ImageStatus::Cancelled));
+    let (job, _) = sandbox.images(spec("a star on a blue background", 1)).await?;
+    assert_eq!(job.state(), JobState::Completed);
+    Ok(())
+}
+
+#[tokio::test]
+async fn bad_requests_say_what_where_and_what_to_do() -> Result<()> {
+    let sandbox = sandbox().await?;
+    let good = spec("a cat", 1);
+    let cases: Vec<(&str, JobSpec, &[&str])> = vec![
+        ("empty prompt", JobSpec { prompt: " ".into(), ..good.clone() }, &["prompt"]),
+        ("size 63", JobSpec { width: Some(63), ..good.clone() }, &["width", "63", "64"]),
+        ("steps 0", JobSpec { steps: Some(0), ..good.clone() }, &["steps", "0"]),
+        ("n 0", JobSpec { n: 0, ..good.clone() }, &["n", "0"]),
+        ("n 10000", JobSpec { n: 10_000, ..good.clone() }, &["n", "10000"]),
+        (
+            "unknown concept",
+            JobSpec { extra_concepts: vec!["kitchen-knive".into()], ..good.clone() },
+            &["kitchen-knive", "kitchen-knife"],
+        ),
+        (
+            "unknown policy",
+            JobSpec { policy: "strict".into(), ..good.clone() },
+            &["strict", "default"],
+        ),
+        (
+            "unknown model",
+            JobSpec { model: "sdxl".into(), ..good.clone() },
+            &["sdxl", "emojiland-sd"],
+        ),
+    ];
+    for (name, spec, words) in cases {
+        let status = sandbox.submit(spec).await.expect_err(name);
+        assert!(
+            matches!(status.code(), Code::InvalidArgument | Code::NotFound | Code::Unavailable),
+            "{name}: {status:?}"
+        );
+        for word in words {
+            assert!(status.message().contains(word), "{name} lacks `{word}`: {}", status.message());
+        }
+    }
+    let uncalibrated = JobSpec { steps: Some(17), ..good.clone() };
+    let status = sandbox.submit(uncalibrated).await.expect_err("17 steps are not calibrated");
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("fairlead calibrate"), "{}", status.message());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_long_prompt_is_encoded_in_chunks_and_the_answer_says_so() -> Result<()> {
+    let sandbox = sandbox().await?;
+    let prompt = "a cat on a blue background, ".repeat(250);
+    let job = sandbox.finish(&sandbox.submit(spec(&prompt, 1)).await?).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    let notice = job.notices.first().context("a notice about the prompt")?;
+    assert!(notice.contains("chunks"), "{notice}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_an_energy_node_nothing_is_admitted() -> Result<()> {
+    let mut sandbox = Sandbox::with_policies(POLICIES).await?;
+    sandbox.worker("worker").await?;
+    let submit = async {
+        loop {
+            match sandbox.submit(spec("a cat", 1)).await {
+                // The worker is still loading.
+                Err(status) if status.message().contains("worker") => {
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+                other => return other,
+            }
+        }
+    };
+    let status = timeout(PATIENCE, submit).await?.expect_err("no concept is served");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains("energy"), "{}", status.message());
+    assert!(asset("emojiland-clip").exists());
+    Ok(())
+}
