@@ -1,1 +1,38 @@
-//! Work in progress.
+//! The coordinator: admits jobs under an operator's policy, hands their shards to workers under
+//! leases with fencing tokens, checks every finished image once more before it is released, and
+//! tells clients what became of it.
+//!
+//! Decisions are pure functions (`admission`, `policy`, `placement`, `lease`, `transition`,
+//! `routing`, `verdict`); everything outside sits behind the `Store` trait, `object_store` or gRPC.
+
+mod admission;
+mod clock;
+mod config;
+mod error;
+mod events;
+mod grpc;
+mod hub;
+mod lease;
+mod outputs;
+mod placement;
+mod policy;
+mod registry;
+mod release;
+mod routing;
+mod server;
+mod service;
+mod state;
+mod steering;
+mod store;
+mod suggest;
+mod transition;
+mod verdict;
+
+pub use config::{CoordinatorArgs, CoordinatorOptions, Data};
+pub use error::{Error, Result};
+pub use lease::{LeaseError, Phase};
+pub use outputs::OutputError;
+pub use policy::{Policies, Policy, PolicyError};
+pub use server::run;
+pub use store::StoreError;
+pub use transition::Refusal;

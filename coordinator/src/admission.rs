@@ -1,0 +1,316 @@
+//! Admission: a request becomes a job with every default filled in and every concept pinned, or
+//! is refused with what, where and what to do. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fairlead_common::ids::{JobId, RecordId, ShardId};
+use fairlead_proto::v1::{self, ImageStatus};
+
+use crate::{
+    error::{Error, Result},
+    placement,
+    policy::{Policies, Policy},
+    routing::{self, Calibration, LiveNode},
+    state::{JobRecord, Shard},
+    steering, suggest,
+};
+
+/// Most bytes of a prompt.
+pub(crate) const MAX_PROMPT_BYTES: usize = 8 << 10;
+
+/// Most images of a job.
+pub(crate) const MAX_IMAGES: u32 = 64;
+
+/// Most sampling steps.
+pub(crate) const MAX_STEPS: u32 = 1_000;
+
+/// Most concepts of a job.
+const MAX_EXTRA_CONCEPTS: usize = 256;
+
+/// What the cluster offers when a request arrives.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cluster<'a> {
+    /// Generators of attached workers.
+    pub(crate) models: &'a [v1::ModelInfo],
+    /// Names of generators seen since the start.
+    pub(crate) seen_models: &'a BTreeSet<String>,
+    /// Live energy nodes.
+    pub(crate) nodes: &'a [LiveNode],
+    /// Names of concepts seen since the start.
+    pub(crate) seen_concepts: &'a BTreeSet<String>,
+}
+
+/// What a new job is given.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Identity {
+    /// Its id; shard and record ids derive from it.
+    pub(crate) job: JobId,
+    /// The seed if the request has none.
+    pub(crate) drawn_seed: u64,
+    /// Unix milliseconds.
+    pub(crate) now: i64,
+}
+
+/// Admits `spec` or refuses it.
+pub(crate) fn admit(
+    spec: &v1::JobSpec,
+    policies: &Policies,
+    cluster: &Cluster<'_>,
+    identity: Identity,
+) -> Result<JobRecord> {
+    check_prompts(spec)?;
+    check_count(spec.n)?;
+    let model = find_model(&spec.model, cluster)?;
+    let width = side("width", spec.width, model.default_width, model)?;
+    let height = side("height", spec.height, model.default_height, model)?;
+    let steps = steps(spec.steps.unwrap_or(model.default_steps))?;
+    let guidance = guidance(spec.guidance_scale.unwrap_or(model.default_guidance_scale))?;
+    let policy = policies.get(&spec.policy).ok_or_else(|| {
+        let hint = suggest::hint(&spec.policy, policies.names());
+        Error::invalid("policy", format!("`{}` is unknown{hint}", spec.policy))
+    })?;
+    let key =
+        v1::CalibrationKey { generator: model.hash.clone(), sampler: model.sampler.clone(), steps };
+    let pinned = pin_policy(spec, policy, cluster, model, &key)?;
+    let filled = v1::JobSpec {
+        model: model.name.clone(),
+        width: Some(width),
+        height: Some(height),
+        steps: Some(steps),
+        guidance_scale: Some(guidance),
+        seed: Some(spec.seed.unwrap_or(identity.drawn_seed)),
+        policy: policy.name.clone(),
+        steering: pinned.steering,
+        ..spec.clone()
+    };
+    Ok(build(filled, pinned, model, identity))
+}
+
+/// Calibration that a job under `policy` needs of its nodes.
+pub(crate) fn calibration<'a>(
+    policy: &v1::PinnedPolicy,
+    key: &'a v1::CalibrationKey,
+) -> Calibration<'a> {
+    match (policy.observe_only, policy.allow_calibration_fallback) {
+        (true, _) => Calibration::Unneeded,
+        (false, true) => Calibration::Preferred(key),
+        (false, false) => Calibration::Required(key),
+    }
+}
+
+fn check_prompts(spec: &v1::JobSpec) -> Result<()> {
+    if spec.prompt.trim().is_empty() {
+        return Err(Error::invalid("prompt", "is empty; say what to draw"));
+    }
+    for (field, text) in [("prompt", &spec.prompt), ("negative_prompt", &spec.negative_prompt)] {
+        if text.len() > MAX_PROMPT_BYTES {
+            let problem = format!("has {} bytes; at most {MAX_PROMPT_BYTES}", text.len());
+            return Err(Error::invalid(field, problem));
+        }
+    }
+    if spec.extra_concepts.len() > MAX_EXTRA_CONCEPTS {
+        let problem = format!("has {}; at most {MAX_EXTRA_CONCEPTS}", spec.extra_concepts.len());
+        return Err(Error::invalid("extra_concepts", problem));
+    }
+    Ok(())
+}
+
+fn check_count(n: u32) -> Result<()> {
+    if (1..=MAX_IMAGES).contains(&n) {
+        return Ok(());
+    }
+    Err(Error::invalid("n", format!("is {n}; ask for 1 to {MAX_IMAGES} images")))
+}
+
+fn find_model<'a>(name: &str, cluster: &Cluster<'a>) -> Result<&'a v1::ModelInfo> {
+    let names = || cluster.models.iter().map(|model| model.name.as_str());
+    if let Some(model) = cluster.models.iter().find(|model| model.name == name) {
+        return Ok(model);
+    }
+    match (name.is_empty(), cluster.models) {
+        (true, [only]) => Ok(only),
+        (_, []) => Err(Error::Unavailable(
+            "model: no worker is attached; start one with `fairlead worker`".to_owned(),
+        )),
+        (true, _) => {
+            let hint = suggest::hint("", names());
+            Err(Error::invalid("model", format!("is empty and several are attached{hint}")))
+        }
+        (false, _) if cluster.seen_models.contains(name) => Err(Error::Unavailable(format!(
+            "model: no worker with `{name}` is attached now; start one or retry later"
+        ))),
+        (false, _) => {
+            let hint = suggest::hint(name, names());
+            Err(Error::invalid("model", format!("`{name}` is unknown{hint}")))
+        }
+    }
+}
+
+fn side(
+    field: &'static str,
+    asked: Option<u32>,
+    default: u32,
+    model: &v1::ModelInfo,
+) -> Result<u32> {
+    let (side, unit) = (asked.unwrap_or(default), model.granularity.max(1));
+    let largest = model.max_side / unit * unit;
+    if side >= unit && side <= largest && side.is_multiple_of(unit) {
+        return Ok(side);
+    }
+    let below = (side / unit * unit).clamp(unit, largest.max(unit));
+    let above = side.div_ceil(unit).saturating_mul(unit).clamp(unit, largest.max(unit));
+    let nearest = if below == above { below.to_string() } else { format!("{below} and {above}") };
+    let name = &model.name;
+    let problem = if side > largest {
+        format!("is {side}, but `{name}` makes at most {largest}; nearest valid: {nearest}")
+    } else {
+        format!("is {side}, but `{name}` needs a multiple of {unit}; nearest valid: {nearest}")
+    };
+    Err(Error::invalid(field, problem))
+}
+
+fn steps(steps: u32) -> Result<u32> {
+    if (1..=MAX_STEPS).contains(&steps) {
+        return Ok(steps);
+    }
+    Err(Error::invalid("steps", format!("is {steps}; ask for 1 to {MAX_STEPS}")))
+}
+
+fn guidance(scale: f32) -> Result<f32> {
+    if (1.0..=30.0).contains(&scale) {
+        return Ok(scale);
+    }
+    let problem = format!("is {scale}; it must be from 1 (off) to 30");
+    Err(Error::invalid("guidance_scale", problem))
+}
+
+fn pin_policy(
+    spec: &v1::JobSpec,
+    policy: &Policy,
+    cluster: &Cluster<'_>,
+    model: &v1::ModelInfo,
+    key: &v1::CalibrationKey,
+) -> Result<v1::PinnedPolicy> {
+    let overrides = spec.steering.as_ref().filter(|params| !steering::is_unset(params));
+    if overrides.is_some() && !policy.allow_overrides {
+        return Err(Error::invalid(
+            "steering",
+            format!("policy `{}` does not allow overrides; leave it unset", policy.name),
+        ));
+    }
+    let steering = steering::resolve(&policy.steering, overrides)
+        .map_err(|problem| Error::invalid("steering", problem))?;
+    let mut pinned = v1::PinnedPolicy {
+        name: policy.name.clone(),
+        concepts: Vec::new(),
+        steering: Some(steering),
+        allow_calibration_fallback: policy.allow_calibration_fallback,
+        observe_only: policy.observe_only,
+    };
+    let need = calibration(&pinned, key);
+    let served = served(cluster.nodes);
+    for name in policy.concepts_for(served.keys().copied(), &spec.extra_concepts) {
+        let versions = served.get(name.as_str());
+        let Some(versions) = versions else { return Err(unserved(&name, policy, cluster)) };
+        pinned.concepts.push(newest(versions, need, cluster.nodes));
+    }
+    if pinned.concepts.is_empty() && !policy.may_be_unchecked() {
+        return Err(Error::Unavailable(format!(
+            "policy `{}` needs a concept to check, but no energy node is registered; start one \
+             with `fairlead energy`",
+            policy.name
+        )));
+    }
+    match routing::assign(&pinned.concepts, cluster.nodes, need).unserved.into_iter().next() {
+        None => Ok(pinned),
+        Some(unserved) => Err(Error::NotCalibrated {
+            concept: unserved.concept.name,
+            model: model.name.clone(),
+            sampler: key.sampler.clone(),
+            steps: key.steps,
+        }),
+    }
+}
+
+/// Versions of each served concept, with the time its newest node registered.
+fn served(nodes: &[LiveNode]) -> BTreeMap<&str, Vec<(&v1::ConceptRef, i64)>> {
+    let mut served: BTreeMap<&str, Vec<(&v1::ConceptRef, i64)>> = BTreeMap::new();
+    for node in nodes {
+        for concept in node.info.concepts.iter().filter_map(|info| info.concept.as_ref()) {
+            served.entry(&concept.name).or_default().push((concept, node.since_unix_ms));
+        }
+    }
+    served
+}
+
+/// The version to pin: one with the calibration if there is, then the one that came last.
+fn newest(
+    versions: &[(&v1::ConceptRef, i64)],
+    need: Calibration<'_>,
+    nodes: &[LiveNode],
+) -> v1::ConceptRef {
+    let calibrated = |concept: &v1::ConceptRef| match need {
+        Calibration::Unneeded => true,
+        Calibration::Required(key) | Calibration::Preferred(key) => {
+            nodes.iter().any(|node| node.serves(concept) && node.is_calibrated(key))
+        }
+    };
+    let best = versions
+        .iter()
+        .max_by_key(|(concept, since)| (calibrated(concept), *since, concept.version.as_str()));
+    best.map(|(concept, _)| (*concept).clone()).expect("a served concept has a version")
+}
+
+fn unserved(name: &str, policy: &Policy, cluster: &Cluster<'_>) -> Error {
+    if policy.concepts.contains(name) || cluster.seen_concepts.contains(name) {
+        return Error::Unavailable(format!(
+            "no live energy node serves concept `{name}`; start one with `fairlead energy` or \
+             retry later"
+        ));
+    }
+    let hint = suggest::hint(name, served(cluster.nodes).into_keys());
+    Error::invalid("extra_concepts", format!("concept `{name}` is unknown{hint}"))
+}
+
+fn build(
+    spec: v1::JobSpec,
+    policy: v1::PinnedPolicy,
+    model: &v1::ModelInfo,
+    identity: Identity,
+) -> JobRecord {
+    let Identity { job, now, .. } = identity;
+    let image = |index: u32| v1::ImageInfo {
+        index,
+        seed: spec.seed().wrapping_add(u64::from(index)),
+        status: ImageStatus::Pending.into(),
+        record_id: job.derive::<RecordId>(&format!("image/{index}")).to_string(),
+        ..Default::default()
+    };
+    let most = match spec.max_shard_size {
+        0 => model.max_batch,
+        asked => asked.min(model.max_batch),
+    };
+    let shard = |images: std::ops::Range<u32>| Shard {
+        id: job.derive::<ShardId>(&format!("shard/{}", images.start)).to_string(),
+        first: images.start,
+        count: images.end - images.start,
+        ..Default::default()
+    };
+    JobRecord {
+        shards: placement::split(spec.n, most).into_iter().map(shard).collect(),
+        job: v1::Job {
+            job_id: job.to_string(),
+            images: (0..spec.n).map(image).collect(),
+            spec: Some(spec),
+            policy: Some(policy),
+            created_unix_ms: now,
+            updated_unix_ms: now,
+            ..Default::default()
+        },
+        model: v1::ModelInfo { workers: 0, ..model.clone() },
+        last_sequence: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,244 @@
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use tonic::Code;
+
+use super::*;
+
+fn model(name: &str) -> v1::ModelInfo {
+    v1::ModelInfo {
+        name: name.into(),
+        hash: format!("hash-of-{name}"),
+        sampler: "ddim".into(),
+        default_width: 32,
+        default_height: 32,
+        granularity: 4,
+        max_side: 66,
+        default_steps: 25,
+        default_guidance_scale: 5.0,
+        max_batch: 8,
+        ..Default::default()
+    }
+}
+
+fn key(model: &str, steps: u32) -> v1::CalibrationKey {
+    let generator = format!("hash-of-{model}");
+    v1::CalibrationKey { generator, sampler: "ddim".into(), steps }
+}
+
+fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::CalibrationKey>) -> LiveNode {
+    let concept = |(name, version): &(&str, &str)| v1::ConceptInfo {
+        concept: Some(v1::ConceptRef { name: (*name).into(), version: (*version).into() }),
+        ..Default::default()
+    };
+    let info = v1::NodeInfo {
+        node_id: format!("node-{since}"),
+        concepts: concepts.iter().map(concept).collect(),
+        calibrations: calibrated
+            .map(|key| v1::CalibrationInfo { key: Some(key), ..Default::default() })
+            .into_iter()
+            .collect(),
+        ..Default::default()
+    };
+    LiveNode { info: Arc::new(info), since_unix_ms: since, load: 0 }
+}
+
+struct World {
+    models: Vec<v1::ModelInfo>,
+    nodes: Vec<LiveNode>,
+    policies: Policies,
+}
+
+impl World {
+    /// One model and one node that serves and is calibrated for two concepts.
+    fn new() -> Self {
+        let concepts = [("axe", "1"), ("kitchen-knife", "1")];
+        Self {
+            models: vec![model("sd")],
+            nodes: vec![node(&concepts, 1, Some(key("sd", 25)))],
+            policies: Policies::default(),
+        }
+    }
+
+    fn policies(mut self, text: &str) -> Self {
+        self.policies = Policies::parse(text).expect("valid policies");
+        self
+    }
+
+    fn admit(&self, spec: &v1::JobSpec) -> Result<JobRecord> {
+        let cluster = Cluster {
+            models: &self.models,
+            seen_models: &BTreeSet::from(["gone-model".to_owned()]),
+            nodes: &self.nodes,
+            seen_concepts: &BTreeSet::from(["gone-concept".to_owned()]),
+        };
+        let identity = Identity { job: JobId::generate(), drawn_seed: 99, now: 7 };
+        admit(spec, &self.policies, &cluster, identity)
+    }
+}
+
+fn spec() -> v1::JobSpec {
+    v1::JobSpec { prompt: "a cat".into(), n: 1, ..Default::default() }
+}
+
+#[test]
+fn defaults_are_filled_and_everything_is_pinned() {
+    let record = World::new().admit(&v1::JobSpec { n: 3, ..spec() }).expect("it is valid");
+    let filled = record.spec();
+    assert_eq!((filled.model.as_str(), filled.width(), filled.height()), ("sd", 32, 32));
+    assert_eq!((filled.steps(), filled.guidance_scale(), filled.seed()), (25, 5.0, 99));
+    let policy = record.policy();
+    let names: Vec<_> = policy.concepts.iter().map(|c| (&*c.name, &*c.version)).collect();
+    assert_eq!(names, [("axe", "1"), ("kitchen-knife", "1")]);
+    assert_eq!(filled.steering, policy.steering);
+    assert_eq!(policy.steering.expect("filled").eta(), 0.3);
+    let seeds: Vec<_> = record.job.images.iter().map(|image| image.seed).collect();
+    assert_eq!(seeds, [99, 100, 101]);
+    assert_eq!(record.shards.len(), 1);
+}
+
+#[test]
+fn seeds_wrap_around() {
+    let record = World::new().admit(&v1::JobSpec { n: 2, seed: Some(u64::MAX), ..spec() });
+    let seeds: Vec<_> = record.expect("valid").job.images.iter().map(|image| image.seed).collect();
+    assert_eq!(seeds, [u64::MAX, 0]);
+}
+
+#[test]
+fn bad_fields_are_refused_by_name() {
+    type Spoil = fn(&mut v1::JobSpec);
+    let cases: [(Spoil, &str); 17] = [
+        (|s| s.prompt = " \n".into(), "prompt: is empty"),
+        (|s| s.prompt = "x".repeat(8193), "prompt: has 8193 bytes; at most 8192"),
+        (|s| s.negative_prompt = "x".repeat(8193), "negative_prompt: has 8193 bytes"),
+        (|s| s.n = 0, "n: is 0; ask for 1 to 64 images"),
+        (|s| s.n = 10_000, "n: is 10000"),
+        (
+            |s| s.width = Some(63),
+            "width: is 63, but `sd` needs a multiple of 4; nearest valid: 60 and 64",
+        ),
+        (|s| s.height = Some(0), "height: is 0, but `sd` needs a multiple of 4; nearest valid: 4"),
+        (|s| s.height = Some(68), "height: is 68, but `sd` makes at most 64; nearest valid: 64"),
+        (|s| s.width = Some(u32::MAX), "width: is 4294967295, but `sd` makes at most 64"),
+        (|s| s.steps = Some(0), "steps: is 0; ask for 1 to 1000"),
+        (|s| s.steps = Some(1001), "steps: is 1001"),
+        (|s| s.guidance_scale = Some(f32::NAN), "guidance_scale: is NaN"),
+        (|s| s.guidance_scale = Some(0.5), "guidance_scale: is 0.5"),
+        (|s| s.model = "sdd".into(), "model: `sdd` is unknown; did you mean `sd`?"),
+        (|s| s.policy = "defaul".into(), "policy: `defaul` is unknown; did you mean `default`?"),
+        (
+            |s| s.extra_concepts = vec!["kitchen-knive".into()],
+            "extra_concepts: concept `kitchen-knive` is unknown; did you mean `kitchen-knife`?",
+        ),
+        (
+            |s| s.steering = Some(v1::SteeringParams { eta: Some(9.0), ..Default::default() }),
+            "steering: eta is 9",
+        ),
+    ];
+    for (spoil, expected) in cases {
+        let mut spec = spec();
+        spoil(&mut spec);
+        let error = World::new().admit(&spec).expect_err(expected);
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert!(error.to_string().starts_with(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_missing_worker_or_node_is_unavailable_not_invalid() {
+    let no_worker = World { models: vec![], ..World::new() };
+    let no_node = World { nodes: vec![], ..World::new() };
+    let named = World::new().policies("[policies.a]\nconcepts = ['bomb']");
+    let cases = [
+        (no_worker.admit(&spec()), "no worker is attached"),
+        (World::new().admit(&v1::JobSpec { model: "gone-model".into(), ..spec() }), "`gone-model`"),
+        (no_node.admit(&spec()), "no energy node is registered"),
+        (named.admit(&spec()), "no live energy node serves concept `bomb`"),
+        (
+            World::new()
+                .admit(&v1::JobSpec { extra_concepts: vec!["gone-concept".into()], ..spec() }),
+            "concept `gone-concept`",
+        ),
+    ];
+    for (result, expected) in cases {
+        let error = result.expect_err(expected);
+        assert_eq!(error.code(), Code::Unavailable, "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn an_empty_model_needs_exactly_one_attached() {
+    let world = World { models: vec![model("sd"), model("sd3")], ..World::new() };
+    let error = world.admit(&spec()).expect_err("two are attached").to_string();
+    assert!(error.contains("several are attached; known: `sd`, `sd3`"), "{error}");
+}
+
+#[test]
+fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
+    let other_steps = v1::JobSpec { steps: Some(30), ..spec() };
+    let error = World::new().admit(&other_steps).expect_err("not calibrated");
+    assert_eq!(error.code(), Code::FailedPrecondition);
+    let text = error.to_string();
+    assert!(text.contains("run `fairlead calibrate --model sd --steps 30`"), "{text}");
+    for flag in ["allow_calibration_fallback", "observe_only"] {
+        let world = World::new().policies(&format!("[policies.a]\nconcepts=['*']\n{flag} = true"));
+        world.admit(&other_steps).expect(flag);
+    }
+}
+
+#[test]
+fn overrides_need_the_policys_leave() {
+    let steering = Some(v1::SteeringParams { eta: Some(0.2), ..Default::default() });
+    let spec = v1::JobSpec { steering, ..spec() };
+    let world = World::new().policies("[policies.a]\nconcepts = ['*']");
+    let error = world.admit(&spec).expect_err("not allowed").to_string();
+    assert!(error.contains("policy `a` does not allow overrides"), "{error}");
+    let record = World::new().admit(&spec).expect("the built-in policy allows it");
+    assert_eq!(record.policy().steering.expect("filled").eta(), 0.2);
+}
+
+#[test]
+fn no_concept_is_legal_only_where_the_policy_says_so() {
+    let text = "[policies.a]\nconcepts = []\nallow_unchecked = true";
+    let world = World { nodes: vec![], ..World::new() }.policies(text);
+    assert_eq!(world.admit(&spec()).expect("allowed").policy().concepts, []);
+    let observe = "[policies.a]\nconcepts = ['*']\nobserve_only = true";
+    let world = World { nodes: vec![], ..World::new() }.policies(observe);
+    assert_eq!(world.admit(&spec()).expect("allowed").policy().concepts, []);
+}
+
+#[test]
+fn the_newest_version_is_pinned_but_a_calibrated_one_comes_first() {
+    let old = node(&[("axe", "old")], 1, Some(key("sd", 25)));
+    let world = |calibrated| World {
+        nodes: vec![old.clone(), node(&[("axe", "new")], 2, calibrated)],
+        ..World::new()
+    };
+    let version =
+        |world: World| world.admit(&spec()).expect("valid").policy().concepts[0].version.clone();
+    assert_eq!(version(world(Some(key("sd", 25)))), "new");
+    assert_eq!(version(world(None)), "old");
+}
+
+proptest! {
+    #[test]
+    fn shards_cover_the_job_and_respect_both_bounds(n in 1u32..=64, size in 0u32..100) {
+        let record = World::new().admit(&v1::JobSpec { n, max_shard_size: size, ..spec() })
+            .expect("valid");
+        let images: Vec<u32> = record.shards.iter().flat_map(Shard::images).collect();
+        prop_assert_eq!(images, (0..n).collect::<Vec<_>>());
+        let most = if size == 0 { 8 } else { size.min(8) };
+        prop_assert!(record.shards.iter().all(|shard| shard.count <= most));
+    }
+
+    #[test]
+    fn any_numbers_are_answered_without_a_panic(
+        n: u32, width: Option<u32>, steps: Option<u32>, guidance: Option<f32>,
+    ) {
+        let spec = v1::JobSpec { n, width, steps, guidance_scale: guidance, ..spec() };
+        if let Ok(record) = World::new().admit(&spec) {
+            prop_assert_eq!(record.job.images.len(), n as usize);
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Options of the coordinator, from the command line and the environment.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::Args;
+use fairlead_common::ids::process_name;
+
+use crate::{error::Result, policy::Policies};
+
+/// Arguments of `fairlead coordinator`. Every flag is also an environment variable.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Coordinator")]
+pub struct CoordinatorArgs {
+    /// Address to serve gRPC on; port 0 takes a free one.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_LISTEN",
+        default_value = "127.0.0.1:7100",
+        value_name = "ADDR"
+    )]
+    pub listen: SocketAddr,
+
+    /// Directory for jobs, images and safety records. Without it everything is kept in memory and
+    /// gone when the process ends.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+
+    /// TOML file of policies: `[policies.default] concepts = ["*"]` and so on. Without it there is
+    /// one policy, `default`, over every concept that an energy node serves.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_POLICIES", value_name = "FILE")]
+    pub policies: Option<PathBuf>,
+
+    /// Most shards that may wait for a worker; further jobs are refused with RESOURCE_EXHAUSTED.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_MAX_QUEUED",
+        default_value_t = 1024,
+        value_name = "SHARDS"
+    )]
+    pub max_queued: usize,
+
+    /// How long a worker keeps a shard without renewing; it renews at a third of this.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_LEASE_TTL",
+        default_value = "15s",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub lease_ttl: Duration,
+
+    /// How long an energy node counts as live without renewing.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_NODE_TTL",
+        default_value = "10s",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub node_ttl: Duration,
+
+    /// How long an energy node may take over the final check of one image.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_CHECK_TIMEOUT",
+        default_value = "20s",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub check_timeout: Duration,
+
+    /// Wait before a failed shard is tried again; it doubles with each further failure. A shard is
+    /// given up after five.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_RETRY_DELAY",
+        default_value = "1s",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub retry_delay: Duration,
+
+    /// How long running shards may go on after the signal to stop.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_DRAIN_TIMEOUT",
+        default_value = "10s",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub drain_timeout: Duration,
+
+    /// How long jobs, images and records are kept after a job's end.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_RETENTION",
+        default_value = "30d",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub retention: Duration,
+}
+
+impl CoordinatorArgs {
+    /// The options these arguments ask for; reads the policies file.
+    pub fn options(&self) -> Result<CoordinatorOptions> {
+        let policies = match &self.policies {
+            Some(path) => Policies::load(path)?,
+            None => Policies::default(),
+        };
+        Ok(CoordinatorOptions {
+            data: self.data_dir.clone().map_or(Data::Memory, Data::Dir),
+            policies,
+            max_queued: self.max_queued,
+            lease_ttl: self.lease_ttl,
+            node_ttl: self.node_ttl,
+            check_timeout: self.check_timeout,
+            retry_delay: self.retry_delay,
+            drain_timeout: self.drain_timeout,
+            retention: self.retention,
+            ..CoordinatorOptions::default()
+        })
+    }
+}
+
+/// Where a coordinator keeps jobs, images and records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Data {
+    /// In memory: a temporary cluster, tests.
+    Memory,
+    /// In a directory that one coordinator holds at a time; created if absent.
+    Dir(PathBuf),
+}
+
+/// How a coordinator runs.
+#[derive(Debug, Clone)]
+pub struct CoordinatorOptions {
+    /// Its name, told to workers.
+    pub coordinator_id: String,
+    /// Where state is kept.
+    pub data: Data,
+    /// What is forbidden.
+    pub policies: Policies,
+    /// Most queued shards.
+    pub max_queued: usize,
+    /// Length of a shard's lease.
+    pub lease_ttl: Duration,
+    /// Length of a node's registration.
+    pub node_ttl: Duration,
+    /// Deadline of one node's final check of one image.
+    pub check_timeout: Duration,
+    /// Wait after a shard's first failure; doubles.
+    pub retry_delay: Duration,
+    /// Grace of running shards at shutdown.
+    pub drain_timeout: Duration,
+    /// How long ended jobs are kept.
+    pub retention: Duration,
+}
+
+impl Default for CoordinatorOptions {
+    fn default() -> Self {
+        Self {
+            coordinator_id: process_name("coordinator"),
+            data: Data::Memory,
+            policies: Policies::default(),
+            max_queued: 1024,
+            lease_ttl: Duration::from_secs(15),
+            node_ttl: Duration::from_secs(10),
+            check_timeout: Duration::from_secs(20),
+            retry_delay: Duration::from_secs(1),
+            drain_timeout: Duration::from_secs(10),
+            retention: Duration::from_secs(30 * 24 * 3600),
+        }
+    }
+}
+
+/// Reads "500ms", "15s", "2m", "1h" or "30d"; zero is refused.
+fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
+    let problem =
+        || format!("`{text}` is no time above zero; write e.g. 500ms, 15s, 2m, 1h or 30d");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit_ms: u64 = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err(problem()),
+    };
+    let number: u64 = number.parse().map_err(|_| problem())?;
+    match number.checked_mul(unit_ms) {
+        Some(ms) if ms > 0 => Ok(Duration::from_millis(ms)),
+        _ => Err(problem()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: CoordinatorArgs,
+    }
+
+    #[test]
+    fn flags_and_library_have_the_same_defaults() {
+        let args = Cli::try_parse_from(["fairlead"]).expect("no flag is needed").args;
+        let options = args.options().expect("no file is read");
+        let name = options.coordinator_id.clone();
+        let default = CoordinatorOptions { coordinator_id: name, ..Default::default() };
+        assert_eq!(format!("{options:?}"), format!("{default:?}"));
+    }
+
+    #[test]
+    fn times_are_read_with_their_unit() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        for wrong in ["", "5", "s", "0s", "-1s", "1.5s", "99999999999999999999d", "1w"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Everything that can go wrong here, and the one table from it to gRPC codes.
+
+use tonic::{Code, Status};
+
+use crate::{outputs::OutputError, policy::PolicyError, store::StoreError};
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the coordinator. The message says what, where and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A field of a request is not acceptable.
+    #[error("{field}: {problem}")]
+    Invalid {
+        /// The field as the contract names it.
+        field: &'static str,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// There is no such job, image or record.
+    #[error("{0} does not exist")]
+    NotFound(String),
+    /// A registration that has ended or was replaced.
+    #[error("node `{node_id}` is not registered under this registration; register again")]
+    NotRegistered {
+        /// The node.
+        node_id: String,
+    },
+    /// The image exists but was not released.
+    #[error("image {index} of job {job_id} was not released: it is {status}{hint}")]
+    NotReleased {
+        /// The job.
+        job_id: String,
+        /// The image.
+        index: u32,
+        /// Its status.
+        status: &'static str,
+        /// What to do, or empty.
+        hint: &'static str,
+    },
+    /// An idempotency key that was used with another request.
+    #[error(
+        "idempotency key `{key}` was used for job {job_id} with another request; \
+         use a new key for a new request"
+    )]
+    KeyReused {
+        /// The key.
+        key: String,
+        /// The job made with it.
+        job_id: String,
+    },
+    /// No live node has a concept calibrated for the generator.
+    #[error(
+        "concept `{concept}` has no calibration for model `{model}` ({sampler}, {steps} steps) at \
+         any live energy node; run `fairlead calibrate --model {model} --steps {steps}`, or use a \
+         policy with allow_calibration_fallback = true"
+    )]
+    NotCalibrated {
+        /// The concept.
+        concept: String,
+        /// The generator's name.
+        model: String,
+        /// The sampler.
+        sampler: String,
+        /// The steps.
+        steps: u32,
+    },
+    /// A peer of another version, or one that contradicts the cluster.
+    #[error("{0}")]
+    Incompatible(String),
+    /// Something that is needed is not there now.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The queue of shards is full.
+    #[error("the queue is full ({limit} shards wait); retry later or raise --max-queued")]
+    QueueFull {
+        /// The bound.
+        limit: usize,
+    },
+    /// A stored object is not the one that was released.
+    #[error("{object} does not match the hash in its job; it was changed or lost on disk")]
+    Damaged {
+        /// The object.
+        object: String,
+    },
+    /// The coordinator is stopping.
+    #[error("the coordinator is stopping; retry against its successor")]
+    Stopping,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The object store failed.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// The policies file is wrong.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The server failed.
+    #[error("gRPC server: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// A file or socket failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// The file or socket and what was done to it.
+        what: String,
+        /// The system's error.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn invalid(field: &'static str, problem: impl Into<String>) -> Self {
+        Self::Invalid { field, problem: problem.into() }
+    }
+
+    /// The gRPC code of this error.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Invalid { .. } | Self::Policy(_) => Code::InvalidArgument,
+            Self::NotFound(_) | Self::NotRegistered { .. } => Code::NotFound,
+            Self::NotReleased { .. } | Self::NotCalibrated { .. } | Self::Incompatible(_) => {
+                Code::FailedPrecondition
+            }
+            Self::KeyReused { .. } => Code::AlreadyExists,
+            Self::Unavailable(_) | Self::Stopping => Code::Unavailable,
+            Self::QueueFull { .. } => Code::ResourceExhausted,
+            Self::Damaged { .. } => Code::DataLoss,
+            Self::Store(StoreError::Refused(_)) => Code::Aborted,
+            Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Io { .. } => Code::Internal,
+        }
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let code = error.code();
+        if matches!(code, Code::Internal | Code::DataLoss) {
+            tracing::error!(%error, "request failed");
+        }
+        Status::new(code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{lease::LeaseError, transition::Refusal};
+
+    /// One of each that a request can meet.
+    fn samples() -> Vec<(Error, Code)> {
+        let io = || std::io::Error::other("disk");
+        vec![
+            (Error::invalid("n", "is 0; ask for 1 to 64 images"), Code::InvalidArgument),
+            (Error::NotFound("job 7".into()), Code::NotFound),
+            (Error::NotRegistered { node_id: "n".into() }, Code::NotFound),
+            (
+                Error::NotReleased {
+                    job_id: "j".into(),
+                    index: 0,
+                    status: "withheld",
+                    hint: "; its record says why",
+                },
+                Code::FailedPrecondition,
+            ),
+            (Error::KeyReused { key: "k".into(), job_id: "j".into() }, Code::AlreadyExists),
+            (
+                Error::NotCalibrated {
+                    concept: "axe".into(),
+                    model: "m".into(),
+                    sampler: "ddim".into(),
+                    steps: 25,
+                },
+                Code::FailedPrecondition,
+            ),
+            (Error::Incompatible("protocol 2".into()), Code::FailedPrecondition),
+            (Error::Unavailable("no worker".into()), Code::Unavailable),
+            (Error::QueueFull { limit: 4 }, Code::ResourceExhausted),
+            (Error::Damaged { object: "image 0".into() }, Code::DataLoss),
+            (Error::Stopping, Code::Unavailable),
+            (
+                Error::Store(StoreError::Refused(Refusal::Lease(LeaseError::TooEarly(5)))),
+                Code::Aborted,
+            ),
+            (Error::Store(StoreError::Corrupt("job 7".into())), Code::Internal),
+            (Error::Policy(PolicyError::NoPolicies), Code::InvalidArgument),
+            (Error::Io { what: "data dir".into(), source: io() }, Code::Internal),
+        ]
+    }
+
+    #[test]
+    fn every_error_keeps_its_code_and_message_on_the_wire() {
+        for (error, code) in samples() {
+            let text = error.to_string();
+            let status = Status::from(error);
+            let response = status.into_http::<()>();
+            let back = Status::from_header_map(response.headers()).expect("headers hold a status");
+            assert_eq!((back.code(), back.message()), (code, text.as_str()));
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Watching a job: durable events come from the store, in order and without gaps; progress of
+//! single steps is live only. A slow watcher loses progress, never an event.
+
+use std::{collections::HashMap, sync::Arc};
+
+use fairlead_common::ids::JobId;
+use fairlead_proto::v1::{self, JobState, WatchJobResponse, watch_job_response::Event};
+use parking_lot::Mutex;
+use tokio::sync::{broadcast, mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::Status;
+
+use crate::{error::Error, store::Store};
+
+/// Live messages kept for a watcher that is behind.
+const LIVE: usize = 256;
+/// Messages between a watcher's task and its connection.
+const OUTBOX: usize = 16;
+/// Events read from the store at once.
+const PAGE: usize = 64;
+
+/// What running jobs tell their watchers.
+#[derive(Debug, Clone)]
+enum Live {
+    /// The store has new events.
+    Changed,
+    /// One step of one image; not kept.
+    Progress(Arc<v1::StepProgress>),
+}
+
+/// The events of all jobs; clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct Events {
+    store: Arc<dyn Store>,
+    live: Arc<Mutex<HashMap<JobId, broadcast::Sender<Live>>>>,
+    watchers: TaskTracker,
+    closing: CancellationToken,
+}
+
+impl Events {
+    pub(crate) fn new(store: Arc<dyn Store>) -> Self {
+        Self {
+            store,
+            live: Arc::default(),
+            watchers: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    /// Tells watchers that the store has new events of `job`.
+    pub(crate) fn changed(&self, job: JobId) {
+        self.publish(job, Live::Changed);
+    }
+
+    /// Passes progress on to whoever watches now.
+    pub(crate) fn progress(&self, job: JobId, step: v1::StepProgress) {
+        self.publish(job, Live::Progress(Arc::new(step)));
+    }
+
+    fn publish(&self, job: JobId, message: Live) {
+        let mut live = self.live.lock();
+        // A send fails only without receivers: then nobody watches this job any longer.
+        if live.get(&job).is_some_and(|sender| sender.send(message).is_err()) {
+            live.remove(&job);
+        }
+    }
+
+    /// Events of `job` after the sequence number `after`; ends after the terminal one.
+    pub(crate) fn watch(
+        &self,
+        job: JobId,
+        after: u64,
+    ) -> mpsc::Receiver<Result<WatchJobResponse, Status>> {
+        let (outbox, stream) = mpsc::channel(OUTBOX);
+        // Subscribed before the store is read, so that nothing falls in between.
+        let live = self.subscribe(job);
+        let events = self.clone();
+        self.watchers.spawn(async move {
+            let store = events.store.as_ref();
+            let watcher = Watcher { store, job, cursor: after, outbox: outbox.clone() };
+            tokio::select! {
+                () = watcher.run(live) => {}
+                () = outbox.closed() => {}
+                () = events.closing.cancelled() => {
+                    // A watcher that reads nothing just sees its stream end.
+                    let _ = outbox.try_send(Err(Error::Stopping.into()));
+                }
+            }
+            events.forget(job);
+        });
+        stream
+    }
+
+    /// Ends all watch streams and waits for their tasks.
+    pub(crate) async fn stop(&self) {
+        self.closing.cancel();
+        self.watchers.close();
+        self.watchers.wait().await;
+    }
+
+    fn subscribe(&self, job: JobId) -> broadcast::Receiver<Live> {
+        let mut live = self.live.lock();
+        live.entry(job).or_insert_with(|| broadcast::Sender::new(LIVE)).subscribe()
+    }
+
+    fn forget(&self, job: JobId) {
+        let mut live = self.live.lock();
+        if live.get(&job).is_some_and(|sender| sender.receiver_count() == 0) {
+            live.remove(&job);
+        }
+    }
+}
+
+struct Watcher<'a> {
+    store: &'a dyn Store,
+    job: JobId,
+    cursor: u64,
+    outbox: mpsc::Sender<Result<WatchJobResponse, Status>>,
+}
+
+/// The stream is over.
+struct Over;
+
+impl Watcher<'_> {
+    async fn run(mut self, mut live: broadcast::Receiver<Live>) {
+        while self.replay().await.is_ok() && self.forward(&mut live).await.is_ok() {}
+    }
+
+    /// Sends everything the store has after the cursor.
+    async fn replay(&mut self) -> Result<(), Over> {
+        loop {
+            let page = match self.store.events(self.job, self.cursor, PAGE).await {
+                Ok(page) => page,
+                Err(error) => {
+                    let _ = self.outbox.send(Err(Error::from(error).into())).await;
+                    return Err(Over);
+                }
+            };
+            if page.is_empty() {
+                return Ok(());
+            }
+            for event in page {
+                self.cursor = event.sequence;
+                let last = is_terminal(&event);
+                self.outbox.send(Ok(event)).await.map_err(|_| Over)?;
+                if last {
+                    return Err(Over);
+                }
+            }
+        }
+    }
+
+    /// Forwards progress until the store has something new or messages were missed.
+    async fn forward(&self, live: &mut broadcast::Receiver<Live>) -> Result<(), Over> {
+        loop {
+            match live.recv().await {
+                Ok(Live::Progress(step)) => {
+                    // Progress is not an event: it carries the number of the one before it.
+                    let event = Some(Event::Progress(v1::StepProgress::clone(&step)));
+                    let message = WatchJobResponse { sequence: self.cursor, event };
+                    self.outbox.send(Ok(message)).await.map_err(|_| Over)?;
+                }
+                Ok(Live::Changed) | Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
+                Err(broadcast::error::RecvError::Closed) => return Err(Over),
+            }
+        }
+    }
+}
+
+fn is_terminal(event: &WatchJobResponse) -> bool {
+    match &event.event {
+        Some(Event::Job(job)) => {
+            matches!(job.state(), JobState::Completed | JobState::Failed | JobState::Cancelled)
+        }
+        Some(Event::Progress(_) | Event::Image(_)) | None => false,
+    }
+}

@@ -1,0 +1,151 @@
+//! The gRPC faces of the coordinator: translation and nothing else.
+
+use std::pin::Pin;
+
+use fairlead_proto::v1::{
+    self, catalog_service_server::CatalogService, generation_service_server::GenerationService,
+    registry_service_server::RegistryService, worker_service_server::WorkerService,
+};
+use futures::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{clock::millis, error::Error, service::Coordinator};
+
+type Answer<T> = Result<Response<T>, Status>;
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Implements every service of the coordinator.
+#[derive(Debug, Clone)]
+pub(crate) struct Grpc {
+    coordinator: Coordinator,
+}
+
+impl Grpc {
+    pub(crate) fn new(coordinator: Coordinator) -> Self {
+        Self { coordinator }
+    }
+
+    fn ttl_ms(&self) -> u32 {
+        u32::try_from(millis(self.coordinator.registry().ttl())).unwrap_or(u32::MAX)
+    }
+}
+
+#[tonic::async_trait]
+impl GenerationService for Grpc {
+    async fn submit_job(
+        &self,
+        request: Request<v1::SubmitJobRequest>,
+    ) -> Answer<v1::SubmitJobResponse> {
+        let job = self.coordinator.submit(request.into_inner()).await?;
+        Ok(Response::new(v1::SubmitJobResponse { job: Some(job) }))
+    }
+
+    async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Answer<v1::GetJobResponse> {
+        let job = self.coordinator.get(&request.into_inner().job_id).await?;
+        Ok(Response::new(v1::GetJobResponse { job: Some(job) }))
+    }
+
+    type WatchJobStream = BoxStream<v1::WatchJobResponse>;
+
+    async fn watch_job(
+        &self,
+        request: Request<v1::WatchJobRequest>,
+    ) -> Answer<Self::WatchJobStream> {
+        let v1::WatchJobRequest { job_id, after_sequence } = request.into_inner();
+        let events = self.coordinator.watch(&job_id, after_sequence).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<v1::CancelJobRequest>,
+    ) -> Answer<v1::CancelJobResponse> {
+        let job = self.coordinator.cancel(&request.into_inner().job_id).await?;
+        Ok(Response::new(v1::CancelJobResponse { job: Some(job) }))
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<v1::ListJobsRequest>,
+    ) -> Answer<v1::ListJobsResponse> {
+        Ok(Response::new(self.coordinator.list(request.into_inner()).await?))
+    }
+
+    async fn get_image(
+        &self,
+        request: Request<v1::GetImageRequest>,
+    ) -> Answer<v1::GetImageResponse> {
+        let v1::GetImageRequest { job_id, index } = request.into_inner();
+        Ok(Response::new(self.coordinator.image(&job_id, index).await?))
+    }
+
+    async fn get_record(
+        &self,
+        request: Request<v1::GetRecordRequest>,
+    ) -> Answer<v1::GetRecordResponse> {
+        let record = self.coordinator.record(request.into_inner()).await?;
+        Ok(Response::new(v1::GetRecordResponse { record: Some(record) }))
+    }
+}
+
+#[tonic::async_trait]
+impl CatalogService for Grpc {
+    async fn list_models(
+        &self,
+        _request: Request<v1::ListModelsRequest>,
+    ) -> Answer<v1::ListModelsResponse> {
+        Ok(Response::new(v1::ListModelsResponse { models: self.coordinator.models() }))
+    }
+
+    async fn list_concepts(
+        &self,
+        _request: Request<v1::ListConceptsRequest>,
+    ) -> Answer<v1::ListConceptsResponse> {
+        Ok(Response::new(v1::ListConceptsResponse { concepts: self.coordinator.concepts() }))
+    }
+}
+
+#[tonic::async_trait]
+impl RegistryService for Grpc {
+    async fn register_node(
+        &self,
+        request: Request<v1::RegisterNodeRequest>,
+    ) -> Answer<v1::RegisterNodeResponse> {
+        let node = request.into_inner().node;
+        let node = node.ok_or_else(|| Error::invalid("node", "is missing"))?;
+        let registration_id = self.coordinator.registry().register(node)?;
+        Ok(Response::new(v1::RegisterNodeResponse { registration_id, ttl_ms: self.ttl_ms() }))
+    }
+
+    async fn renew_node(
+        &self,
+        request: Request<v1::RenewNodeRequest>,
+    ) -> Answer<v1::RenewNodeResponse> {
+        let v1::RenewNodeRequest { node_id, registration_id } = request.into_inner();
+        self.coordinator.registry().renew(&node_id, &registration_id)?;
+        Ok(Response::new(v1::RenewNodeResponse { ttl_ms: self.ttl_ms() }))
+    }
+
+    async fn deregister_node(
+        &self,
+        request: Request<v1::DeregisterNodeRequest>,
+    ) -> Answer<v1::DeregisterNodeResponse> {
+        let v1::DeregisterNodeRequest { node_id, registration_id } = request.into_inner();
+        self.coordinator.registry().deregister(&node_id, &registration_id)?;
+        Ok(Response::new(v1::DeregisterNodeResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl WorkerService for Grpc {
+    type AttachStream = BoxStream<v1::AttachResponse>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::AttachRequest>>,
+    ) -> Answer<Self::AttachStream> {
+        let outbound = self.coordinator.hub().attach(request.into_inner());
+        Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
+    }
+}

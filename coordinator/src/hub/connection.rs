@@ -1,0 +1,362 @@
+//! One worker's stream: hello, welcome, then messages until it breaks. A stream that breaks ends
+//! its leases at once.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use fairlead_common::ids::JobId;
+use fairlead_proto::v1::{self, attach_request::Message as Inbound, attach_response::Message};
+use futures::{Stream, StreamExt};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::{
+    Shared,
+    session::Input,
+    state::{Session, SessionPhase},
+};
+use crate::{
+    clock::millis,
+    error::{Error, Result},
+    lease::{Failure, LeaseKey, Phase},
+    store::Lookup,
+    transition::{Effect, Transition},
+    verdict,
+};
+
+/// How long a new stream may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+type Outbox = mpsc::Sender<Result<v1::AttachResponse, Status>>;
+
+/// Serves a stream from its first message to its end.
+pub(super) async fn serve<S>(shared: Arc<Shared>, mut inbound: S, outbox: Outbox)
+where
+    S: Stream<Item = Result<v1::AttachRequest, Status>> + Send + Unpin + 'static,
+{
+    let close = shared.closing.child_token();
+    let greeted = tokio::select! {
+        greeted = greet(&shared, &mut inbound, &outbox, close.clone()) => greeted,
+        () = close.cancelled() => Err(Error::Stopping),
+    };
+    let connection = match greeted {
+        Ok(connection) => connection,
+        Err(error) => {
+            tracing::warn!(%error, "worker refused");
+            let _ = outbox.send(Err(error.into())).await;
+            return;
+        }
+    };
+    shared.wake.notify_one();
+    loop {
+        let message = tokio::select! {
+            message = inbound.next() => message,
+            () = close.cancelled() => break,
+        };
+        match message {
+            Some(Ok(v1::AttachRequest { message: Some(message) })) => {
+                connection.handle(&shared, message).await;
+            }
+            // A message of a later release that this one does not know.
+            Some(Ok(v1::AttachRequest { message: None })) => {}
+            Some(Err(status)) => {
+                tracing::debug!(worker = connection.worker_id, %status, "stream broke");
+                break;
+            }
+            None => break,
+        }
+    }
+    connection.leave(&shared).await;
+    if shared.closing.is_cancelled() {
+        // Not awaited: the worker may have stopped reading.
+        let _ = outbox.try_send(Err(Error::Stopping.into()));
+    }
+}
+
+async fn greet<S>(
+    shared: &Shared,
+    inbound: &mut S,
+    outbox: &Outbox,
+    close: CancellationToken,
+) -> Result<Connection>
+where
+    S: Stream<Item = Result<v1::AttachRequest, Status>> + Send + Unpin,
+{
+    let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.next()).await;
+    let Ok(Some(Ok(v1::AttachRequest { message: Some(Inbound::Hello(hello)) }))) = first else {
+        return Err(Error::invalid("hello", "must be the first message, within 10 s"));
+    };
+    if shared.draining.is_cancelled() {
+        return Err(Error::Stopping);
+    }
+    let worker_id = hello.worker_id.clone();
+    let welcome = v1::WorkerWelcome {
+        coordinator_id: shared.options.coordinator_id.clone(),
+        lease_ttl_ms: u32::try_from(millis(shared.options.lease_ttl)).unwrap_or(u32::MAX),
+    };
+    tracing::info!(
+        worker = worker_id,
+        capacity = hello.capacity,
+        models = ?hello.models.iter().map(|model| &model.name).collect::<Vec<_>>(),
+        "worker attached"
+    );
+    let mut state = shared.state.lock();
+    let number = state.attach(hello, outbox.clone(), close)?;
+    // Under the lock: nothing is assigned before the welcome.
+    state.send(number, Message::Welcome(welcome));
+    Ok(Connection { number, worker_id })
+}
+
+struct Connection {
+    number: u64,
+    worker_id: String,
+}
+
+impl Connection {
+    async fn handle(&self, shared: &Arc<Shared>, message: Inbound) {
+        match message {
+            Inbound::Hello(_) => {
+                tracing::warn!(worker = self.worker_id, "second hello ignored");
+            }
+            Inbound::Renewal(renewal) => self.renew(shared, renewal).await,
+            Inbound::Progress(progress) => self.progress(shared, progress),
+            Inbound::Image(outcome) => self.image(shared, outcome).await,
+            Inbound::Done(done) => self.done(shared, done.lease.as_ref()).await,
+            Inbound::Failure(failure) => self.failure(shared, failure).await,
+            Inbound::Draining(v1::WorkerDraining {}) => {
+                tracing::info!(worker = self.worker_id, "worker takes no further shards");
+                if let Some(worker) = shared.state.lock().workers.get_mut(&self.number) {
+                    worker.draining = true;
+                }
+            }
+        }
+    }
+
+    fn send(&self, shared: &Shared, message: Message) {
+        shared.state.lock().send(self.number, message);
+    }
+
+    /// The job of a lease that this connection holds and still works on.
+    fn held<T>(
+        &self,
+        shared: &Shared,
+        lease: Option<LeaseKey>,
+        read: impl FnOnce(&mut Session) -> T,
+    ) -> Option<T> {
+        let mut state = shared.state.lock();
+        let session = state.session(lease?, self.number)?;
+        (!matches!(session.phase, SessionPhase::Stopping { .. })).then(|| read(session))
+    }
+
+    async fn renew(&self, shared: &Shared, renewal: v1::LeaseRenewal) {
+        let mut by_job: HashMap<JobId, Vec<LeaseKey>> = HashMap::new();
+        let mut reply = v1::LeaseRenewed::default();
+        for lease in renewal.leases {
+            let key = LeaseKey::from_proto(Some(&lease));
+            match self.held(shared, key, |session| session.job_id).zip(key) {
+                Some((job, key)) => by_job.entry(job).or_default().push(key),
+                None => reply.lost.push(lease),
+            }
+        }
+        for (job, leases) in by_job {
+            let ttl_ms = millis(shared.options.lease_ttl);
+            let renew = Transition::Renew { leases: leases.clone(), ttl_ms };
+            let lost = match shared.apply(job, renew).await {
+                Ok(applied) => match applied.effect {
+                    Effect::Renewed { lost } => lost,
+                    _ => Vec::new(),
+                },
+                // Unanswered: the worker renews again before the lease ends.
+                Err(error) => {
+                    tracing::error!(%job, %error, "cannot renew leases");
+                    continue;
+                }
+            };
+            for key in leases {
+                if lost.contains(&key) {
+                    shared.stop_session(key, "the lease was lost");
+                    reply.lost.push(key.to_proto());
+                } else {
+                    reply.renewed.push(key.to_proto());
+                }
+            }
+        }
+        self.send(shared, Message::Renewed(reply));
+    }
+
+    fn progress(&self, shared: &Shared, progress: v1::ShardProgress) {
+        let lease = LeaseKey::from_proto(progress.lease.as_ref());
+        let Some((job_id, job)) =
+            self.held(shared, lease, |session| (session.job_id, Arc::clone(&session.job)))
+        else {
+            return;
+        };
+        let images = lease
+            .and_then(|lease| job.shard(lease.shard))
+            .map(|shard| shard.images())
+            .unwrap_or_default();
+        let (previews, policy) = (job.spec().previews, job.policy());
+        for mut step in progress.steps {
+            if !images.contains(&step.index) {
+                continue;
+            }
+            if !previews || !verdict::preview_allowed(&policy, &step) {
+                step.preview_png.clear();
+            }
+            shared.events.progress(job_id, step);
+        }
+    }
+
+    async fn image(&self, shared: &Arc<Shared>, outcome: v1::ImageOutcome) {
+        let lease = LeaseKey::from_proto(outcome.lease.as_ref());
+        let Some(inbox) = self.held(shared, lease, |session| session.inbox.clone()) else {
+            return;
+        };
+        if let (Err(_), Some(lease)) = (inbox.try_send(Input::Image(Box::new(outcome))), lease) {
+            self.protocol_error(shared, lease, "sent more results than the shard has images").await;
+        }
+    }
+
+    async fn done(&self, shared: &Arc<Shared>, lease: Option<&v1::LeaseRef>) {
+        let Some(key) = LeaseKey::from_proto(lease) else {
+            return self.reply(shared, lease, Err("the lease has no valid shard id".to_owned()));
+        };
+        let inbox = self.held(shared, Some(key), |session| {
+            let first = session.phase == SessionPhase::Running;
+            session.phase = SessionPhase::Committing;
+            first.then(|| session.inbox.clone())
+        });
+        match inbox {
+            // The shard's task answers after the checks.
+            Some(Some(inbox)) => {
+                if inbox.try_send(Input::Done).is_err() {
+                    self.protocol_error(shared, key, "sent more than the shard has images").await;
+                }
+            }
+            // Already committing: one answer is enough.
+            Some(None) => {}
+            None => {
+                shared.remove_if_stopping(key, self.number);
+                let settled = settled(shared, key).await;
+                self.reply(shared, lease, settled);
+            }
+        }
+    }
+
+    fn reply(&self, shared: &Shared, lease: Option<&v1::LeaseRef>, accepted: Result<(), String>) {
+        let (status, reason) = match accepted {
+            Ok(()) => (v1::CommitStatus::Accepted, String::new()),
+            Err(reason) => (v1::CommitStatus::Aborted, reason),
+        };
+        let reply = v1::CommitReply { lease: lease.cloned(), status: status.into(), reason };
+        self.send(shared, Message::Commit(reply));
+    }
+
+    async fn failure(&self, shared: &Arc<Shared>, failure: v1::ShardFailure) {
+        let Some(lease) = LeaseKey::from_proto(failure.lease.as_ref()) else { return };
+        if shared.remove_if_stopping(lease, self.number) {
+            return;
+        }
+        let running = self.held(shared, Some(lease), |session| {
+            (session.phase == SessionPhase::Running).then(|| {
+                session.abort.cancel();
+                (session.job_id, session.attempt)
+            })
+        });
+        let Some(Some((job, attempt))) = running else { return };
+        shared.remove_session(lease);
+        let reason = match failure.reason.as_str() {
+            "" => format!("worker {} gave no reason", self.worker_id),
+            reason => format!("worker {}: {reason}", self.worker_id),
+        };
+        let delay_ms = shared.retry_delay_ms(attempt);
+        let retryable = failure.retryable || failure.cancelled;
+        shared.fail(job, lease, Failure { reason, retryable, delay_ms }).await;
+    }
+
+    async fn protocol_error(&self, shared: &Arc<Shared>, lease: LeaseKey, problem: &str) {
+        let held = self.held(shared, Some(lease), |session| (session.job_id, session.attempt));
+        let Some((job, attempt)) = held else { return };
+        let reason = format!("worker {} {problem}", self.worker_id);
+        shared.stop_session(lease, &reason);
+        let delay_ms = shared.retry_delay_ms(attempt);
+        shared.fail(job, lease, Failure { reason, retryable: true, delay_ms }).await;
+    }
+
+    /// Ends what the stream held: shards in work return to the queue at once; what was already
+    /// sent in full is still checked and committed.
+    async fn leave(&self, shared: &Arc<Shared>) {
+        let mut returned = Vec::new();
+        let closing = shared.closing.is_cancelled();
+        {
+            let mut state = shared.state.lock();
+            state.workers.remove(&self.number);
+            let leases: Vec<_> = state.leases_of(self.number).collect();
+            for lease in leases {
+                let phase = state.sessions.get(&lease).map(|session| session.phase);
+                if phase == Some(SessionPhase::Committing) && !closing {
+                    continue;
+                }
+                if let Some(session) = state.sessions.remove(&lease) {
+                    session.abort.cancel();
+                    if !matches!(session.phase, SessionPhase::Stopping { .. }) {
+                        returned.push((session.job_id, lease));
+                    }
+                }
+            }
+            shared.count_sessions(&state);
+        }
+        tracing::info!(worker = self.worker_id, shards = returned.len(), "worker left");
+        for (job, lease) in returned {
+            if closing {
+                shared.give_back(job, lease).await;
+            } else {
+                let reason = format!("worker {} went away", self.worker_id);
+                let failure = Failure { reason, retryable: true, delay_ms: 0 };
+                shared.fail(job, lease, failure).await;
+            }
+        }
+        shared.wake.notify_one();
+    }
+}
+
+impl Shared {
+    /// Forgets a session whose worker confirms that it stopped.
+    fn remove_if_stopping(&self, lease: LeaseKey, connection: u64) -> bool {
+        let stopping = self
+            .state
+            .lock()
+            .session(lease, connection)
+            .is_some_and(|session| matches!(session.phase, SessionPhase::Stopping { .. }));
+        if stopping {
+            self.remove_session(lease);
+        }
+        stopping
+    }
+
+    pub(super) async fn give_back(&self, job: JobId, lease: LeaseKey) {
+        if let Err(error) = self.apply(job, Transition::GiveBack { lease }).await {
+            tracing::warn!(%job, %lease, %error, "shard returns to the queue at the next start");
+        }
+    }
+}
+
+/// Whether a commit of a delivery that is not open here was accepted before. The same token again
+/// is fine; any other is stale.
+async fn settled(shared: &Shared, key: LeaseKey) -> Result<(), String> {
+    let id = key.shard.to_string();
+    let found = shared.store.find(Lookup::Shard(&id)).await.map_err(|error| error.to_string())?;
+    let Some(job) = found.and_then(|found| found.job_id.parse().ok()) else {
+        return Err(format!("shard {id} is unknown"));
+    };
+    let record = shared.store.get(job).await.map_err(|error| error.to_string())?;
+    let Some(lease) = record.as_ref().and_then(|r| r.shard(key.shard)).map(|shard| &shard.lease)
+    else {
+        return Err(format!("shard {id} is unknown"));
+    };
+    if lease.phase() == Phase::Done && lease.token() == key.token {
+        return Ok(());
+    }
+    let (phase, token) = (lease.phase(), lease.token());
+    Err(format!("token {} is stale: the shard is {phase:?} at token {token}", key.token))
+}

@@ -1,0 +1,226 @@
+//! The workers' hub: who is attached, which shard each holds, and the tasks that follow a shard
+//! from its assignment to its commit.
+
+mod connection;
+mod dispatch;
+mod session;
+mod state;
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use fairlead_common::ids::JobId;
+use fairlead_proto::v1::{self, attach_response::Message};
+use futures::Stream;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::Status;
+
+use self::state::{SessionPhase, State};
+use crate::{
+    clock::{millis, unix_ms},
+    error::Result,
+    events::Events,
+    lease::{Failure, LeaseKey},
+    registry::Registry,
+    release::Gate,
+    state::JobRecord,
+    store::{Applied, Store, StoreError},
+    transition::{Effect, Transition},
+};
+
+/// Messages waiting for one worker; a worker that lets more pile up is cut off.
+const OUTBOX: usize = 256;
+
+/// Times and names of a hub.
+#[derive(Debug, Clone)]
+pub(crate) struct HubOptions {
+    /// Told to workers.
+    pub(crate) coordinator_id: String,
+    /// A lease ends this long after its last renewal.
+    pub(crate) lease_ttl: Duration,
+    /// Wait before the second delivery of a failed shard; it doubles with each further one.
+    pub(crate) retry_delay: Duration,
+}
+
+/// The hub; clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct Hub {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Arc<dyn Store>,
+    registry: Registry,
+    events: Events,
+    gate: Gate,
+    options: HubOptions,
+    state: Mutex<State>,
+    /// Held from a grant until its session is open, so that a cancel in between finds it.
+    handover: tokio::sync::Mutex<()>,
+    /// Something changed that may let a shard be handed out.
+    wake: Notify,
+    /// Number of sessions.
+    sessions: watch::Sender<usize>,
+    /// No further shard is handed out.
+    draining: CancellationToken,
+    /// Streams end.
+    closing: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Hub {
+    /// Starts the hub: shards that an earlier process left leased return to the queue, then
+    /// dispatching begins.
+    pub(crate) async fn start(
+        store: Arc<dyn Store>,
+        registry: Registry,
+        events: Events,
+        gate: Gate,
+        options: HubOptions,
+    ) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            store,
+            registry,
+            events,
+            gate,
+            options,
+            state: Mutex::default(),
+            handover: tokio::sync::Mutex::default(),
+            wake: Notify::new(),
+            sessions: watch::Sender::new(0),
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        shared.recover().await?;
+        shared.tasks.spawn(dispatch::run(Arc::clone(&shared)));
+        Ok(Self { shared })
+    }
+
+    /// Serves one worker's stream; returns the stream towards it.
+    pub(crate) fn attach<S>(&self, inbound: S) -> mpsc::Receiver<Result<v1::AttachResponse, Status>>
+    where
+        S: Stream<Item = Result<v1::AttachRequest, Status>> + Send + Unpin + 'static,
+    {
+        let (outbox, outbound) = mpsc::channel(OUTBOX);
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(connection::serve(shared, inbound, outbox));
+        outbound
+    }
+
+    /// Shards may be waiting: look again.
+    pub(crate) fn wake(&self) {
+        self.shared.wake.notify_one();
+    }
+
+    /// Generators of attached workers that take shards, with the number of workers each.
+    pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {
+        self.shared.state.lock().models()
+    }
+
+    /// Names of generators seen since the start.
+    pub(crate) fn seen_models(&self) -> BTreeSet<String> {
+        self.shared.state.lock().seen_models.clone()
+    }
+
+    /// Cancels a job: queued shards end now, workers are told to stop the running ones.
+    pub(crate) async fn cancel(&self, job: JobId, reason: &str) -> Result<JobRecord> {
+        let _handover = self.shared.handover.lock().await;
+        let cancel = Transition::Cancel { reason: reason.to_owned() };
+        let applied = self.shared.apply(job, cancel).await?;
+        if let Effect::Cancelled { running } = applied.effect {
+            for lease in running {
+                self.shared.stop_session(lease, reason);
+            }
+        }
+        self.wake();
+        Ok(applied.record)
+    }
+
+    /// Hands out nothing more, waits up to `grace` for running shards, then ends all streams;
+    /// shards still running return to the queue.
+    pub(crate) async fn stop(&self, grace: Duration) {
+        self.shared.draining.cancel();
+        let mut sessions = self.shared.sessions.subscribe();
+        let left = *sessions.borrow();
+        if left > 0 {
+            tracing::info!(shards = left, ?grace, "waiting for running shards");
+        }
+        let _ = tokio::time::timeout(grace, sessions.wait_for(|left| *left == 0)).await;
+        self.shared.closing.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+}
+
+impl Shared {
+    /// Applies a transition now and tells watchers if it made events.
+    async fn apply(&self, job: JobId, transition: Transition) -> Result<Applied, StoreError> {
+        let applied = self.store.apply(job, transition, unix_ms()).await?;
+        if applied.has_events {
+            self.events.changed(job);
+        }
+        Ok(applied)
+    }
+
+    /// Returns shards to the queue that an earlier process of this single coordinator held.
+    async fn recover(&self) -> Result<()> {
+        let held = self.store.active().await?.into_iter().filter(|shard| shard.leased);
+        let mut recovered = 0;
+        for (job, lease) in held.filter_map(|shard| shard.ids()) {
+            self.apply(job, Transition::GiveBack { lease }).await?;
+            recovered += 1;
+        }
+        if recovered > 0 {
+            tracing::info!(shards = recovered, "unfinished shards returned to the queue");
+        }
+        Ok(())
+    }
+
+    /// Ends a delivery without a result. A refusal means that it had ended already.
+    async fn fail(&self, job: JobId, lease: LeaseKey, failure: Failure) {
+        tracing::warn!(%job, %lease, reason = failure.reason, "delivery failed");
+        match self.apply(job, Transition::Fail { lease, failure }).await {
+            Ok(_) | Err(StoreError::Refused(_)) => {}
+            // The lease stays and runs out, which returns the shard as well.
+            Err(error) => tracing::error!(%job, %lease, %error, "cannot end a delivery"),
+        }
+        self.wake.notify_one();
+    }
+
+    /// The wait after the `deliveries`-th failed delivery.
+    fn retry_delay_ms(&self, deliveries: u32) -> i64 {
+        let doubled = 1i64 << deliveries.saturating_sub(1).min(10);
+        millis(self.options.retry_delay).saturating_mul(doubled)
+    }
+
+    /// Tells a worker to stop a shard whose delivery has ended. The session counts against the
+    /// worker's capacity until it says that it stopped, or for the length of a lease.
+    fn stop_session(&self, lease: LeaseKey, reason: &str) {
+        let until = unix_ms().saturating_add(millis(self.options.lease_ttl));
+        let mut state = self.state.lock();
+        let Some(session) = state.sessions.get_mut(&lease) else { return };
+        session.abort.cancel();
+        session.phase = SessionPhase::Stopping { until };
+        let connection = session.connection;
+        let cancel = v1::ShardCancel { lease: Some(lease.to_proto()), reason: reason.to_owned() };
+        if !state.send(connection, Message::Cancel(cancel)) {
+            state.sessions.remove(&lease);
+        }
+        self.count_sessions(&state);
+    }
+
+    fn remove_session(&self, lease: LeaseKey) {
+        let mut state = self.state.lock();
+        state.sessions.remove(&lease);
+        self.count_sessions(&state);
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    fn count_sessions(&self, state: &State) {
+        self.sessions.send_replace(state.sessions.len());
+    }
+}

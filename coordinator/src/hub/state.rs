@@ -1,0 +1,215 @@
+//! What the hub knows about attached workers and the shards they hold.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use fairlead_common::ids::JobId;
+use fairlead_proto::{
+    PROTOCOL_VERSION,
+    v1::{self, attach_response::Message},
+};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::session::Input;
+use crate::{
+    error::{Error, Result},
+    lease::LeaseKey,
+    registry::Reservation,
+    state::JobRecord,
+};
+
+/// Most shards a worker may ask to hold at once.
+const MAX_CAPACITY: u32 = 1_024;
+
+/// An attached worker.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) id: String,
+    pub(super) models: Vec<v1::ModelInfo>,
+    pub(super) capacity: usize,
+    /// Takes no further shards.
+    pub(super) draining: bool,
+    pub(super) outbox: mpsc::Sender<Result<v1::AttachResponse, Status>>,
+    /// Ends its stream.
+    pub(super) close: CancellationToken,
+}
+
+/// How far a delivery is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SessionPhase {
+    /// The worker works on it.
+    Running,
+    /// The worker has sent everything; the coordinator checks and commits.
+    Committing,
+    /// It has ended and the worker was told to stop; forgotten at `until`.
+    Stopping {
+        /// Unix milliseconds.
+        until: i64,
+    },
+}
+
+/// One delivery of a shard to a worker.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) job_id: JobId,
+    pub(super) job: Arc<JobRecord>,
+    pub(super) connection: u64,
+    pub(super) phase: SessionPhase,
+    pub(super) inbox: mpsc::Sender<Input>,
+    pub(super) abort: CancellationToken,
+    /// Nodes that the worker was told to ask.
+    pub(super) endpoints: Vec<v1::EnergyEndpoint>,
+    pub(super) reservation: Reservation,
+    /// Deliveries so far, this one included.
+    pub(super) attempt: u32,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    next_connection: u64,
+    pub(super) workers: BTreeMap<u64, Worker>,
+    pub(super) sessions: HashMap<LeaseKey, Session>,
+    pub(super) seen_models: BTreeSet<String>,
+}
+
+impl State {
+    /// Adds a worker under a new connection number. A worker that comes back under its name
+    /// replaces its old stream, which cannot be alive any longer.
+    pub(super) fn attach(
+        &mut self,
+        hello: v1::WorkerHello,
+        outbox: mpsc::Sender<Result<v1::AttachResponse, Status>>,
+        close: CancellationToken,
+    ) -> Result<u64> {
+        check_hello(&hello)?;
+        for worker in self.workers.values().filter(|worker| worker.id != hello.worker_id) {
+            check_same_models(worker, &hello)?;
+        }
+        for old in self.workers.values().filter(|worker| worker.id == hello.worker_id) {
+            tracing::warn!(worker = old.id, "worker attached again; its old stream ends");
+            old.close.cancel();
+        }
+        let connection = self.next_connection;
+        self.next_connection += 1;
+        self.seen_models.extend(hello.models.iter().map(|model| model.name.clone()));
+        let worker = Worker {
+            id: hello.worker_id,
+            models: hello.models,
+            capacity: hello.capacity as usize,
+            draining: false,
+            outbox,
+            close,
+        };
+        self.workers.insert(connection, worker);
+        Ok(connection)
+    }
+
+    /// Queues a message for a worker. A worker that does not read is cut off; `false` if it is not
+    /// attached any longer.
+    pub(super) fn send(&self, connection: u64, message: Message) -> bool {
+        let Some(worker) = self.workers.get(&connection) else { return false };
+        let sent = worker.outbox.try_send(Ok(v1::AttachResponse { message: Some(message) }));
+        if let Err(error) = &sent {
+            tracing::warn!(worker = worker.id, %error, "worker does not read its stream");
+            worker.close.cancel();
+        }
+        sent.is_ok()
+    }
+
+    /// Sessions of one connection.
+    pub(super) fn leases_of(&self, connection: u64) -> impl Iterator<Item = LeaseKey> + '_ {
+        let mine = move |(_, session): &(&LeaseKey, &Session)| session.connection == connection;
+        self.sessions.iter().filter(mine).map(|(lease, _)| *lease)
+    }
+
+    /// The session of `lease` if `connection` holds it.
+    pub(super) fn session(&mut self, lease: LeaseKey, connection: u64) -> Option<&mut Session> {
+        self.sessions.get_mut(&lease).filter(|session| session.connection == connection)
+    }
+
+    /// Generators of workers that take shards; the batch is what each of them can do.
+    pub(super) fn models(&self) -> Vec<v1::ModelInfo> {
+        let mut models: BTreeMap<&str, v1::ModelInfo> = BTreeMap::new();
+        for model in self.workers.values().filter(|w| !w.draining).flat_map(|w| &w.models) {
+            let entry = models
+                .entry(&model.name)
+                .or_insert_with(|| v1::ModelInfo { workers: 0, ..model.clone() });
+            entry.workers += 1;
+            entry.max_batch = entry.max_batch.min(model.max_batch);
+        }
+        models.into_values().collect()
+    }
+}
+
+fn check_hello(hello: &v1::WorkerHello) -> Result<()> {
+    if hello.protocol_version != PROTOCOL_VERSION {
+        return Err(Error::Incompatible(format!(
+            "worker `{}` speaks protocol {}, this coordinator {PROTOCOL_VERSION}; run the same \
+             release on both",
+            hello.worker_id, hello.protocol_version
+        )));
+    }
+    if hello.worker_id.is_empty() || hello.worker_id.len() > 128 {
+        return Err(Error::invalid("hello.worker_id", "must have 1 to 128 characters"));
+    }
+    if !(1..=MAX_CAPACITY).contains(&hello.capacity) {
+        let problem = format!("is {}; it must be from 1 to {MAX_CAPACITY}", hello.capacity);
+        return Err(Error::invalid("hello.capacity", problem));
+    }
+    if hello.models.is_empty() {
+        return Err(Error::invalid("hello.models", "is empty; a worker has one model at least"));
+    }
+    let mut names = BTreeSet::new();
+    for model in &hello.models {
+        check_model(model)?;
+        if !names.insert(&model.name) {
+            return Err(Error::invalid("hello.models", format!("`{}` twice", model.name)));
+        }
+    }
+    Ok(())
+}
+
+fn check_model(model: &v1::ModelInfo) -> Result<()> {
+    let missing = [
+        ("name", model.name.is_empty()),
+        ("hash", model.hash.is_empty()),
+        ("sampler", model.sampler.is_empty()),
+        ("granularity", model.granularity == 0),
+        ("max_side", model.max_side < model.granularity),
+        ("max_batch", model.max_batch == 0),
+    ];
+    match missing.iter().find(|(_, missing)| *missing) {
+        None => Ok(()),
+        Some((field, _)) => {
+            let problem = format!("`{}` has no usable {field}", model.name);
+            Err(Error::invalid("hello.models", problem))
+        }
+    }
+}
+
+/// One name means one generator: two workers must not make different images for it.
+fn check_same_models(worker: &Worker, hello: &v1::WorkerHello) -> Result<()> {
+    for model in &hello.models {
+        let other = worker.models.iter().find(|other| other.name == model.name);
+        if let Some(other) =
+            other.filter(|other| (&other.hash, &other.sampler) != (&model.hash, &model.sampler))
+        {
+            return Err(Error::Incompatible(format!(
+                "model `{}` of worker `{}` has hash {} and sampler {}, but worker `{}` serves \
+                 hash {} and sampler {} under that name; give one of them another name",
+                model.name,
+                hello.worker_id,
+                model.hash,
+                model.sampler,
+                worker.id,
+                other.hash,
+                other.sampler
+            )));
+        }
+    }
+    Ok(())
+}

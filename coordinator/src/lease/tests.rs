@@ -1,0 +1,129 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const TTL: i64 = 100;
+
+fn retry(reason: &str) -> Failure {
+    Failure { reason: reason.to_owned(), retryable: true, delay_ms: 10 }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Grant,
+    Renew(u64),
+    Commit(u64),
+    Fail(u64, bool),
+    Expire(u64),
+    Postpone,
+    GiveBack(u64),
+    Cancel,
+    Wait(i64),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => Just(Op::Grant),
+        2 => (0u64..8).prop_map(Op::Renew),
+        3 => (0u64..8).prop_map(Op::Commit),
+        1 => (0u64..8, any::<bool>()).prop_map(|(token, retry)| Op::Fail(token, retry)),
+        2 => (0u64..8).prop_map(Op::Expire),
+        1 => Just(Op::Postpone),
+        1 => (0u64..8).prop_map(Op::GiveBack),
+        1 => Just(Op::Cancel),
+        3 => (0i64..250).prop_map(Op::Wait),
+    ]
+}
+
+proptest! {
+    /// Whatever the order of grants, renewals, expiries and commits: one result at most, only
+    /// from the newest token, tokens only grow, deliveries are bounded, an end is an end.
+    #[test]
+    fn at_most_one_result_under_any_interleaving(ops in prop::collection::vec(op(), 0..60)) {
+        let mut lease = Lease::default();
+        let (mut now, mut newest, mut accepted) = (0i64, 0u64, None);
+        for op in ops {
+            let before = lease.clone();
+            match op {
+                Op::Grant => {
+                    if let Ok(token) = lease.grant("w", now, TTL) {
+                        prop_assert!(token > newest);
+                        newest = token;
+                    }
+                }
+                Op::Renew(token) => {
+                    prop_assert!(lease.renew(token, now, TTL).is_err() || token == newest);
+                }
+                Op::Commit(token) => match lease.commit(token) {
+                    Ok(Commit::First) => {
+                        prop_assert_eq!(token, newest);
+                        prop_assert_eq!(accepted.replace(token), None);
+                    }
+                    Ok(Commit::Again) => prop_assert_eq!(accepted, Some(token)),
+                    Err(_) => prop_assert_eq!(&before, &lease),
+                },
+                Op::Fail(token, retryable) => {
+                    let failure = Failure { retryable, ..retry("failed") };
+                    prop_assert!(lease.fail(token, &failure, now).is_err() || token == newest);
+                }
+                Op::Expire(token) => {
+                    let due = before.expires_unix_ms() <= now;
+                    prop_assert!(lease.expire(token, now).is_err() || due);
+                }
+                Op::Postpone => { let _ = lease.postpone(&retry("no node"), now); }
+                Op::GiveBack(token) => { let _ = lease.give_back(token); }
+                Op::Cancel => { lease.cancel(); }
+                Op::Wait(ms) => now += ms,
+            }
+            prop_assert!(lease.token() >= before.token());
+            prop_assert!(lease.deliveries() <= MAX_DELIVERIES);
+            if before.is_terminal() {
+                prop_assert_eq!(&before, &lease);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_poison_shard_stops_with_its_last_reason() {
+    let mut lease = Lease::default();
+    for delivery in 1..=MAX_DELIVERIES {
+        let now = i64::from(delivery) * 1000;
+        let token = lease.grant("w", now, TTL).expect("it waits");
+        let after = lease.fail(token, &retry(&format!("crash {delivery}")), now);
+        let given_up = delivery == MAX_DELIVERIES;
+        let expected = if given_up { AfterFailure::GivenUp } else { AfterFailure::Requeued };
+        assert_eq!(after, Ok(expected));
+    }
+    assert_eq!((lease.phase(), lease.reason()), (Phase::Failed, "crash 5"));
+}
+
+#[test]
+fn a_failed_delivery_waits_out_its_delay() {
+    let mut lease = Lease::default();
+    let token = lease.grant("w", 0, TTL).expect("it waits");
+    lease.fail(token, &retry("node gone"), 50).expect("the token is current");
+    assert_eq!(lease.grant("w", 59, TTL), Err(LeaseError::TooEarly(60)));
+    assert_eq!(lease.grant("w", 60, TTL), Ok(2));
+}
+
+#[test]
+fn a_restart_of_the_coordinator_costs_no_delivery() {
+    let mut lease = Lease::default();
+    for expected in 1..20 {
+        assert_eq!(lease.grant("w", 0, TTL), Ok(expected));
+        lease.give_back(expected).expect("the token is current");
+    }
+    assert_eq!(lease.deliveries(), 0);
+}
+
+#[test]
+fn only_an_expired_lease_expires_and_renewal_moves_the_end() {
+    let mut lease = Lease::default();
+    let token = lease.grant("w-1", 0, TTL).expect("it waits");
+    lease.renew(token, 60, TTL).expect("the token is current");
+    assert_eq!(lease.expire(token, 100), Err(LeaseError::NotExpired(160)));
+    assert_eq!(lease.expire(token, 160), Ok(AfterFailure::Requeued));
+    assert!(lease.reason().contains("w-1"));
+    assert!(matches!(lease.commit(token), Err(LeaseError::Stale { current: 1, .. })));
+}

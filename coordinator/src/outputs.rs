@@ -1,0 +1,186 @@
+//! Images and safety records in an object store.
+//!
+//! Names carry the fencing token of the delivery that made the object
+//! (`jobs/{job}/{index}-{token}.png`, `records/{record_id}-{token}.json`), and the store's commit
+//! says which token won. So an attempt that lost its lease while writing can never replace what a
+//! later attempt released.
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use fairlead_common::record::{self, RecordError};
+use fairlead_proto::v1::SafetyRecord;
+use object_store::{
+    ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, memory::InMemory,
+};
+use sha2::{Digest, Sha256};
+
+/// The object store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// An object cannot be written, read or deleted.
+    #[error("outputs: {object}: {source}")]
+    Object {
+        /// Name of the object.
+        object: String,
+        /// The object store's error.
+        source: object_store::Error,
+    },
+    /// A stored record cannot be read.
+    #[error("outputs: record {record_id}: {source}")]
+    Record {
+        /// The record.
+        record_id: String,
+        /// What is wrong with it.
+        source: RecordError,
+    },
+}
+
+/// Where images and records go.
+#[derive(Debug, Clone)]
+pub(crate) struct Outputs {
+    objects: Arc<dyn ObjectStore>,
+}
+
+impl Outputs {
+    /// Files under `dir`, which exists.
+    pub(crate) fn local(dir: &Path) -> Result<Self, OutputError> {
+        let objects = LocalFileSystem::new_with_prefix(dir)
+            .map_err(|source| OutputError::Object { object: dir.display().to_string(), source })?
+            .with_automatic_cleanup(true)
+            .with_fsync(true);
+        Ok(Self::new(Arc::new(objects)))
+    }
+
+    /// Objects in memory, gone with the process.
+    pub(crate) fn in_memory() -> Self {
+        Self::new(Arc::new(InMemory::new()))
+    }
+
+    /// Any object store.
+    pub(crate) fn new(objects: Arc<dyn ObjectStore>) -> Self {
+        Self { objects }
+    }
+
+    pub(crate) async fn put_image(
+        &self,
+        job_id: &str,
+        index: u32,
+        token: u64,
+        png: Bytes,
+    ) -> Result<(), OutputError> {
+        self.put(image_name(job_id, index, token), png.into()).await
+    }
+
+    /// The PNG of an image; `None` if there is none.
+    pub(crate) async fn image(
+        &self,
+        job_id: &str,
+        index: u32,
+        token: u64,
+    ) -> Result<Option<Bytes>, OutputError> {
+        self.get(image_name(job_id, index, token)).await
+    }
+
+    pub(crate) async fn put_record(
+        &self,
+        record: &SafetyRecord,
+        token: u64,
+    ) -> Result<(), OutputError> {
+        let name = record_name(&record.record_id, token);
+        self.put(name, record::to_json(record).into()).await
+    }
+
+    /// A stored record; `None` if there is none.
+    pub(crate) async fn record(
+        &self,
+        record_id: &str,
+        token: u64,
+    ) -> Result<Option<SafetyRecord>, OutputError> {
+        let Some(json) = self.get(record_name(record_id, token)).await? else { return Ok(None) };
+        let record = record::from_json(&String::from_utf8_lossy(&json))
+            .map_err(|source| OutputError::Record { record_id: record_id.to_owned(), source })?;
+        Ok(Some(record))
+    }
+
+    /// Deletes what a delivery wrote for one image; absent objects are fine.
+    pub(crate) async fn discard(
+        &self,
+        job_id: &str,
+        index: u32,
+        record_id: &str,
+        token: u64,
+    ) -> Result<(), OutputError> {
+        for name in [image_name(job_id, index, token), record_name(record_id, token)] {
+            match self.objects.delete(&name.as_str().into()).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(source) => return Err(OutputError::Object { object: name, source }),
+            }
+        }
+        Ok(())
+    }
+
+    async fn put(&self, name: String, payload: PutPayload) -> Result<(), OutputError> {
+        match self.objects.put(&name.as_str().into(), payload).await {
+            Ok(_) => Ok(()),
+            Err(source) => Err(OutputError::Object { object: name, source }),
+        }
+    }
+
+    async fn get(&self, name: String) -> Result<Option<Bytes>, OutputError> {
+        let object = self.objects.get(&name.as_str().into()).await;
+        let bytes = match object {
+            Ok(object) => object.bytes().await,
+            Err(source) => Err(source),
+        };
+        match bytes {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(OutputError::Object { object: name, source }),
+        }
+    }
+}
+
+fn image_name(job_id: &str, index: u32, token: u64) -> String {
+    format!("jobs/{job_id}/{index}-{token}.png")
+}
+
+fn record_name(record_id: &str, token: u64) -> String {
+    format!("records/{record_id}-{token}.json")
+}
+
+/// SHA-256 as lower-case hex.
+pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn contract(outputs: Outputs) {
+        let record = SafetyRecord { record_id: "r".into(), seed: 7, ..Default::default() };
+        let png = Bytes::from_static(b"png");
+        outputs.put_image("j", 0, 2, png.clone()).await.expect("it writes");
+        outputs.put_image("j", 0, 3, "other".into()).await.expect("it writes");
+        outputs.put_record(&record, 2).await.expect("it writes");
+        assert_eq!(outputs.image("j", 0, 2).await.expect("it reads"), Some(png.clone()));
+        assert_eq!(outputs.image("j", 1, 2).await.expect("it reads"), None);
+        assert_eq!(outputs.record("r", 2).await.expect("it reads"), Some(record));
+        outputs.discard("j", 0, "r", 3).await.expect("a missing record is fine");
+        assert_eq!(outputs.image("j", 0, 3).await.expect("it reads"), None);
+        assert_eq!(outputs.image("j", 0, 2).await.expect("it reads"), Some(png));
+    }
+
+    #[tokio::test]
+    async fn memory_keeps_tokens_apart() {
+        contract(Outputs::in_memory()).await;
+    }
+
+    #[tokio::test]
+    async fn files_keep_tokens_apart() {
+        let dir = tempfile::tempdir().expect("a directory");
+        contract(Outputs::local(dir.path()).expect("it exists")).await;
+        assert!(dir.path().join("jobs/j/0-2.png").exists());
+    }
+}

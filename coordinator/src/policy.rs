@@ -1,0 +1,308 @@
+//! Policies: what an operator forbids. Read from one TOML file; a client can add concepts to a
+//! policy, never remove one.
+//!
+//! ```toml
+//! default_policy = "default"
+//!
+//! [policies.default]
+//! concepts = ["*"]                     # every concept served when the job is admitted
+//! allow_overrides = false              # may clients change the steering knobs?
+//! allow_calibration_fallback = false
+//!
+//! [policies.default.steering]
+//! eta = 0.3
+//!
+//! [policies.observe]                   # records scores, corrects and withholds nothing
+//! concepts = ["*"]
+//! observe_only = true
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use fairlead_proto::v1::SteeringParams;
+use serde::Deserialize;
+
+use crate::steering::{self, SteeringFile};
+
+/// Stands for every concept served at admission.
+const ALL: &str = "*";
+
+/// A policies file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// The file cannot be read.
+    #[error("policies file {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// It is not the TOML that is expected.
+    #[error("policies file{at}: {source}")]
+    Parse {
+        /// " PATH", or empty.
+        at: String,
+        /// What the parser found, with line and column.
+        source: Box<toml::de::Error>,
+    },
+    /// It has no policy.
+    #[error("policies file: no policies; write at least [policies.default] concepts = [\"*\"]")]
+    NoPolicies,
+    /// The default policy is not in the file, or cannot be told.
+    #[error("policies file: default_policy {0} of: {1}")]
+    Default(String, String),
+    /// A policy with no concepts that does not say so on purpose.
+    #[error(
+        "policy `{0}`: concepts is empty, so its images would leave unchecked; list concepts, \
+         write [\"*\"] for all, or say allow_unchecked = true or observe_only = true"
+    )]
+    Unchecked(String),
+    /// A value that cannot be.
+    #[error("policy `{policy}`: {problem}")]
+    Value {
+        /// The policy.
+        policy: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    default_policy: Option<String>,
+    #[serde(default)]
+    policies: BTreeMap<String, PolicyFile>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PolicyFile {
+    concepts: Vec<String>,
+    #[serde(default)]
+    steering: SteeringFile,
+    #[serde(default)]
+    allow_overrides: bool,
+    #[serde(default)]
+    allow_calibration_fallback: bool,
+    #[serde(default)]
+    observe_only: bool,
+    #[serde(default)]
+    allow_unchecked: bool,
+}
+
+/// One operator policy.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// Its name in the file.
+    pub name: String,
+    /// Mandatory concepts by name.
+    pub concepts: BTreeSet<String>,
+    /// Every concept served at admission is mandatory as well.
+    pub all_served: bool,
+    /// The policy's steering knobs.
+    pub steering: SteeringParams,
+    /// Clients may override steering knobs.
+    pub allow_overrides: bool,
+    /// A missing calibration may be replaced by a recorded fallback.
+    pub allow_calibration_fallback: bool,
+    /// Record scores, never correct, never withhold.
+    pub observe_only: bool,
+    /// The policy may end up with no concept at all.
+    pub allow_unchecked: bool,
+}
+
+impl Policy {
+    /// The concepts of a job: the mandatory ones and the client's `extra`.
+    pub fn concepts_for<'a>(
+        &self,
+        served: impl IntoIterator<Item = &'a str>,
+        extra: &[String],
+    ) -> BTreeSet<String> {
+        let mut names = self.concepts.clone();
+        if self.all_served {
+            names.extend(served.into_iter().map(str::to_owned));
+        }
+        names.extend(extra.iter().cloned());
+        names
+    }
+
+    /// Whether a job of this policy may have no concept.
+    pub fn may_be_unchecked(&self) -> bool {
+        self.observe_only || self.allow_unchecked
+    }
+
+    fn from_file(name: &str, file: PolicyFile) -> Result<Self, PolicyError> {
+        let value = |problem: String| PolicyError::Value { policy: name.to_owned(), problem };
+        if file.concepts.is_empty() && !file.observe_only && !file.allow_unchecked {
+            return Err(PolicyError::Unchecked(name.to_owned()));
+        }
+        if file.concepts.iter().any(|concept| concept.trim().is_empty()) {
+            return Err(value("concepts holds an empty name".to_owned()));
+        }
+        let steering = SteeringParams::from(file.steering);
+        steering::resolve(&steering, None)
+            .map_err(|problem| value(format!("steering.{problem}")))?;
+        let (all, named): (Vec<_>, Vec<_>) = file.concepts.into_iter().partition(|c| c == ALL);
+        Ok(Self {
+            name: name.to_owned(),
+            concepts: named.into_iter().collect(),
+            all_served: !all.is_empty(),
+            steering,
+            allow_overrides: file.allow_overrides,
+            allow_calibration_fallback: file.allow_calibration_fallback,
+            observe_only: file.observe_only,
+            allow_unchecked: file.allow_unchecked,
+        })
+    }
+}
+
+/// All policies of a coordinator.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policies {
+    default: String,
+    policies: BTreeMap<String, Policy>,
+}
+
+impl Default for Policies {
+    /// Without a file: one policy, `default`, over every served concept, whose knobs clients may
+    /// override.
+    fn default() -> Self {
+        let policy = Policy {
+            name: "default".to_owned(),
+            concepts: BTreeSet::new(),
+            all_served: true,
+            steering: SteeringParams::default(),
+            allow_overrides: true,
+            allow_calibration_fallback: false,
+            observe_only: false,
+            allow_unchecked: false,
+        };
+        Self {
+            default: policy.name.clone(),
+            policies: BTreeMap::from([(policy.name.clone(), policy)]),
+        }
+    }
+}
+
+impl Policies {
+    /// Reads the policies file at `path`.
+    pub fn load(path: &Path) -> Result<Self, PolicyError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| PolicyError::Read { path: path.to_owned(), source })?;
+        Self::parse_at(&text, format!(" {}", path.display()))
+    }
+
+    /// Reads policies from the text of a file.
+    pub fn parse(text: &str) -> Result<Self, PolicyError> {
+        Self::parse_at(text, String::new())
+    }
+
+    fn parse_at(text: &str, at: String) -> Result<Self, PolicyError> {
+        let file: File = toml::from_str(text)
+            .map_err(|source| PolicyError::Parse { at, source: Box::new(source) })?;
+        let policies = file
+            .policies
+            .into_iter()
+            .map(|(name, policy)| Ok((name.clone(), Policy::from_file(&name, policy)?)))
+            .collect::<Result<BTreeMap<_, _>, PolicyError>>()?;
+        let names = || policies.keys().cloned().collect::<Vec<_>>().join(", ");
+        let default = match (file.default_policy, policies.len()) {
+            (_, 0) => return Err(PolicyError::NoPolicies),
+            (Some(name), _) if policies.contains_key(&name) => name,
+            (Some(name), _) => {
+                return Err(PolicyError::Default(format!("`{name}` is none"), names()));
+            }
+            (None, 1) => names(),
+            (None, _) if policies.contains_key("default") => "default".to_owned(),
+            (None, _) => return Err(PolicyError::Default("is missing; name one".into(), names())),
+        };
+        Ok(Self { default, policies })
+    }
+
+    /// The policy `name`, or the default one if it is empty.
+    pub fn get(&self, name: &str) -> Option<&Policy> {
+        self.policies.get(if name.is_empty() { self.default.as_str() } else { name })
+    }
+
+    /// Names of all policies, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.policies.keys().map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn problem(text: &str) -> String {
+        Policies::parse(text).expect_err("it is wrong").to_string()
+    }
+
+    #[test]
+    fn a_full_file_is_read() {
+        let policies = Policies::parse(
+            r#"
+            default_policy = "strict"
+            [policies.strict]
+            concepts = ["*", "kitchen-knife"]
+            allow_calibration_fallback = true
+            steering = { eta = 0.5, mode = "shift-state" }
+            [policies.observe]
+            concepts = []
+            observe_only = true
+            "#,
+        )
+        .expect("it is right");
+        let strict = policies.get("").expect("the default");
+        assert_eq!((strict.name.as_str(), strict.all_served), ("strict", true));
+        assert_eq!(strict.steering.eta, Some(0.5));
+        assert!(!strict.allow_overrides && strict.allow_calibration_fallback);
+        assert!(policies.get("observe").expect("it is there").may_be_unchecked());
+        assert_eq!(policies.get("other"), None);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let typo = problem("[policies.a]\nconcept = ['x']");
+        assert!(typo.contains("unknown field `concept`") && typo.contains("line 2"), "{typo}");
+        assert!(problem("").contains("no policies"));
+        assert!(problem("[policies.a]\nconcepts = []").contains("allow_unchecked = true"));
+        assert!(problem("[policies.a]\nconcepts = [' ']").contains("empty name"));
+        let eta = problem("[policies.a]\nconcepts = ['*']\nsteering.eta = 3.0");
+        assert!(eta.contains("policy `a`: steering.eta is 3"), "{eta}");
+        let missing = problem("default_policy = 'b'\n[policies.a]\nconcepts = ['*']");
+        assert!(missing.contains("`b` is none of: a"), "{missing}");
+        let two = problem("[policies.a]\nconcepts = ['*']\n[policies.b]\nconcepts = ['*']");
+        assert!(two.contains("default_policy is missing; name one of: a, b"), "{two}");
+        let file = Policies::load(Path::new("no/such.toml")).expect_err("it is absent").to_string();
+        assert!(file.contains("no/such.toml"), "{file}");
+    }
+
+    proptest! {
+        #[test]
+        fn a_client_can_add_but_never_remove(
+            mandatory in prop::collection::btree_set("[a-e]", 0..5),
+            served in prop::collection::btree_set("[a-h]", 0..8),
+            extra in prop::collection::vec("[a-j]", 0..5),
+            all_served: bool,
+        ) {
+            let policies = Policies::default();
+            let policy = Policy {
+                concepts: mandatory.clone(), all_served, ..policies.get("").expect("built in").clone()
+            };
+            let names = policy.concepts_for(served.iter().map(String::as_str), &extra);
+            prop_assert!(mandatory.is_subset(&names));
+            prop_assert!(!all_served || served.is_subset(&names));
+            prop_assert!(extra.iter().all(|name| names.contains(name)));
+            let allowed = |name: &String| mandatory.contains(name) || extra.contains(name)
+                || (all_served && served.contains(name));
+            prop_assert!(names.iter().all(allowed));
+        }
+    }
+}

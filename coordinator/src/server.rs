@@ -1,0 +1,113 @@
+//! The server: from a bound listener to a clean end.
+
+use std::{future::Future, time::Duration};
+
+use fairlead_proto::{
+    FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
+    v1::{
+        catalog_service_server::CatalogServiceServer,
+        generation_service_server::GenerationServiceServer,
+        registry_service_server::RegistryServiceServer, worker_service_server::WorkerServiceServer,
+    },
+};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::CoordinatorOptions,
+    error::{Error, Result},
+    grpc::Grpc,
+    service::Coordinator,
+};
+
+/// How long connections may take to end once every stream has.
+const CONNECTION_GRACE: Duration = Duration::from_secs(2);
+/// Pause between two looks for jobs past their retention.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
+
+/// The project's message limits on both directions of a service.
+macro_rules! limits {
+    ($service:expr) => {
+        $service
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    };
+}
+
+/// Serves on `listener` until `shutdown`, then stops admission, gives running shards their grace,
+/// ends all streams and closes the store.
+pub async fn run(
+    listener: TcpListener,
+    options: CoordinatorOptions,
+    shutdown: CancellationToken,
+) -> Result<()> {
+    let address = listener
+        .local_addr()
+        .map_err(|source| Error::Io { what: "listener".to_owned(), source })?;
+    let coordinator = Coordinator::start(options.clone()).await?;
+    tracing::info!(%address, id = options.coordinator_id, data = ?options.data, "coordinator ready");
+    let ended = CancellationToken::new();
+    let server = serve(listener, coordinator.clone(), ended.clone());
+    tokio::pin!(server);
+    tokio::select! {
+        served = &mut server => return served,
+        () = shutdown.cancelled() => {}
+        () = forget_old(&coordinator) => {}
+    }
+    tracing::info!("coordinator stopping");
+    // The server goes on while running shards finish and clients watch them.
+    tokio::select! {
+        served = &mut server => return served,
+        () = coordinator.stop() => {}
+    }
+    ended.cancel();
+    match tokio::time::timeout(CONNECTION_GRACE, server).await {
+        Ok(served) => served?,
+        Err(_) => tracing::warn!("connections were still open and are cut"),
+    }
+    tracing::info!("coordinator stopped");
+    Ok(())
+}
+
+async fn forget_old(coordinator: &Coordinator) {
+    let mut interval = tokio::time::interval(FORGET_EVERY);
+    loop {
+        interval.tick().await;
+        match coordinator.forget_old().await {
+            Ok(0) => {}
+            Ok(jobs) => tracing::info!(jobs, "jobs past their retention were deleted"),
+            Err(error) => tracing::error!(%error, "cannot delete old jobs"),
+        }
+    }
+}
+
+fn serve(
+    listener: TcpListener,
+    coordinator: Coordinator,
+    ended: CancellationToken,
+) -> impl Future<Output = Result<()>> {
+    let grpc = Grpc::new(coordinator);
+    async move {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<GenerationServiceServer<Grpc>>().await;
+        health.set_serving::<CatalogServiceServer<Grpc>>().await;
+        health.set_serving::<RegistryServiceServer<Grpc>>().await;
+        health.set_serving::<WorkerServiceServer<Grpc>>().await;
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .expect("the descriptors come from the build");
+        fairlead_common::grpc::server()
+            .add_service(health_service)
+            .add_service(reflection)
+            .add_service(limits!(GenerationServiceServer::new(grpc.clone())))
+            .add_service(limits!(CatalogServiceServer::new(grpc.clone())))
+            .add_service(limits!(RegistryServiceServer::new(grpc.clone())))
+            .add_service(limits!(WorkerServiceServer::new(grpc)))
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), ended.cancelled())
+            .await?;
+        Ok(())
+    }
+}

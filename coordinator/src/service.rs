@@ -1,0 +1,368 @@
+//! What the coordinator does for clients. `grpc.rs` only translates.
+
+use std::{path::PathBuf, sync::Arc};
+
+use fairlead_common::ids::JobId;
+use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
+use prost::Message;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use crate::{
+    admission::{self, Cluster, Identity},
+    clock::{millis, unix_ms},
+    config::{CoordinatorOptions, Data},
+    error::{Error, Result},
+    events::Events,
+    hub::{Hub, HubOptions},
+    lease::Phase,
+    outputs::{Outputs, sha256_hex},
+    policy::Policies,
+    registry::Registry,
+    release::Gate,
+    state::JobRecord,
+    store::{Created, Found, Lookup, MemoryStore, NewJob, RedbStore, Store, StoreError},
+};
+
+/// Most characters of an idempotency key.
+const MAX_KEY_CHARS: usize = 128;
+/// Jobs on a page unless asked otherwise, and at most.
+const DEFAULT_PAGE: u32 = 50;
+const MAX_PAGE: u32 = 1_000;
+/// Jobs forgotten in one round.
+const FORGET_AT_ONCE: usize = 100;
+
+/// The coordinator; clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct Coordinator {
+    store: Arc<dyn Store>,
+    outputs: Outputs,
+    registry: Registry,
+    events: Events,
+    hub: Hub,
+    policies: Arc<Policies>,
+    options: Arc<CoordinatorOptions>,
+    /// No further job is admitted.
+    stopping: CancellationToken,
+}
+
+impl Coordinator {
+    /// Opens the store and the outputs and starts the hub.
+    pub(crate) async fn start(options: CoordinatorOptions) -> Result<Self> {
+        let (store, outputs) = open(&options.data).await?;
+        let registry = Registry::new(options.node_ttl);
+        let events = Events::new(Arc::clone(&store));
+        let gate = Gate::new(registry.clone(), outputs.clone(), options.check_timeout);
+        let hub_options = HubOptions {
+            coordinator_id: options.coordinator_id.clone(),
+            lease_ttl: options.lease_ttl,
+            retry_delay: options.retry_delay,
+        };
+        let hub =
+            Hub::start(Arc::clone(&store), registry.clone(), events.clone(), gate, hub_options)
+                .await?;
+        Ok(Self {
+            store,
+            outputs,
+            registry,
+            events,
+            hub,
+            policies: Arc::new(options.policies.clone()),
+            options: Arc::new(options),
+            stopping: CancellationToken::new(),
+        })
+    }
+
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    pub(crate) fn hub(&self) -> &Hub {
+        &self.hub
+    }
+
+    /// Admits and stores a job.
+    pub(crate) async fn submit(&self, request: v1::SubmitJobRequest) -> Result<v1::Job> {
+        if self.stopping.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        let spec = request.spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
+        let key = request.idempotency_key;
+        if key.chars().count() > MAX_KEY_CHARS {
+            let problem = format!("has more than {MAX_KEY_CHARS} characters");
+            return Err(Error::invalid("idempotency_key", problem));
+        }
+        let body = Sha256::digest(spec.encode_to_vec()).to_vec();
+        // Before admission: a repeated request gets its job even if the cluster has changed.
+        if !key.is_empty()
+            && let Some(found) = self.store.find(Lookup::Key(&key)).await?
+        {
+            return self.existing(&key, &body, found).await;
+        }
+        let now = unix_ms();
+        let identity = Identity { job: JobId::generate(), drawn_seed: rand::random(), now };
+        let (models, seen_models) = (self.hub.models(), self.hub.seen_models());
+        let (nodes, seen_concepts) = (self.registry.live(), self.registry.seen_concepts());
+        let cluster = Cluster {
+            models: &models,
+            seen_models: &seen_models,
+            nodes: &nodes,
+            seen_concepts: &seen_concepts,
+        };
+        let record = admission::admit(&spec, &self.policies, &cluster, identity)?;
+        let max_queued = self.options.max_queued;
+        let key = (!key.is_empty()).then_some((key, body));
+        let new = NewJob { record, key: key.clone(), max_queued };
+        match self.store.create(new, now).await? {
+            Created::New(record) => {
+                tracing::info!(
+                    job = record.job.job_id,
+                    model = record.model.name,
+                    images = record.job.images.len(),
+                    shards = record.shards.len(),
+                    policy = record.policy().name,
+                    "job admitted"
+                );
+                self.hub.wake();
+                Ok(record.job)
+            }
+            Created::Existing(found) => {
+                let (key, body) = key.unwrap_or_default();
+                self.existing(&key, &body, found).await
+            }
+            Created::QueueFull => Err(Error::QueueFull { limit: max_queued }),
+        }
+    }
+
+    async fn existing(&self, key: &str, body: &[u8], found: Found) -> Result<v1::Job> {
+        if found.body_hash != body {
+            return Err(Error::KeyReused { key: key.to_owned(), job_id: found.job_id });
+        }
+        Ok(self.record_of(&found.job_id).await?.job)
+    }
+
+    pub(crate) async fn get(&self, job_id: &str) -> Result<v1::Job> {
+        Ok(self.record_of(job_id).await?.job)
+    }
+
+    /// Events after a sequence number; the stream ends after the job's last event.
+    pub(crate) async fn watch(
+        &self,
+        job_id: &str,
+        after: u64,
+    ) -> Result<mpsc::Receiver<Result<v1::WatchJobResponse, Status>>> {
+        let record = self.record_of(job_id).await?;
+        let last = record.last_sequence;
+        if after > last {
+            let problem = format!("is {after}, but the job's last event is {last}");
+            return Err(Error::invalid("after_sequence", problem));
+        }
+        if record.is_terminal() && after == last {
+            // Nothing is left to send: a stream that ends at once.
+            return Ok(mpsc::channel(1).1);
+        }
+        Ok(self.events.watch(parse_job(job_id)?, after))
+    }
+
+    pub(crate) async fn cancel(&self, job_id: &str) -> Result<v1::Job> {
+        let job = parse_job(job_id)?;
+        match self.hub.cancel(job, "cancelled by the client").await {
+            Ok(record) => {
+                tracing::info!(job = job_id, state = record.job.state().as_str_name(), "cancel");
+                Ok(record.job)
+            }
+            Err(Error::Store(StoreError::UnknownJob(_))) => Err(unknown_job(job_id)),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) async fn list(&self, request: v1::ListJobsRequest) -> Result<v1::ListJobsResponse> {
+        let size = match request.page_size {
+            0 => DEFAULT_PAGE,
+            size @ 1..=MAX_PAGE => size,
+            size => {
+                let problem = format!("is {size}; ask for 1 to {MAX_PAGE}");
+                return Err(Error::invalid("page_size", problem));
+            }
+        } as usize;
+        let before = match request.page_token.as_str() {
+            "" => None,
+            token => Some(token.parse::<JobId>().map_err(|_| {
+                Error::invalid("page_token", format!("`{token}` comes from no previous page"))
+            })?),
+        };
+        let mut records = self.store.list(before, size + 1).await?;
+        let mut room = MAX_MESSAGE_BYTES / 2;
+        let fits = records.iter().take(size).take_while(|record| {
+            let length = record.job.encoded_len();
+            let fits = length <= room;
+            room = room.saturating_sub(length);
+            fits
+        });
+        let keep = fits.count().max(1);
+        let more = records.len() > keep;
+        records.truncate(keep);
+        let jobs: Vec<v1::Job> = records.into_iter().map(|record| record.job).collect();
+        let next_page_token =
+            jobs.last().filter(|_| more).map(|job| job.job_id.clone()).unwrap_or_default();
+        Ok(v1::ListJobsResponse { jobs, next_page_token })
+    }
+
+    /// The bytes of a released image, as they were checked.
+    pub(crate) async fn image(&self, job_id: &str, index: u32) -> Result<v1::GetImageResponse> {
+        let record = self.record_of(job_id).await?;
+        let image = image_of(&record, index)?;
+        if image.status() != v1::ImageStatus::Released {
+            return Err(not_released(job_id, image));
+        }
+        let object = format!("image {index} of job {job_id}");
+        let token = winner(&record, index).unwrap_or_default();
+        let png = self.outputs.image(&record.job.job_id, index, token).await?;
+        let png = png.filter(|png| sha256_hex(png) == image.image_sha256);
+        let png = png.ok_or(Error::Damaged { object })?;
+        Ok(v1::GetImageResponse { png: png.to_vec(), image_sha256: image.image_sha256.clone() })
+    }
+
+    /// The safety record of an image that was released or withheld.
+    pub(crate) async fn record(&self, request: v1::GetRecordRequest) -> Result<v1::SafetyRecord> {
+        let (job_id, index) = if request.record_id.is_empty() {
+            (request.job_id, request.index)
+        } else {
+            let found = self.store.find(Lookup::Record(&request.record_id)).await?;
+            let found =
+                found.ok_or_else(|| Error::NotFound(format!("record `{}`", request.record_id)))?;
+            (found.job_id, found.index)
+        };
+        let record = self.record_of(&job_id).await?;
+        let image = image_of(&record, index)?;
+        let id = &image.record_id;
+        let Some(token) = winner(&record, index) else {
+            let status = image.status().as_str_name();
+            let what = format!("the record of image {index} of job {job_id} ({status})");
+            return Err(Error::NotFound(what));
+        };
+        let stored = self.outputs.record(id, token).await?;
+        stored
+            .filter(|stored| stored.image_sha256 == image.image_sha256)
+            .ok_or_else(|| Error::Damaged { object: format!("record {id}") })
+    }
+
+    pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {
+        self.hub.models()
+    }
+
+    /// Served concepts by name and version, each with its nodes.
+    pub(crate) fn concepts(&self) -> Vec<v1::ServedConcept> {
+        let mut concepts: Vec<v1::ServedConcept> = Vec::new();
+        for node in self.registry.live() {
+            let serving = v1::ServingNode {
+                node_id: node.info.node_id.clone(),
+                address: node.info.address.clone(),
+                model_name: node.info.model_name.clone(),
+                since_unix_ms: node.since_unix_ms,
+                calibrations: node.info.calibrations.clone(),
+            };
+            for info in &node.info.concepts {
+                let same = |served: &&mut v1::ServedConcept| {
+                    served.concept.as_ref().and_then(|c| c.concept.as_ref())
+                        == info.concept.as_ref()
+                };
+                match concepts.iter_mut().find(same) {
+                    Some(served) => served.nodes.push(serving.clone()),
+                    None => concepts.push(v1::ServedConcept {
+                        concept: Some(info.clone()),
+                        nodes: vec![serving.clone()],
+                    }),
+                }
+            }
+        }
+        concepts.sort_by_cached_key(|served| {
+            let concept = served.concept.clone().unwrap_or_default();
+            (concept.group, concept.concept.unwrap_or_default().name)
+        });
+        concepts
+    }
+
+    /// Forgets jobs that ended longer ago than the retention, with their images and records.
+    pub(crate) async fn forget_old(&self) -> Result<usize> {
+        let before = unix_ms().saturating_sub(millis(self.options.retention));
+        let forgotten = self.store.forget(before, FORGET_AT_ONCE).await?;
+        for record in &forgotten {
+            for image in &record.job.images {
+                let token = winner(record, image.index).unwrap_or_default();
+                self.outputs
+                    .discard(&record.job.job_id, image.index, &image.record_id, token)
+                    .await?;
+            }
+        }
+        Ok(forgotten.len())
+    }
+
+    /// Admits nothing more, lets running shards finish for a while, ends every stream.
+    pub(crate) async fn stop(&self) {
+        self.stopping.cancel();
+        self.hub.stop(self.options.drain_timeout).await;
+        self.events.stop().await;
+    }
+
+    async fn record_of(&self, job_id: &str) -> Result<JobRecord> {
+        self.store.get(parse_job(job_id)?).await?.ok_or_else(|| unknown_job(job_id))
+    }
+}
+
+async fn open(data: &Data) -> Result<(Arc<dyn Store>, Outputs)> {
+    let Data::Dir(dir) = data else {
+        return Ok((Arc::new(MemoryStore::default()), Outputs::in_memory()));
+    };
+    let dir: PathBuf = dir.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let outputs = dir.join("outputs");
+        std::fs::create_dir_all(&outputs).map_err(|source| Error::Io {
+            what: format!("data directory {}", outputs.display()),
+            source,
+        })?;
+        Ok::<_, Error>((RedbStore::open(&dir.join("jobs.redb"))?, Outputs::local(&outputs)?))
+    });
+    let (store, outputs) = opened.await.map_err(|error| Error::Io {
+        what: "opening the data directory".to_owned(),
+        source: std::io::Error::other(error),
+    })??;
+    Ok((Arc::new(store), outputs))
+}
+
+fn parse_job(job_id: &str) -> Result<JobId> {
+    job_id.parse().map_err(|_| {
+        Error::invalid("job_id", format!("`{job_id}` is no job id; it is what SubmitJob returned"))
+    })
+}
+
+fn unknown_job(job_id: &str) -> Error {
+    Error::NotFound(format!("job {job_id}"))
+}
+
+fn image_of(record: &JobRecord, index: u32) -> Result<&v1::ImageInfo> {
+    record.job.images.get(index as usize).ok_or_else(|| {
+        let (job_id, n) = (&record.job.job_id, record.job.images.len());
+        Error::NotFound(format!("image {index} of job {job_id} (it has {n})"))
+    })
+}
+
+/// Token of the delivery whose result for `index` was accepted.
+fn winner(record: &JobRecord, index: u32) -> Option<u64> {
+    let shard = record.shards.iter().find(|shard| shard.images().contains(&index))?;
+    (shard.lease.phase() == Phase::Done).then(|| shard.lease.token())
+}
+
+fn not_released(job_id: &str, image: &v1::ImageInfo) -> Error {
+    use v1::ImageStatus::{Cancelled, Failed, Pending, Released, Unspecified, Withheld};
+    let (status, hint) = match image.status() {
+        Unspecified | Pending => ("pending", "; watch the job until it ends"),
+        Released => ("released", ""),
+        Withheld => ("withheld", "; its safety record says why"),
+        Failed => ("failed", "; the job's reason says why"),
+        Cancelled => ("cancelled", ""),
+    };
+    Error::NotReleased { job_id: job_id.to_owned(), index: image.index, status, hint }
+}

@@ -1,0 +1,315 @@
+//! The contract of [`Store`], run against every backend.
+
+use std::sync::Arc;
+
+use fairlead_common::ids::{JobId, ShardId};
+use fairlead_proto::v1::{self, ImageStatus, JobState, watch_job_response::Event};
+
+use super::*;
+use crate::{
+    lease::{AfterFailure, Commit, Failure, LeaseKey, MAX_DELIVERIES},
+    state::Shard,
+};
+
+const TTL: i64 = 1_000;
+
+fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
+    let id = JobId::generate();
+    let image = |index| v1::ImageInfo {
+        index,
+        record_id: format!("{id}-{index}"),
+        status: ImageStatus::Pending.into(),
+        ..Default::default()
+    };
+    let shard = |range: std::ops::Range<u32>| Shard {
+        id: id.derive::<ShardId>(&range.start.to_string()).to_string(),
+        first: range.start,
+        count: range.end - range.start,
+        ..Default::default()
+    };
+    let record = JobRecord {
+        job: v1::Job {
+            job_id: id.to_string(),
+            images: (0..images).map(image).collect(),
+            created_unix_ms: 5,
+            ..Default::default()
+        },
+        model: v1::ModelInfo { name: "sd".into(), ..Default::default() },
+        shards: crate::placement::split(images, per_shard).into_iter().map(shard).collect(),
+        last_sequence: 0,
+    };
+    (id, record)
+}
+
+fn new(record: JobRecord) -> NewJob {
+    NewJob { record, key: None, max_queued: 100 }
+}
+
+fn released(range: std::ops::Range<u32>) -> Vec<v1::ImageInfo> {
+    let image =
+        |index| v1::ImageInfo { index, status: ImageStatus::Released.into(), ..Default::default() };
+    range.map(image).collect()
+}
+
+async fn stored(store: &dyn Store, images: u32, per_shard: u32) -> (JobId, Vec<ShardId>) {
+    let (id, record) = job(images, per_shard);
+    let Created::New(record) = store.create(new(record), 5).await.expect("it stores") else {
+        panic!("the job is new")
+    };
+    (id, record.shards.iter().map(|shard| shard.id.parse().expect("an id")).collect())
+}
+
+async fn grant(store: &dyn Store, job: JobId, shard: ShardId, now: i64) -> LeaseKey {
+    let grant = Transition::Grant { shard, worker: "w".into(), ttl_ms: TTL };
+    match store.apply(job, grant, now).await.expect("it is queued").effect {
+        Effect::Granted { lease, .. } => lease,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn commit(lease: LeaseKey, range: std::ops::Range<u32>) -> Transition {
+    Transition::Commit { lease, images: released(range), notices: vec!["long prompt".into()] }
+}
+
+fn fail(lease: LeaseKey) -> Transition {
+    let failure = Failure { reason: "it broke".into(), retryable: true, delay_ms: 0 };
+    Transition::Fail { lease, failure }
+}
+
+async fn a_job_runs_to_its_end_with_events_in_order(store: &dyn Store) {
+    let (id, shards) = stored(store, 3, 2).await;
+    assert_eq!(shards.len(), 2);
+    let first = grant(store, id, shards[0], 10).await;
+    let second = grant(store, id, shards[1], 11).await;
+    store.apply(id, commit(second, 1..3), 12).await.expect("the token is current");
+    let done = store.apply(id, commit(first, 0..1), 13).await.expect("the token is current");
+    assert_eq!(done.record.job.state(), JobState::Completed);
+    assert_eq!(done.record.job.notices, ["long prompt"]);
+    let events = store.events(id, 0, 100).await.expect("events");
+    let sequences: Vec<_> = events.iter().map(|event| event.sequence).collect();
+    assert_eq!(sequences, [1, 2, 3, 4, 5, 6]);
+    let kinds: Vec<_> = events
+        .iter()
+        .map(|event| match event.event.as_ref().expect("an event") {
+            Event::Job(job) => job.state().as_str_name().to_owned(),
+            Event::Image(image) => format!("image {}", image.index),
+            Event::Progress(_) => panic!("progress is not durable"),
+        })
+        .collect();
+    let states = ["JOB_STATE_QUEUED", "JOB_STATE_RUNNING", "JOB_STATE_COMPLETED"];
+    assert_eq!(kinds, [states[0], states[1], "image 1", "image 2", "image 0", states[2]]);
+    assert_eq!(store.events(id, 4, 1).await.expect("events")[0].sequence, 5);
+    assert!(store.active().await.expect("index").iter().all(|s| s.job_id != id.to_string()));
+}
+
+async fn only_the_newest_token_commits_and_again_is_fine(store: &dyn Store) {
+    let (id, shards) = stored(store, 1, 1).await;
+    let old = grant(store, id, shards[0], 10).await;
+    store.apply(id, fail(old), 11).await.expect("the token is current");
+    let newer = grant(store, id, shards[0], 12).await;
+    assert!(newer.token > old.token);
+    let before = store.get(id).await.expect("a job");
+    let stale = store.apply(id, commit(old, 0..1), 13).await.expect_err("it is stale");
+    assert!(matches!(stale, StoreError::Refused(Refusal::Lease(_))), "{stale}");
+    assert_eq!(store.get(id).await.expect("a job"), before);
+    for expected in [Commit::First, Commit::Again] {
+        let done = store.apply(id, commit(newer, 0..1), 14).await.expect("the token is current");
+        assert_eq!(done.effect, Effect::Committed(expected));
+        assert_eq!(done.has_events, expected == Commit::First);
+    }
+}
+
+async fn a_commit_must_end_each_image_of_its_shard(store: &dyn Store) {
+    let (id, shards) = stored(store, 4, 2).await;
+    let lease = grant(store, id, shards[0], 10).await;
+    for range in [0..1, 0..3, 1..3, 2..4] {
+        let refused = store.apply(id, commit(lease, range), 11).await.expect_err("incomplete");
+        assert!(matches!(refused, StoreError::Refused(Refusal::Incomplete { .. })), "{refused}");
+    }
+    store.apply(id, commit(lease, 0..2), 12).await.expect("it is complete and still leased");
+}
+
+async fn a_cancelled_job_accepts_nothing_more(store: &dyn Store) {
+    let (id, shards) = stored(store, 3, 1).await;
+    let done = grant(store, id, shards[0], 10).await;
+    store.apply(id, commit(done, 0..1), 11).await.expect("the token is current");
+    let running = grant(store, id, shards[1], 12).await;
+    let cancel = Transition::Cancel { reason: "the client asked".into() };
+    let applied = store.apply(id, cancel.clone(), 13).await.expect("it cancels");
+    assert_eq!(applied.effect, Effect::Cancelled { running: vec![running] });
+    store.apply(id, commit(running, 1..2), 14).await.expect_err("it is too late");
+    let again = store.apply(id, cancel, 15).await.expect("cancelling twice is fine");
+    assert_eq!(again.effect, Effect::Cancelled { running: vec![] });
+    let statuses: Vec<_> = again.record.job.images.iter().map(v1::ImageInfo::status).collect();
+    use ImageStatus::{Cancelled, Released};
+    assert_eq!(statuses, [Released, Cancelled, Cancelled]);
+    assert_eq!(again.record.job.state(), JobState::Cancelled);
+}
+
+async fn a_poison_shard_fails_its_job_and_keeps_what_was_released(store: &dyn Store) {
+    let (id, shards) = stored(store, 2, 1).await;
+    let good = grant(store, id, shards[0], 10).await;
+    store.apply(id, commit(good, 0..1), 11).await.expect("the token is current");
+    for delivery in 1..=MAX_DELIVERIES {
+        let now = 10 + i64::from(delivery);
+        let lease = grant(store, id, shards[1], now).await;
+        let applied = store.apply(id, fail(lease), now).await.expect("the token is current");
+        let over = delivery == MAX_DELIVERIES;
+        let after = if over { AfterFailure::GivenUp } else { AfterFailure::Requeued };
+        assert_eq!(applied.effect, Effect::Ended(after));
+    }
+    let job = store.get(id).await.expect("a job").expect("a job").job;
+    assert_eq!(job.state(), JobState::Failed);
+    assert_eq!(job.reason, "image 1 failed after 5 attempt(s): it broke");
+    let statuses: Vec<_> = job.images.iter().map(v1::ImageInfo::status).collect();
+    assert_eq!(statuses, [ImageStatus::Released, ImageStatus::Failed]);
+}
+
+async fn the_queue_keeps_its_order_and_its_bound(store: &dyn Store) {
+    let (id, shards) = stored(store, 3, 1).await;
+    let held = grant(store, id, shards[0], 10).await;
+    store.apply(id, fail(held), 11).await.expect("the token is current");
+    let mine = |active: Vec<ActiveShard>| -> Vec<String> {
+        let job = id.to_string();
+        active.into_iter().filter(|s| s.job_id == job).map(|s| s.shard_id).collect()
+    };
+    let ids: Vec<_> = shards.iter().map(ToString::to_string).collect();
+    assert_eq!(mine(store.active().await.expect("index")), ids, "a retry keeps its place");
+    let queued = store.active().await.expect("index").iter().filter(|s| !s.leased).count();
+    let (_, record) = job(2, 1);
+    let full = NewJob { record: record.clone(), key: None, max_queued: queued + 1 };
+    assert_eq!(store.create(full, 12).await.expect("it answers"), Created::QueueFull);
+    let fits = NewJob { record, key: None, max_queued: queued + 2 };
+    assert!(matches!(store.create(fits, 12).await.expect("it answers"), Created::New(_)));
+}
+
+async fn renewals_expiry_and_losses(store: &dyn Store) {
+    let (id, shards) = stored(store, 2, 1).await;
+    let (a, b) = (grant(store, id, shards[0], 0).await, grant(store, id, shards[1], 0).await);
+    let stale = LeaseKey { token: a.token + 1, ..a };
+    let renew = Transition::Renew { leases: vec![a, stale], ttl_ms: TTL };
+    let renewed = store.apply(id, renew, 600).await.expect("it answers").effect;
+    assert_eq!(renewed, Effect::Renewed { lost: vec![stale] });
+    store.apply(id, Transition::Expire { lease: a }, 1_000).await.expect_err("it was renewed");
+    store.apply(id, Transition::Expire { lease: b }, 1_000).await.expect("it has expired");
+    let active = store.active().await.expect("index");
+    let leased: Vec<_> = active
+        .iter()
+        .filter(|s| s.job_id == id.to_string() && s.leased)
+        .map(|s| (s.ids().expect("ids").1, s.expires_unix_ms, s.holder.as_str()))
+        .collect();
+    assert_eq!(leased, [(a, 1_600, "w")]);
+    store.apply(id, Transition::GiveBack { lease: a }, 1_100).await.expect("it is current");
+    assert!(grant(store, id, shards[0], 1_100).await.token > a.token);
+}
+
+async fn keys_shards_and_records_lead_to_their_job(store: &dyn Store) {
+    let (id, record) = job(2, 1);
+    let key = format!("key-of-{id}");
+    let with_key = NewJob { key: Some((key.clone(), vec![7])), ..new(record.clone()) };
+    assert!(matches!(store.create(with_key, 1).await.expect("it stores"), Created::New(_)));
+    let second = NewJob { key: Some((key.clone(), vec![8])), ..new(job(1, 1).1) };
+    let Created::Existing(found) = store.create(second, 2).await.expect("it answers") else {
+        panic!("the key is taken")
+    };
+    assert_eq!((found.job_id, found.body_hash), (id.to_string(), vec![7]));
+    let image = &record.job.images[1];
+    let found = store.find(Lookup::Record(&image.record_id)).await.expect("it answers");
+    assert_eq!(found.map(|found| (found.job_id, found.index)), Some((id.to_string(), 1)));
+    let found = store.find(Lookup::Shard(&record.shards[0].id)).await.expect("it answers");
+    assert_eq!(found.map(|found| found.job_id), Some(id.to_string()));
+    assert_eq!(store.find(Lookup::Key("another")).await.expect("it answers"), None);
+}
+
+async fn lists_are_newest_first_and_page(store: &dyn Store) {
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(stored(store, 1, 1).await.0.to_string());
+    }
+    let names = |records: Vec<JobRecord>| -> Vec<_> {
+        records.into_iter().map(|record| record.job.job_id).collect()
+    };
+    let first = names(store.list(None, 2).await.expect("a page"));
+    assert_eq!(first, [ids[2].clone(), ids[1].clone()]);
+    let last = first[1].parse().expect("an id");
+    assert_eq!(names(store.list(Some(last), 1).await.expect("a page")), [ids[0].clone()]);
+}
+
+async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
+    let (id, record) = job(1, 1);
+    let key = format!("key-of-{id}");
+    let new = NewJob { key: Some((key.clone(), vec![])), ..new(record) };
+    store.create(new, 5).await.expect("it stores");
+    assert!(store.forget(i64::MAX, 0).await.expect("it answers").is_empty());
+    let open: Vec<_> = store.forget(i64::MAX, 100).await.expect("it answers");
+    assert!(open.iter().all(|gone| gone.job.job_id != id.to_string()), "it has not ended");
+    let cancel = Transition::Cancel { reason: String::new() };
+    store.apply(id, cancel, 100).await.expect("it cancels");
+    assert!(store.forget(100, 100).await.expect("it answers").is_empty(), "not old enough");
+    let gone = store.forget(101, 100).await.expect("it answers");
+    assert!(gone.iter().any(|gone| gone.job.job_id == id.to_string()));
+    assert_eq!(store.get(id).await.expect("it answers"), None);
+    assert!(store.events(id, 0, 10).await.expect("it answers").is_empty());
+    assert_eq!(store.find(Lookup::Key(&key)).await.expect("it answers"), None);
+}
+
+async fn concurrent_grants_have_one_winner(store: Arc<dyn Store>) {
+    let (id, shards) = stored(store.as_ref(), 1, 1).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for worker in 0..8 {
+        let (store, shard) = (Arc::clone(&store), shards[0]);
+        tasks.spawn(async move {
+            let grant = Transition::Grant { shard, worker: format!("w{worker}"), ttl_ms: TTL };
+            store.apply(id, grant, 10).await.is_ok()
+        });
+    }
+    let won = tasks.join_all().await.into_iter().filter(|won| *won).count();
+    assert_eq!(won, 1);
+}
+
+async fn all(store: Arc<dyn Store>) {
+    let backend = store.as_ref();
+    a_job_runs_to_its_end_with_events_in_order(backend).await;
+    only_the_newest_token_commits_and_again_is_fine(backend).await;
+    a_commit_must_end_each_image_of_its_shard(backend).await;
+    a_cancelled_job_accepts_nothing_more(backend).await;
+    a_poison_shard_fails_its_job_and_keeps_what_was_released(backend).await;
+    the_queue_keeps_its_order_and_its_bound(backend).await;
+    renewals_expiry_and_losses(backend).await;
+    keys_shards_and_records_lead_to_their_job(backend).await;
+    lists_are_newest_first_and_page(backend).await;
+    old_jobs_are_forgotten_with_everything_about_them(backend).await;
+    let unknown = JobId::generate();
+    let cancel = Transition::Cancel { reason: String::new() };
+    let error = backend.apply(unknown, cancel, 0).await.expect_err("there is no such job");
+    assert!(matches!(error, StoreError::UnknownJob(id) if id == unknown));
+    concurrent_grants_have_one_winner(store).await;
+}
+
+#[tokio::test]
+async fn the_memory_store_keeps_the_contract() {
+    all(Arc::new(MemoryStore::default())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_redb_store_keeps_the_contract() {
+    let dir = tempfile::tempdir().expect("a directory");
+    all(Arc::new(RedbStore::open(&dir.path().join("jobs.redb")).expect("it opens"))).await;
+}
+
+#[tokio::test]
+async fn redb_keeps_everything_over_a_restart_and_has_one_holder() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("jobs.redb");
+    let store = RedbStore::open(&path).expect("it opens");
+    let (id, shards) = stored(&store, 2, 1).await;
+    let lease = grant(&store, id, shards[0], 10).await;
+    let before = store.get(id).await.expect("a job");
+    let second = RedbStore::open(&path).expect_err("it is held").to_string();
+    assert!(second.contains("another coordinator"), "{second}");
+    drop(store);
+    let store = RedbStore::open(&path).expect("it opens again");
+    assert_eq!(store.get(id).await.expect("a job"), before);
+    store.apply(id, commit(lease, 0..1), 12).await.expect("the token survived");
+    assert_eq!(store.active().await.expect("index").len(), 1);
+}

@@ -1,0 +1,123 @@
+//! State in memory: for a temporary cluster and for tests. Nothing survives the process.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use fairlead_common::ids::JobId;
+use fairlead_proto::v1::WatchJobResponse;
+use parking_lot::Mutex;
+
+use super::{Applied, Created, Found, Lookup, NewJob, Store, StoreError, enqueue, lookups};
+use crate::{
+    state::{ActiveShard, JobRecord},
+    transition::{self, Transition},
+};
+
+/// A store that lives as long as the process.
+#[derive(Debug, Default)]
+pub(crate) struct MemoryStore {
+    tables: Mutex<Tables>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    jobs: BTreeMap<JobId, JobRecord>,
+    active: BTreeMap<u64, ActiveShard>,
+    events: BTreeMap<(JobId, u64), WatchJobResponse>,
+    lookups: BTreeMap<String, Found>,
+    next_position: u64,
+}
+
+impl Tables {
+    fn write(&mut self, id: JobId, record: JobRecord, events: Vec<WatchJobResponse>) {
+        for shard in &record.shards {
+            self.active.remove(&shard.position);
+        }
+        self.active.extend(record.active().map(|shard| (shard.position, shard)));
+        self.events.extend(events.into_iter().map(|event| ((id, event.sequence), event)));
+        self.jobs.insert(id, record);
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
+        let NewJob { mut record, key, max_queued } = new;
+        let id = record.id().ok_or_else(|| StoreError::Corrupt("a new job's id".into()))?;
+        let tables = &mut *self.tables.lock();
+        if let Some((key, _)) = &key
+            && let Some(found) = tables.lookups.get(&Lookup::Key(key).index_key())
+        {
+            return Ok(Created::Existing(found.clone()));
+        }
+        let queued = tables.active.values().filter(|shard| !shard.leased).count();
+        if queued + record.shards.len() > max_queued {
+            return Ok(Created::QueueFull);
+        }
+        let events = enqueue(&mut record, &mut tables.next_position, now);
+        tables.lookups.extend(lookups(&record, key.as_ref()));
+        tables.write(id, record.clone(), events);
+        Ok(Created::New(Box::new(record)))
+    }
+
+    async fn get(&self, job: JobId) -> Result<Option<JobRecord>, StoreError> {
+        Ok(self.tables.lock().jobs.get(&job).cloned())
+    }
+
+    async fn list(
+        &self,
+        before: Option<JobId>,
+        limit: usize,
+    ) -> Result<Vec<JobRecord>, StoreError> {
+        let tables = self.tables.lock();
+        let older = |(id, _): &(&JobId, &JobRecord)| before.is_none_or(|before| **id < before);
+        let newest = tables.jobs.iter().rev().filter(older).take(limit);
+        Ok(newest.map(|(_, record)| record.clone()).collect())
+    }
+
+    async fn apply(
+        &self,
+        job: JobId,
+        transition: Transition,
+        now: i64,
+    ) -> Result<Applied, StoreError> {
+        let tables = &mut *self.tables.lock();
+        let mut record = tables.jobs.get(&job).cloned().ok_or(StoreError::UnknownJob(job))?;
+        let (effect, events) = transition::apply(&mut record, &transition, now)?;
+        let has_events = !events.is_empty();
+        tables.write(job, record.clone(), events);
+        Ok(Applied { record, effect, has_events })
+    }
+
+    async fn active(&self) -> Result<Vec<ActiveShard>, StoreError> {
+        Ok(self.tables.lock().active.values().cloned().collect())
+    }
+
+    async fn events(
+        &self,
+        job: JobId,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<WatchJobResponse>, StoreError> {
+        let tables = self.tables.lock();
+        let range = (job, after.saturating_add(1))..=(job, u64::MAX);
+        Ok(tables.events.range(range).take(limit).map(|(_, event)| event.clone()).collect())
+    }
+
+    async fn find(&self, lookup: Lookup<'_>) -> Result<Option<Found>, StoreError> {
+        Ok(self.tables.lock().lookups.get(&lookup.index_key()).cloned())
+    }
+
+    async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        let tables = &mut *self.tables.lock();
+        let over = |record: &&JobRecord| record.ended_before(before);
+        let old: Vec<_> = tables.jobs.values().filter(over).take(limit).cloned().collect();
+        for id in old.iter().filter_map(JobRecord::id) {
+            tables.jobs.remove(&id);
+            tables.events.retain(|(job, _), _| *job != id);
+            let text = id.to_string();
+            tables.lookups.retain(|_, found| found.job_id != text);
+        }
+        Ok(old)
+    }
+}

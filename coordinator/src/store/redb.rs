@@ -1,0 +1,325 @@
+//! The embedded durable store: one redb file. redb blocks and has one writer at a time, so calls
+//! run on blocking threads and writers queue on an async lock in front of them.
+
+use std::{path::Path, sync::Arc};
+
+use ::redb::{
+    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition,
+    WriteTransaction,
+};
+use async_trait::async_trait;
+use fairlead_common::ids::JobId;
+use fairlead_proto::v1::WatchJobResponse;
+use prost::Message;
+
+use super::{Applied, Created, Found, Lookup, NewJob, Store, StoreError, enqueue, lookups};
+use crate::{
+    state::{ActiveShard, JobRecord},
+    transition::{self, Transition},
+};
+
+type Blob = &'static [u8];
+
+/// Job id (hyphenated hex, ordered by time) to [`JobRecord`].
+const JOBS: TableDefinition<'_, &str, Blob> = TableDefinition::new("jobs");
+/// Queue position to [`ActiveShard`].
+const ACTIVE: TableDefinition<'_, u64, Blob> = TableDefinition::new("active");
+/// Job id and sequence number to [`WatchJobResponse`].
+const EVENTS: TableDefinition<'_, (&str, u64), Blob> = TableDefinition::new("events");
+/// [`Lookup`] to [`Found`].
+const LOOKUPS: TableDefinition<'_, &str, Blob> = TableDefinition::new("lookups");
+/// Counters.
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+
+const NEXT_POSITION: &str = "next_position";
+const FORMAT: &str = "format";
+/// Grows when stored values change their meaning.
+const FORMAT_VERSION: u64 = 1;
+
+/// A store in one file that one coordinator holds at a time.
+#[derive(Debug)]
+pub(crate) struct RedbStore {
+    database: Arc<Database>,
+    writer: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl RedbStore {
+    /// Opens or creates the database at `path`; blocks.
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed = |problem: String| StoreError::Backend { what: "open", problem };
+        let database = Database::create(path).map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => failed(format!(
+                "{} is held by another coordinator; stop it or use another --data-dir",
+                path.display()
+            )),
+            other => failed(format!("{}: {other}", path.display())),
+        })?;
+        let txn = database.begin_write().map_err(backend("open"))?;
+        {
+            txn.open_table(JOBS).map_err(backend("open"))?;
+            txn.open_table(ACTIVE).map_err(backend("open"))?;
+            txn.open_table(EVENTS).map_err(backend("open"))?;
+            txn.open_table(LOOKUPS).map_err(backend("open"))?;
+            let mut meta = txn.open_table(META).map_err(backend("open"))?;
+            let found = meta.get(FORMAT).map_err(backend("open"))?.map(|value| value.value());
+            if let Some(version) = found.filter(|&version| version != FORMAT_VERSION) {
+                return Err(failed(format!(
+                    "{} has format {version}, this build reads {FORMAT_VERSION}",
+                    path.display()
+                )));
+            }
+            meta.insert(FORMAT, FORMAT_VERSION).map_err(backend("open"))?;
+        }
+        txn.commit().map_err(backend("open"))?;
+        Ok(Self { database: Arc::new(database), writer: Arc::default() })
+    }
+
+    /// Runs `body` in a write transaction and commits if it says so.
+    async fn write<T: Send + 'static>(
+        &self,
+        durable: bool,
+        body: impl FnOnce(&WriteTransaction) -> Result<(T, bool), StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let guard = Arc::clone(&self.writer).lock_owned().await;
+        let database = Arc::clone(&self.database);
+        blocking("write", move || {
+            // Held by the blocking thread: a caller that goes away does not let two writers in.
+            let _guard = guard;
+            let mut txn = database.begin_write().map_err(backend("write"))?;
+            if !durable {
+                txn.set_durability(Durability::None).map_err(backend("write"))?;
+            }
+            let (value, commit) = body(&txn)?;
+            if commit {
+                txn.commit().map_err(backend("commit"))?;
+            } else {
+                txn.abort().map_err(backend("abort"))?;
+            }
+            Ok(value)
+        })
+        .await
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        body: impl FnOnce(&::redb::ReadTransaction) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let database = Arc::clone(&self.database);
+        blocking("read", move || body(&database.begin_read().map_err(backend("read"))?)).await
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    body: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::task::spawn_blocking(body).await.unwrap_or_else(|error| Err(backend(what)(error)))
+}
+
+fn backend<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> StoreError {
+    move |error| StoreError::Backend { what, problem: error.to_string() }
+}
+
+fn decode<M: Message + Default>(bytes: &[u8], what: &str) -> Result<M, StoreError> {
+    M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
+}
+
+/// Writes a job's record, events and index entries.
+fn put(
+    txn: &WriteTransaction,
+    record: &JobRecord,
+    events: &[WatchJobResponse],
+) -> Result<(), StoreError> {
+    let id = record.job.job_id.as_str();
+    let mut jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
+    jobs.insert(id, record.encode_to_vec().as_slice()).map_err(backend("jobs"))?;
+    let mut active = txn.open_table(ACTIVE).map_err(backend("active"))?;
+    for shard in record.shards.iter().filter(|shard| shard.lease.is_terminal()) {
+        active.remove(shard.position).map_err(backend("active"))?;
+    }
+    for shard in record.active() {
+        let value = shard.encode_to_vec();
+        active.insert(shard.position, value.as_slice()).map_err(backend("active"))?;
+    }
+    let mut table = txn.open_table(EVENTS).map_err(backend("events"))?;
+    for event in events {
+        let value = event.encode_to_vec();
+        table.insert((id, event.sequence), value.as_slice()).map_err(backend("events"))?;
+    }
+    Ok(())
+}
+
+fn get(txn: &WriteTransaction, job: JobId) -> Result<Option<JobRecord>, StoreError> {
+    let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
+    let bytes = jobs.get(job.to_string().as_str()).map_err(backend("jobs"))?;
+    bytes.map(|bytes| decode(bytes.value(), "a job")).transpose()
+}
+
+fn create(txn: &WriteTransaction, new: NewJob, now: i64) -> Result<Created, StoreError> {
+    let NewJob { mut record, key, max_queued } = new;
+    {
+        let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
+        if let Some((key, _)) = &key {
+            let key = Lookup::Key(key).index_key();
+            if let Some(found) = index.get(key.as_str()).map_err(backend("lookups"))? {
+                return Ok(Created::Existing(decode(found.value(), "a lookup")?));
+            }
+        }
+        let active = txn.open_table(ACTIVE).map_err(backend("active"))?;
+        let mut queued = record.shards.len();
+        for entry in active.iter().map_err(backend("active"))? {
+            let (_, value) = entry.map_err(backend("active"))?;
+            let shard: ActiveShard = decode(value.value(), "a queued shard")?;
+            queued += usize::from(!shard.leased);
+        }
+        if queued > max_queued {
+            return Ok(Created::QueueFull);
+        }
+        for (key, found) in lookups(&record, key.as_ref()) {
+            let value = found.encode_to_vec();
+            index.insert(key.as_str(), value.as_slice()).map_err(backend("lookups"))?;
+        }
+    }
+    let mut meta = txn.open_table(META).map_err(backend("meta"))?;
+    let position = meta.get(NEXT_POSITION).map_err(backend("meta"))?;
+    let mut position = position.map(|value| value.value()).unwrap_or_default();
+    let events = enqueue(&mut record, &mut position, now);
+    meta.insert(NEXT_POSITION, position).map_err(backend("meta"))?;
+    put(txn, &record, &events)?;
+    Ok(Created::New(Box::new(record)))
+}
+
+fn forget(txn: &WriteTransaction, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+    let mut jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
+    let mut old: Vec<JobRecord> = Vec::new();
+    for entry in jobs.iter().map_err(backend("jobs"))? {
+        let (_, value) = entry.map_err(backend("jobs"))?;
+        let record: JobRecord = decode(value.value(), "a job")?;
+        // Ids are ordered by creation and no job ends before it was created.
+        if old.len() == limit || record.job.created_unix_ms >= before {
+            break;
+        }
+        if record.ended_before(before) {
+            old.push(record);
+        }
+    }
+    let mut events = txn.open_table(EVENTS).map_err(backend("events"))?;
+    let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
+    for record in &old {
+        let id = record.job.job_id.as_str();
+        jobs.remove(id).map_err(backend("jobs"))?;
+        events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
+        for (key, _) in lookups(record, None) {
+            index.remove(key.as_str()).map_err(backend("lookups"))?;
+        }
+    }
+    let gone = |found: &[u8]| {
+        Found::decode(found).is_ok_and(|f| old.iter().any(|r| r.job.job_id == f.job_id))
+    };
+    if !old.is_empty() {
+        index.retain_in("key/".."key0", |_, found| !gone(found)).map_err(backend("lookups"))?;
+    }
+    Ok(old)
+}
+
+#[async_trait]
+impl Store for RedbStore {
+    async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
+        self.write(true, move |txn| {
+            let created = create(txn, new, now)?;
+            let commit = matches!(created, Created::New(_));
+            Ok((created, commit))
+        })
+        .await
+    }
+
+    async fn get(&self, job: JobId) -> Result<Option<JobRecord>, StoreError> {
+        self.read(move |txn| {
+            let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
+            let bytes = jobs.get(job.to_string().as_str()).map_err(backend("jobs"))?;
+            bytes.map(|bytes| decode(bytes.value(), "a job")).transpose()
+        })
+        .await
+    }
+
+    async fn list(
+        &self,
+        before: Option<JobId>,
+        limit: usize,
+    ) -> Result<Vec<JobRecord>, StoreError> {
+        self.read(move |txn| {
+            let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
+            let before = before.map(|id| id.to_string());
+            let range = match &before {
+                Some(before) => jobs.range::<&str>(..before.as_str()),
+                None => jobs.range::<&str>(..),
+            };
+            let newest = range.map_err(backend("jobs"))?.rev().take(limit);
+            newest.map(|entry| decode(entry.map_err(backend("jobs"))?.1.value(), "a job")).collect()
+        })
+        .await
+    }
+
+    async fn apply(
+        &self,
+        job: JobId,
+        transition: Transition,
+        now: i64,
+    ) -> Result<Applied, StoreError> {
+        self.write(transition.must_be_durable(), move |txn| {
+            let mut record = get(txn, job)?.ok_or(StoreError::UnknownJob(job))?;
+            let (effect, events) = transition::apply(&mut record, &transition, now)?;
+            put(txn, &record, &events)?;
+            Ok((Applied { record, effect, has_events: !events.is_empty() }, true))
+        })
+        .await
+    }
+
+    async fn active(&self) -> Result<Vec<ActiveShard>, StoreError> {
+        self.read(|txn| {
+            let active = txn.open_table(ACTIVE).map_err(backend("active"))?;
+            let entries = active.iter().map_err(backend("active"))?;
+            entries
+                .map(|entry| decode(entry.map_err(backend("active"))?.1.value(), "a queued shard"))
+                .collect()
+        })
+        .await
+    }
+
+    async fn events(
+        &self,
+        job: JobId,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<WatchJobResponse>, StoreError> {
+        self.read(move |txn| {
+            let events = txn.open_table(EVENTS).map_err(backend("events"))?;
+            let id = job.to_string();
+            let range = (id.as_str(), after.saturating_add(1))..=(id.as_str(), u64::MAX);
+            let entries = events.range(range).map_err(backend("events"))?.take(limit);
+            entries
+                .map(|entry| decode(entry.map_err(backend("events"))?.1.value(), "an event"))
+                .collect()
+        })
+        .await
+    }
+
+    async fn find(&self, lookup: Lookup<'_>) -> Result<Option<Found>, StoreError> {
+        let key = lookup.index_key();
+        self.read(move |txn| {
+            let index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
+            let found = index.get(key.as_str()).map_err(backend("lookups"))?;
+            found.map(|found| decode(found.value(), "a lookup")).transpose()
+        })
+        .await
+    }
+
+    async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        self.write(true, move |txn| {
+            let old = forget(txn, before, limit)?;
+            let commit = !old.is_empty();
+            Ok((old, commit))
+        })
+        .await
+    }
+}

@@ -1,0 +1,185 @@
+//! The release gate: nothing leaves without a sound check of every concept.
+
+use std::time::Duration;
+
+use fairlead_coordinator::CoordinatorOptions;
+use fairlead_proto::v1::{
+    self, CommitStatus, ImageStatus, JobState, attach_request::Message as Up,
+};
+use tonic::Code;
+
+use crate::{
+    cluster::{Cluster, assert_failed_naming, options, spec, statuses},
+    node::{Node, Script},
+    worker::{Worker, lease, released},
+};
+
+#[tokio::test]
+async fn a_flagged_image_is_withheld_with_its_scores_and_its_pixels_are_nowhere() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = fairlead_coordinator::Data::Dir(dir.path().to_owned());
+    let cluster = Cluster::start(CoordinatorOptions { data, ..options() }).await;
+    let _open = Node::start(&cluster, "open", &["axe"], Script::Open("axe")).await;
+    let _closed = Node::start(&cluster, "closed", &["bomb"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let shard = worker.assignment().await;
+    worker.complete(&shard).await;
+    assert_eq!(worker.commit_reply().await.status(), CommitStatus::Accepted);
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!((job.state(), statuses(&job)), (JobState::Completed, vec![ImageStatus::Withheld]));
+    let open: Vec<_> =
+        job.images[0].final_scores.iter().map(|s| (s.concept.as_str(), s.open)).collect();
+    assert_eq!(open, [("axe", true), ("bomb", false)]);
+    let refused = cluster.image(&job.job_id, 0).await.expect_err("it was withheld");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("withheld; its safety record says why"), "{refused}");
+    let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
+    assert_eq!(record.status(), ImageStatus::Withheld);
+    assert!(!dir.path().join("outputs/jobs").exists(), "no pixels were stored");
+}
+
+#[tokio::test]
+async fn a_worker_can_withhold_by_itself() {
+    let cluster = Cluster::start(options()).await;
+    let node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let shard = worker.assignment().await;
+    let score =
+        v1::ConceptScore { concept: "axe".into(), z: 5.0, open: true, ..Default::default() };
+    let record = v1::SafetyRecord { final_scores: vec![score], reruns: 2, ..Default::default() };
+    let mut outcome =
+        v1::ImageOutcome { png: vec![], record: Some(record), ..released(&lease(&shard), 0) };
+    outcome.set_status(ImageStatus::Withheld);
+    worker.send(Up::Image(outcome)).await;
+    worker.done(&lease(&shard)).await;
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!(statuses(&job), [ImageStatus::Withheld]);
+    assert!(job.images[0].final_scores[0].open);
+    assert!(node.asked().is_empty(), "there was nothing to check");
+}
+
+/// A job whose only node of `bomb` behaves like `script`.
+async fn job_with(script: Script) -> (Cluster, v1::Job) {
+    let cluster = Cluster::start(options()).await;
+    let _good = Node::start(&cluster, "good", &["axe"], Script::Closed).await;
+    let _bad = Node::start(&cluster, "bad", &["bomb"], script).await;
+    Worker::attach(&cluster, "w", 1).await.complete_all();
+    let job = cluster.submit(spec(2)).await.expect("valid");
+    let job = cluster.finished(&job.job_id).await;
+    (cluster, job)
+}
+
+async fn releases_nothing(script: Script, problem: &str) {
+    let (cluster, job) = job_with(script).await;
+    assert_failed_naming(&job, &["after 5 attempt(s)", "concept `bomb`", "`bad`", problem]);
+    for image in &job.images {
+        cluster.image(&job.job_id, image.index).await.expect_err("nothing is released");
+        cluster.record(&image.record_id).await.expect_err("there is no verdict");
+    }
+}
+
+#[tokio::test]
+async fn a_score_that_is_not_a_number_releases_nothing() {
+    releases_nothing(Script::NotANumber, "not finite").await;
+}
+
+#[tokio::test]
+async fn a_check_of_other_bytes_releases_nothing() {
+    releases_nothing(Script::OtherBytes, "other bytes").await;
+}
+
+#[tokio::test]
+async fn a_missing_score_releases_nothing() {
+    releases_nothing(Script::Forgetful, "answered for {}").await;
+}
+
+#[tokio::test]
+async fn a_broken_node_releases_nothing() {
+    releases_nothing(Script::Broken, "the energy model is broken").await;
+}
+
+#[tokio::test]
+async fn a_silent_node_releases_nothing() {
+    let check_timeout = Duration::from_millis(50);
+    let cluster = Cluster::start(CoordinatorOptions { check_timeout, ..options() }).await;
+    let _node = Node::start(&cluster, "silent", &["axe"], Script::Silent).await;
+    Worker::attach(&cluster, "w", 1).await.complete_all();
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let job = cluster.finished(&job.job_id).await;
+    assert_failed_naming(&job, &["concept `axe`", "`silent`", "no answer within 50ms"]);
+}
+
+#[tokio::test]
+async fn a_node_that_dies_before_the_release_releases_nothing() {
+    let cluster = Cluster::start(options()).await;
+    let mut node = Node::start(&cluster, "mortal", &["axe"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let shard = worker.assignment().await;
+    node.die().await;
+    worker.complete(&shard).await;
+    let reply = worker.commit_reply().await;
+    assert_eq!(reply.status(), CommitStatus::Aborted);
+    assert!(reply.reason.contains("concept `axe`"), "{}", reply.reason);
+    worker.complete_all();
+    let job = cluster.finished(&job.job_id).await;
+    assert_failed_naming(&job, &["concept `axe`", "`mortal`"]);
+}
+
+#[tokio::test]
+async fn a_node_that_leaves_before_the_release_releases_nothing() {
+    let cluster = Cluster::start(options()).await;
+    let node = Node::start(&cluster, "leaver", &["axe"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let shard = worker.assignment().await;
+    node.leave(&cluster).await;
+    worker.complete(&shard).await;
+    let job = cluster.finished(&job.job_id).await;
+    assert_failed_naming(&job, &["concept `axe`", "no live energy node serves version v1"]);
+    assert!(node.asked().is_empty());
+}
+
+#[tokio::test]
+async fn a_replica_takes_over_from_a_broken_node() {
+    let cluster = Cluster::start(options()).await;
+    let broken = Node::start(&cluster, "a-broken", &["axe"], Script::Broken).await;
+    let healthy = Node::start(&cluster, "b-healthy", &["axe"], Script::Closed).await;
+    Worker::attach(&cluster, "w", 1).await.complete_all();
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!(statuses(&job), [ImageStatus::Released]);
+    let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
+    assert!(record.energy_nodes.contains(&"b-healthy hash-of-clip".to_owned()), "{record:?}");
+    assert_eq!(healthy.asked().len(), 1);
+    assert!(broken.asked().len() <= 1);
+}
+
+#[tokio::test]
+async fn results_that_are_not_sound_release_nothing() {
+    type Spoil = fn(&mut v1::ImageOutcome);
+    let cases: [(Spoil, &str); 4] = [
+        (|outcome| outcome.png = b"GIF89a".to_vec(), "no PNG"),
+        (|outcome| outcome.record = None, "no safety record"),
+        (|outcome| outcome.index = 5, "image 5 twice or unasked"),
+        (|outcome| outcome.set_status(ImageStatus::Failed), "IMAGE_STATUS_FAILED"),
+    ];
+    let cluster = Cluster::start(options()).await;
+    let node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    for (spoil, expected) in cases {
+        let job = cluster.submit(spec(1)).await.expect("valid");
+        for _ in 0..5 {
+            let shard = worker.assignment().await;
+            assert_eq!(shard.job_id, job.job_id);
+            let mut outcome = released(&lease(&shard), 0);
+            spoil(&mut outcome);
+            worker.send(Up::Image(outcome)).await;
+            worker.done(&lease(&shard)).await;
+        }
+        assert_failed_naming(&cluster.finished(&job.job_id).await, &["worker w", expected]);
+    }
+    assert!(node.asked().is_empty());
+}

@@ -1,0 +1,10 @@
+//! The coordinator over real gRPC, with scripted workers and energy nodes.
+
+mod cluster;
+mod faults;
+mod gate;
+mod jobs;
+mod node;
+mod requests;
+mod restart;
+mod worker;

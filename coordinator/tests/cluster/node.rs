@@ -1,0 +1,199 @@
+//! A scripted energy node on a free port.
+
+use std::{
+    future,
+    sync::{Arc, Mutex},
+};
+
+use fairlead_proto::{
+    PREPROCESSING_VERSION, PROTOCOL_VERSION,
+    v1::{
+        self, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse, ConceptInfo,
+        ConceptRef, ConceptScore, NodeInfo,
+        energy_service_server::{EnergyService, EnergyServiceServer},
+    },
+};
+use sha2::{Digest, Sha256};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+use crate::cluster::{Cluster, patient};
+
+pub(crate) const GATE: f32 = 3.0;
+
+/// What the node answers to a check.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Script {
+    /// Every gate closed.
+    Closed,
+    /// The gate of this concept is open.
+    Open(&'static str),
+    /// One score is not a number.
+    NotANumber,
+    /// It judged other bytes.
+    OtherBytes,
+    /// It leaves one concept out.
+    Forgetful,
+    /// An error.
+    Broken,
+    /// No answer at all.
+    Silent,
+}
+
+#[derive(Clone)]
+struct Energy {
+    script: Script,
+    asked: Arc<Mutex<Vec<CheckRequest>>>,
+}
+
+pub(crate) struct Node {
+    pub(crate) info: NodeInfo,
+    energy: Energy,
+    server: JoinHandle<()>,
+    registration_id: String,
+}
+
+pub(crate) fn concept(name: &str) -> ConceptRef {
+    ConceptRef { name: name.into(), version: "v1".into() }
+}
+
+/// A description that the coordinator accepts.
+pub(crate) fn describe(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
+    let key = CalibrationKey { generator: "hash-of-sd".into(), sampler: "ddim".into(), steps: 25 };
+    NodeInfo {
+        node_id: id.into(),
+        address: address.into(),
+        protocol_version: PROTOCOL_VERSION,
+        preprocessing_version: PREPROCESSING_VERSION,
+        kind: "contrastive".into(),
+        model_name: "clip".into(),
+        model_hash: "hash-of-clip".into(),
+        concepts: concepts
+            .iter()
+            .map(|name| ConceptInfo { concept: Some(concept(name)), ..Default::default() })
+            .collect(),
+        calibrations: vec![CalibrationInfo {
+            key: Some(key),
+            id: "calibration-1".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
+}
+
+impl Node {
+    /// Serves and registers `concepts`.
+    pub(crate) async fn start(
+        cluster: &Cluster,
+        id: &str,
+        concepts: &[&str],
+        script: Script,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        let energy = Energy { script, asked: Arc::default() };
+        let service = EnergyServiceServer::new(energy.clone());
+        let server = tokio::spawn(async move {
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await
+                .expect("it serves");
+        });
+        let info = describe(id, &address, concepts);
+        let request = v1::RegisterNodeRequest { node: Some(info.clone()) };
+        let response = patient(cluster.registry().register_node(request)).await.expect("accepted");
+        let registration_id = response.into_inner().registration_id;
+        Self { info, energy, server, registration_id }
+    }
+
+    /// Leaves the cluster properly.
+    pub(crate) async fn leave(&self, cluster: &Cluster) {
+        let request = v1::DeregisterNodeRequest {
+            node_id: self.info.node_id.clone(),
+            registration_id: self.registration_id.clone(),
+        };
+        patient(cluster.registry().deregister_node(request)).await.expect("it was registered");
+    }
+
+    /// Dies without a word: still registered, nobody at the address.
+    pub(crate) async fn die(&mut self) {
+        self.server.abort();
+        let _ = (&mut self.server).await;
+    }
+
+    /// The checks it was asked for.
+    pub(crate) fn asked(&self) -> Vec<CheckRequest> {
+        self.energy.asked.lock().expect("no panic").clone()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+fn answer(request: &CheckRequest, script: &Script) -> CheckResponse {
+    let mut scores: Vec<ConceptScore> = request
+        .concepts
+        .iter()
+        .map(|concept| {
+            let wanted = matches!(script, Script::Open(name) if *name == concept.name);
+            let open = wanted && !request.scores_only;
+            let (z, gate) = match (request.scores_only, open) {
+                (true, _) => (0.0, 0.0),
+                (false, true) => (GATE + 1.0, GATE),
+                (false, false) => (GATE - 2.0, GATE),
+            };
+            ConceptScore { concept: concept.name.clone(), score: 0.2, z, gate, open }
+        })
+        .collect();
+    let mut image_sha256 = hex::encode(Sha256::digest(&request.png));
+    match script {
+        Script::NotANumber => scores[0].score = f32::NAN,
+        Script::OtherBytes => image_sha256 = hex::encode(Sha256::digest(b"other")),
+        Script::Forgetful => {
+            scores.pop();
+        }
+        _ => {}
+    }
+    CheckResponse {
+        flagged: scores.iter().any(|score| score.open),
+        scores,
+        image_sha256,
+        calibration_id: if request.scores_only { String::new() } else { "calibration-1".into() },
+        calibration_fallback: String::new(),
+    }
+}
+
+#[tonic::async_trait]
+impl EnergyService for Energy {
+    async fn describe(
+        &self,
+        _request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn evaluate(
+        &self,
+        _request: Request<v1::EvaluateRequest>,
+    ) -> Result<Response<v1::EvaluateResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn check(
+        &self,
+        request: Request<CheckRequest>,
+    ) -> Result<Response<CheckResponse>, Status> {
+        let request = request.into_inner();
+        self.asked.lock().expect("no panic").push(request.clone());
+        match &self.script {
+            Script::Broken => Err(Status::internal("the energy model is broken")),
+            Script::Silent => future::pending().await,
+            script => Ok(Response::new(answer(&request, script))),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Requests: idempotency, paging, bounds, and every way to get one wrong.
+
+use fairlead_coordinator::CoordinatorOptions;
+use fairlead_proto::v1::{self, JobState};
+use tonic::{Code, Status};
+
+use crate::{
+    cluster::{Cluster, options, patient, spec},
+    node::{Node, Script, describe},
+    worker::Worker,
+};
+
+async fn start(options: CoordinatorOptions) -> (Cluster, Node, Worker) {
+    let cluster = Cluster::start(options).await;
+    let node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    let worker = Worker::attach(&cluster, "w", 1).await;
+    (cluster, node, worker)
+}
+
+fn assert_status(result: Result<impl std::fmt::Debug, Status>, code: Code, part: &str) {
+    let status = result.expect_err(part);
+    assert_eq!(status.code(), code, "{status}");
+    assert!(status.message().contains(part), "{status}");
+}
+
+#[tokio::test]
+async fn the_same_key_and_body_is_one_job() {
+    let (cluster, node, worker) = start(options()).await;
+    let first = cluster.submit_with_key(spec(1), "key").await.expect("valid");
+    let again = cluster.submit_with_key(spec(1), "key").await.expect("the same");
+    assert_eq!(first.job_id, again.job_id);
+    let other = cluster.submit_with_key(spec(2), "key").await;
+    assert_status(other, Code::AlreadyExists, &first.job_id);
+    // Even when the cluster could not admit it now.
+    node.leave(&cluster).await;
+    drop(worker);
+    let again = cluster.submit_with_key(spec(1), "key").await.expect("the same");
+    assert_eq!(first.job_id, again.job_id);
+    let long = cluster.submit_with_key(spec(1), &"k".repeat(129)).await;
+    assert_status(long, Code::InvalidArgument, "idempotency_key");
+}
+
+#[tokio::test]
+async fn concurrent_submissions_with_one_key_are_one_job() {
+    let (cluster, _node, _worker) = start(options()).await;
+    let submits = (0..8).map(|_| cluster.submit_with_key(spec(1), "key"));
+    let jobs = futures::future::try_join_all(submits).await.expect("all the same");
+    assert!(jobs.iter().all(|job| job.job_id == jobs[0].job_id));
+}
+
+#[tokio::test]
+async fn bad_specs_are_refused_by_field() {
+    let (cluster, _node, _worker) = start(options()).await;
+    type Spoil = fn(&mut v1::JobSpec);
+    let cases: [(Spoil, Code, &str); 8] = [
+        (|s| s.prompt.clear(), Code::InvalidArgument, "prompt: is empty"),
+        (|s| s.n = 0, Code::InvalidArgument, "n: is 0"),
+        (|s| s.n = 10_000, Code::InvalidArgument, "n: is 10000"),
+        (|s| s.width = Some(63), Code::InvalidArgument, "nearest valid: 60 and 64"),
+        (|s| s.steps = Some(0), Code::InvalidArgument, "steps: is 0"),
+        (|s| s.steps = Some(30), Code::FailedPrecondition, "fairlead calibrate"),
+        (|s| s.model = "dall-e".into(), Code::InvalidArgument, "known: `sd`"),
+        (|s| s.extra_concepts = vec!["axes".into()], Code::InvalidArgument, "did you mean `axe`"),
+    ];
+    for (spoil, code, part) in cases {
+        let mut spec = spec(1);
+        spoil(&mut spec);
+        assert_status(cluster.submit(spec).await, code, part);
+    }
+    let empty = v1::SubmitJobRequest::default();
+    assert_status(patient(cluster.client().submit_job(empty)).await, Code::InvalidArgument, "spec");
+}
+
+#[tokio::test]
+async fn a_cluster_without_workers_or_nodes_says_what_is_missing() {
+    let cluster = Cluster::start(options()).await;
+    assert_status(cluster.submit(spec(1)).await, Code::Unavailable, "no worker is attached");
+    let _worker = Worker::attach(&cluster, "w", 1).await;
+    assert_status(cluster.submit(spec(1)).await, Code::Unavailable, "no energy node is registered");
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_and_recovers() {
+    let (cluster, _node, mut worker) =
+        start(CoordinatorOptions { max_queued: 2, ..options() }).await;
+    let running = cluster.submit(spec(1)).await.expect("valid");
+    worker.assignment().await;
+    let shards = |n| v1::JobSpec { max_shard_size: 1, ..spec(n) };
+    let waiting = cluster.submit(shards(2)).await.expect("it fits");
+    assert_status(cluster.submit(spec(1)).await, Code::ResourceExhausted, "2 shards wait");
+    assert_eq!(waiting.state(), JobState::Queued);
+    cluster.cancel(&waiting.job_id).await.expect("it waits");
+    cluster.submit(spec(1)).await.expect("there is room again");
+    assert_eq!(cluster.get(&running.job_id).await.state(), JobState::Running);
+}
+
+#[tokio::test]
+async fn jobs_are_listed_newest_first_in_pages() {
+    let (cluster, _node, _worker) = start(options()).await;
+    let mut submitted = Vec::new();
+    for _ in 0..5 {
+        submitted.insert(0, cluster.submit(spec(1)).await.expect("valid").job_id);
+    }
+    let (mut listed, mut page_token, mut pages) = (Vec::new(), String::new(), 0);
+    loop {
+        let request = v1::ListJobsRequest { page_size: 2, page_token };
+        let page = patient(cluster.client().list_jobs(request)).await.expect("a page").into_inner();
+        listed.extend(page.jobs.into_iter().map(|job| job.job_id));
+        pages += 1;
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!((listed, pages), (submitted, 3));
+    for (page_size, page_token, part) in [(1001, "", "page_size"), (2, "next", "page_token")] {
+        let request = v1::ListJobsRequest { page_size, page_token: page_token.into() };
+        let listed = patient(cluster.client().list_jobs(request)).await;
+        assert_status(listed, Code::InvalidArgument, part);
+    }
+}
+
+#[tokio::test]
+async fn unknown_things_are_not_found_and_malformed_ids_invalid() {
+    let (cluster, _node, _worker) = start(options()).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let unknown = "0190a1b2-0000-7000-8000-000000000000";
+    assert_status(cluster.cancel(unknown).await, Code::NotFound, unknown);
+    assert_status(cluster.cancel("kitchen").await, Code::InvalidArgument, "`kitchen`");
+    assert_status(cluster.image(&job.job_id, 7).await, Code::NotFound, "image 7");
+    assert_status(cluster.image(&job.job_id, 0).await, Code::FailedPrecondition, "pending");
+    assert_status(cluster.record("nothing").await, Code::NotFound, "record `nothing`");
+    assert_status(cluster.record(&job.images[0].record_id).await, Code::NotFound, "image 0");
+    let request = v1::WatchJobRequest { job_id: job.job_id.clone(), after_sequence: 99 };
+    let watch = patient(cluster.client().watch_job(request)).await;
+    assert_status(watch, Code::InvalidArgument, "after_sequence: is 99");
+}
+
+#[tokio::test]
+async fn nodes_of_another_version_are_refused_and_dead_registrations_unknown() {
+    let (cluster, node, _worker) = start(options()).await;
+    let mut old = describe("old", "http://127.0.0.1:1", &["axe"]);
+    old.protocol_version = 99;
+    let mut blurred = describe("blurred", "http://127.0.0.1:1", &["axe"]);
+    blurred.preprocessing_version = 99;
+    for (info, part) in [(old, "protocol 99"), (blurred, "preprocessing 99")] {
+        let request = v1::RegisterNodeRequest { node: Some(info) };
+        let result = patient(cluster.registry().register_node(request)).await;
+        assert_status(result, Code::FailedPrecondition, part);
+    }
+    let renew = v1::RenewNodeRequest {
+        node_id: node.info.node_id.clone(),
+        registration_id: "of another life".into(),
+    };
+    let result = patient(cluster.registry().renew_node(renew)).await;
+    assert_status(result, Code::NotFound, "register again");
+}
