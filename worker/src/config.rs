@@ -1,0 +1,153 @@
+//! Options of a worker process.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+
+/// Options of `fairlead worker`; each can also be set in the environment.
+#[derive(Debug, Clone, Args)]
+pub struct WorkerArgs {
+    /// Folder of a diffusers pipeline (the one with model_index.json); repeat it to serve several
+    /// models. The folder's name is the model's name.
+    #[arg(
+        long = "model",
+        value_name = "DIR",
+        env = "FAIRLEAD_WORKER_MODELS",
+        value_delimiter = ',',
+        required = true
+    )]
+    pub models: Vec<PathBuf>,
+
+    /// Address of the coordinator, e.g. http://127.0.0.1:7100.
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "FAIRLEAD_WORKER_COORDINATOR",
+        default_value = "http://127.0.0.1:7100"
+    )]
+    pub coordinator: String,
+
+    /// Name of this worker in records and logs; by default a random one.
+    #[arg(long, value_name = "NAME", env = "FAIRLEAD_WORKER_ID")]
+    pub worker_id: Option<String>,
+
+    /// Most images denoised together. The images do not depend on it; memory does.
+    #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_MAX_BATCH", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub max_batch: u32,
+
+    /// Shards held at once: one is computed per model, the others wait, so that the device never
+    /// idles between two.
+    #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_CAPACITY", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub capacity: u32,
+
+    /// Device of the networks: cpu, or cuda:N in a build with that feature.
+    #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_WORKER_DEVICE", default_value = "cpu")]
+    pub device: DeviceName,
+
+    /// Threads of the CPU kernels; 0 takes one per core. The images do not depend on it.
+    #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_THREADS", default_value_t = 0)]
+    pub threads: usize,
+
+    /// Most seconds an energy node may take for one answer before another is tried.
+    #[arg(long, value_name = "SECONDS", env = "FAIRLEAD_WORKER_ENERGY_TIMEOUT", default_value = "30", value_parser = seconds)]
+    pub energy_timeout: Duration,
+
+    /// Most seconds to finish running shards after the stop signal; then they are handed back.
+    #[arg(long, value_name = "SECONDS", env = "FAIRLEAD_WORKER_DRAIN_TIMEOUT", default_value = "60", value_parser = seconds)]
+    pub drain_timeout: Duration,
+}
+
+impl WorkerArgs {
+    /// The defaults for `models` at `coordinator`, as the command line would give them.
+    pub fn new(models: Vec<PathBuf>, coordinator: impl Into<String>) -> Self {
+        Self {
+            models,
+            coordinator: coordinator.into(),
+            worker_id: None,
+            max_batch: 4,
+            capacity: 2,
+            device: DeviceName::Cpu,
+            threads: 0,
+            energy_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let value: f64 = text.parse().map_err(|_| format!("`{text}` is no number of seconds"))?;
+    Duration::try_from_secs_f64(value)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| format!("{text} is not a positive number of seconds"))
+}
+
+/// Where the networks run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceName {
+    /// The CPU, with this project's own kernels.
+    #[default]
+    Cpu,
+    /// A CUDA device by ordinal.
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let ordinal = |n: &str| n.parse().map(Self::Cuda).ok();
+        match text {
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            other => other.strip_prefix("cuda:").and_then(ordinal),
+        }
+        .ok_or_else(|| format!("device `{text}` is not one of: cpu, cuda, cuda:N"))
+    }
+}
+
+impl DeviceName {
+    /// Opens the device. A CUDA handle is one per process: open it once and clone it.
+    ///
+    /// # Errors
+    /// If the build or the machine has no such device.
+    pub fn open(self) -> candle_core::Result<candle_core::Device> {
+        match self {
+            Self::Cpu => Ok(candle_core::Device::Cpu),
+            Self::Cuda(ordinal) => candle_core::Device::new_cuda(ordinal),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        worker: WorkerArgs,
+    }
+
+    fn parse(args: &[&str]) -> Result<WorkerArgs, clap::Error> {
+        let args = ["fairlead", "--model", "a"].iter().chain(args);
+        Command::try_parse_from(args).map(|command| command.worker)
+    }
+
+    #[test]
+    fn the_constructor_and_the_command_line_have_the_same_defaults() {
+        let parsed = parse(&[]).expect("one model is enough");
+        let built = WorkerArgs::new(vec!["a".into()], "http://127.0.0.1:7100");
+        assert_eq!(format!("{parsed:?}"), format!("{built:?}"));
+    }
+
+    #[test]
+    fn bad_options_say_what_is_allowed() {
+        let message = |args: &[&str]| parse(args).expect_err("it is refused").to_string();
+        assert!(message(&["--device", "tpu"]).contains("cuda:N"));
+        assert!(message(&["--max-batch", "0"]).contains("1..=64"));
+        assert!(message(&["--energy-timeout", "0"]).contains("positive"));
+        assert!(message(&["--energy-timeout", "soon"]).contains("seconds"));
+    }
+}

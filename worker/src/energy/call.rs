@@ -1,0 +1,235 @@
+//! One call to one energy node: connection, deadline, headers, and the check of what came back.
+
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
+
+use fairlead_common::grpc;
+use fairlead_proto::{
+    MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
+    v1::{
+        CheckRequest, EvaluateRequest, InputSpec, NodeInfo,
+        energy_service_client::EnergyServiceClient,
+    },
+};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tonic::{Code, Request, Status, transport::Channel};
+
+use super::{Answer, Verdict, validate};
+
+/// The transport's and the node's deadlines lie so much later than the worker's own, which therefore
+/// tells what happened.
+const LENIENCE: Duration = Duration::from_secs(1);
+
+/// Connections kept; a cluster has far fewer energy nodes.
+const MAX_CHANNELS: usize = 64;
+
+pub(super) type Client = EnergyServiceClient<Channel>;
+
+/// Connections to energy nodes, shared by all shards of a worker.
+#[derive(Debug, Clone, Default)]
+pub struct Channels(Arc<Mutex<BTreeMap<String, Channel>>>);
+
+impl Channels {
+    fn client(&self, address: &str, timeout: Duration) -> Result<Client, Trouble> {
+        let mut channels = self.0.lock();
+        let channel = match channels.get(address) {
+            Some(channel) => channel.clone(),
+            None => {
+                let channel = grpc::channel(address, timeout + LENIENCE)
+                    .map_err(|error| Trouble::refused(error.to_string()))?;
+                if channels.len() >= MAX_CHANNELS {
+                    channels.pop_first();
+                }
+                channels.insert(address.to_owned(), channel.clone());
+                channel
+            }
+        };
+        Ok(EnergyServiceClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES))
+    }
+}
+
+/// How a shard's calls to energy nodes are made.
+#[derive(Debug, Clone)]
+pub struct PoolOptions {
+    /// The runtime that carries the calls.
+    pub runtime: Handle,
+    /// Shared connections.
+    pub channels: Channels,
+    /// Deadline of one call.
+    pub timeout: Duration,
+    /// W3C traceparent sent along; empty for none.
+    pub traceparent: String,
+}
+
+impl PoolOptions {
+    /// A client of `node`, if it speaks this worker's versions, and the input it wants.
+    pub(super) fn connect(&self, node: &NodeInfo) -> Result<(Client, InputSpec), Trouble> {
+        for (what, theirs, ours) in [
+            ("protocol", node.protocol_version, PROTOCOL_VERSION),
+            ("preprocessing", node.preprocessing_version, PREPROCESSING_VERSION),
+        ] {
+            if theirs != ours {
+                return Err(Trouble::refused(format!(
+                    "its {what} version is {theirs}, this worker's {ours}; run the same release"
+                )));
+            }
+        }
+        let input = usable_input(node)?;
+        let _inside = self.runtime.enter();
+        Ok((self.channels.client(&node.address, self.timeout)?, input))
+    }
+
+    /// A request with the deadline and the trace.
+    pub(super) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.timeout + LENIENCE);
+        if let Ok(value) = self.traceparent.parse()
+            && !self.traceparent.is_empty()
+        {
+            request.metadata_mut().insert("traceparent", value);
+        }
+        request
+    }
+}
+
+fn usable_input(node: &NodeInfo) -> Result<InputSpec, Trouble> {
+    match &node.input {
+        Some(input)
+            if input.height > 0
+                && input.width > 0
+                && input.range_min.is_finite()
+                && input.range_max.is_finite()
+                && input.range_max > input.range_min =>
+        {
+            Ok(*input)
+        }
+        other => Err(Trouble::refused(format!("it declares an unusable input: {other:?}"))),
+    }
+}
+
+/// Why a call gave nothing.
+#[derive(Debug)]
+pub(super) struct Trouble {
+    pub(super) reason: String,
+    /// The same node may answer in a moment.
+    pub(super) passing: bool,
+    /// A later attempt of the shard may succeed.
+    pub(super) retryable: bool,
+}
+
+impl Trouble {
+    /// The node will say the same again.
+    fn refused(reason: String) -> Self {
+        Self { reason, passing: false, retryable: false }
+    }
+
+    /// The node gave an answer that cannot be used.
+    fn unusable(reason: String) -> Self {
+        Self { reason, passing: false, retryable: true }
+    }
+
+    fn status(status: &Status) -> Self {
+        let passing =
+            matches!(status.code(), Code::Unavailable | Code::ResourceExhausted | Code::Aborted);
+        let refused = matches!(
+            status.code(),
+            Code::InvalidArgument
+                | Code::FailedPrecondition
+                | Code::Unimplemented
+                | Code::Unauthenticated
+                | Code::PermissionDenied
+                | Code::OutOfRange
+        );
+        let reason = format!("{:?}: {}", status.code(), status.message());
+        Self { reason, passing, retryable: !refused }
+    }
+}
+
+/// Ends `call` at the deadline whatever the transport does.
+async fn within<T>(
+    timeout: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, Trouble> {
+    match tokio::time::timeout(timeout, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(Trouble::status(&status)),
+        Err(_) => Err(Trouble {
+            reason: format!("no answer within {timeout:?}"),
+            passing: false,
+            retryable: true,
+        }),
+    }
+}
+
+/// A usable answer and the calibration behind it.
+pub(super) struct Answered<T> {
+    pub(super) answer: T,
+    pub(super) calibration: Option<String>,
+}
+
+fn calibration(id: String, fallback: String) -> Option<String> {
+    match (id.is_empty(), fallback.is_empty()) {
+        (true, true) => None,
+        (false, true) => Some(id),
+        (_, false) => Some(format!("fallback: {fallback}")),
+    }
+}
+
+/// Sends the parts of a batch one after the other and joins the answers.
+pub(super) async fn evaluate(
+    mut client: Client,
+    parts: Vec<Request<EvaluateRequest>>,
+    input: InputSpec,
+    timeout: Duration,
+) -> Result<Answered<Answer>, Trouble> {
+    let pixels = 3 * input.height as usize * input.width as usize;
+    let mut answer = Answer { input, samples: Vec::new(), gradient: None };
+    let mut used = None;
+    for part in parts {
+        let (concepts, batch) = (part.get_ref().concepts.clone(), part.get_ref().samples.len());
+        let scores_only = part.get_ref().scores_only;
+        let mut response = within(timeout, client.evaluate(part)).await?;
+        used = calibration(
+            std::mem::take(&mut response.calibration_id),
+            std::mem::take(&mut response.calibration_fallback),
+        );
+        let (samples, gradient) =
+            validate::evaluation(response, &concepts, batch, &input, scores_only)
+                .map_err(Trouble::unusable)?;
+        if let Some(gradient) = gradient {
+            let all = answer.gradient.get_or_insert_default();
+            all.resize(answer.samples.len() * pixels, 0.0);
+            all.extend(gradient);
+        }
+        answer.samples.extend(samples);
+    }
+    if let Some(all) = &mut answer.gradient {
+        all.resize(answer.samples.len() * pixels, 0.0);
+    }
+    Ok(Answered { answer, calibration: used })
+}
+
+/// Has finished images judged one after the other; `hashes` are those of the requests' images.
+pub(super) async fn check(
+    mut client: Client,
+    requests: Vec<(Request<CheckRequest>, String)>,
+    timeout: Duration,
+) -> Result<Answered<Vec<Verdict>>, Trouble> {
+    let (mut answer, mut used) = (Vec::with_capacity(requests.len()), None);
+    for (request, hash) in requests {
+        let concepts = request.get_ref().concepts.clone();
+        let scores_only = request.get_ref().scores_only;
+        let mut response = within(timeout, client.check(request)).await?;
+        used = calibration(
+            std::mem::take(&mut response.calibration_id),
+            std::mem::take(&mut response.calibration_fallback),
+        );
+        answer.push(
+            validate::verdict(response, &concepts, &hash, scores_only)
+                .map_err(Trouble::unusable)?,
+        );
+    }
+    Ok(Answered { answer, calibration: used })
+}

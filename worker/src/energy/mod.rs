@@ -1,0 +1,108 @@
+//! Energies as the engine sees them: a question about clean estimates, an answer that was checked.
+
+mod call;
+mod pool;
+mod routing;
+mod validate;
+
+use fairlead_proto::v1::{
+    CalibrationKey, ConceptRef, ConceptScore, InputSpec, SampleContext, SampleEvaluation,
+};
+use std::collections::BTreeSet;
+use tokio_util::sync::CancellationToken;
+
+pub use call::{Channels, PoolOptions};
+pub use pool::EnergyPool;
+pub(crate) use validate::is_open;
+
+use crate::error::Result;
+
+/// What holds for every question of one shard.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// The policy's concepts, in its order.
+    pub concepts: Vec<ConceptRef>,
+    /// What the calibration must be for.
+    pub calibration: CalibrationKey,
+    /// Whether a node may use a recorded fallback in place of a missing calibration.
+    pub allow_fallback: bool,
+    /// Scores only: no gates, no gradient.
+    pub scores_only: bool,
+    /// Crops the node makes of each image.
+    pub crops: u32,
+}
+
+/// The checked answer of one node about a batch of clean estimates.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The size and range the node was shown.
+    pub input: InputSpec,
+    /// One per image: a score for every concept asked of this node, all finite.
+    pub samples: Vec<SampleEvaluation>,
+    /// `dE/dpixels`, `[b, 3, input.height, input.width]`, in the node's range. Present if some
+    /// gate is open; finite, and not all zero for an image with an open gate.
+    pub gradient: Option<Vec<f32>>,
+}
+
+/// A finished image to be checked.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// The PNG as it would leave.
+    pub png: Vec<u8>,
+    /// SHA-256 of the PNG, lower-case hex.
+    pub sha256: String,
+    /// Seed of the node's crops.
+    pub crop_seed: u64,
+}
+
+/// The verdict of all concepts on one finished image.
+#[derive(Debug, Clone, Default)]
+pub struct Verdict {
+    /// One score per concept, in the policy's order.
+    pub scores: Vec<ConceptScore>,
+    /// Some concept's gate is open.
+    pub flagged: bool,
+}
+
+/// Who answered so far, for the record.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// "node_id model_hash".
+    pub nodes: BTreeSet<String>,
+    /// Calibration ids; a fallback is "fallback: ...".
+    pub calibrations: BTreeSet<String>,
+}
+
+/// Turns the present clean estimates into a node's input: `[b, 3, height, width]` in its range.
+pub type Render<'a> = dyn FnMut(&InputSpec) -> Result<Vec<f32>> + 'a;
+
+/// Everything that can say where images are heading. Called from the engine's thread and blocking
+/// it; an implementation bounds the wait and returns at once when `cancel` fires.
+pub trait Energy: Send {
+    /// Asks every node that serves a concept of `terms` about the images of `samples`. Answers are
+    /// in the order of the policy's concepts and cover each exactly once.
+    ///
+    /// # Errors
+    /// [`crate::Error::Energy`] if some concept has no usable answer, [`crate::Error::Cancelled`].
+    fn evaluate(
+        &mut self,
+        terms: &Terms,
+        samples: &[SampleContext],
+        render: &mut Render<'_>,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<Answer>>;
+
+    /// Judges finished images, one verdict each.
+    ///
+    /// # Errors
+    /// As [`Energy::evaluate`].
+    fn check(
+        &mut self,
+        terms: &Terms,
+        candidates: &[Candidate],
+        cancel: &CancellationToken,
+    ) -> Result<Vec<Verdict>>;
+
+    /// Who answered so far.
+    fn sources(&self) -> &Sources;
+}

@@ -1,0 +1,134 @@
+//! The end of an attempt: the final decoding, the final check, and what follows from it.
+
+use fairlead_models::Tape;
+use fairlead_proto::v1::{ImageOutcome, ImageStatus};
+
+use super::{MAX_RERUNS, Run, Track, estimate, record::Ending, track::crop_seed};
+use crate::{
+    energy::{Candidate, Verdict},
+    error::{Error, Result},
+    output::{PARAMETERS_KEY, Parameters, RECORD_KEY, Rgb8, sha256},
+};
+
+/// A finished picture that nobody has judged yet.
+struct Picture {
+    rgb: Rgb8,
+    png: Vec<u8>,
+    sha256: String,
+}
+
+impl Run<'_> {
+    /// Has every image of the attempt judged. Good ones are handed over, flagged ones withheld or
+    /// returned for a rerun at twice the strength.
+    pub(super) fn finish(&mut self, tracks: Vec<Track>, attempt: u32) -> Result<Vec<Track>> {
+        self.alive()?;
+        let pictures = self.pictures(&tracks)?;
+        let verdicts = self.judge(&tracks, &pictures, attempt)?;
+        self.alive()?;
+        let mut rerun = Vec::new();
+        for ((track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
+            let flagged = verdict.flagged && !self.terms.scores_only;
+            // Where no gate opened on the way, a stronger push would change nothing.
+            let was_pushed = track
+                .trajectory
+                .iter()
+                .any(|step| step.attempt == attempt && step.correction > 0.0);
+            if flagged && attempt < MAX_RERUNS && was_pushed {
+                tracing::info!(index = track.task.index, attempt, "flagged, running again");
+                rerun.push(track);
+            } else {
+                let outcome = self.outcome(track, picture, verdict, flagged, attempt);
+                self.observer.image(outcome);
+            }
+        }
+        Ok(rerun)
+    }
+
+    /// Decodes the final latents, one image at a time to bound memory.
+    fn pictures(&self, tracks: &[Track]) -> Result<Vec<Picture>> {
+        let generator = self.generator();
+        tracks
+            .iter()
+            .map(|track| {
+                let latent = estimate::stack(&[&track.latent], self.shape, generator.device())?;
+                let pixels = generator.decode(&latent, &mut Tape::off())?;
+                let pixels = pixels.flatten_all()?.to_vec1::<f32>()?;
+                self.picture(track, &pixels)
+            })
+            .collect()
+    }
+
+    fn picture(&self, track: &Track, pixels: &[f32]) -> Result<Picture> {
+        let (width, height) = self.shard.size;
+        let index = track.task.index;
+        let rgb = Rgb8::from_planes(pixels, width, height).ok_or(Error::Numeric {
+            index,
+            step: self.schedule.len() as u32,
+            what: "the decoder's pixels are not finite",
+        })?;
+        let info = self.engine.info();
+        let parameters = Parameters {
+            prompt: &self.shard.spec.prompt,
+            negative_prompt: &self.shard.spec.negative_prompt,
+            steps: self.shard.steps,
+            sampler: self.generator().sampler().label(),
+            guidance: self.shard.guidance,
+            seed: track.task.seed,
+            size: self.shard.size,
+            model_hash: &info.hash,
+            model: &info.name,
+        };
+        let texts = [(PARAMETERS_KEY, &*parameters.text()), (RECORD_KEY, &*track.task.record_id)];
+        let png = rgb.to_png(&texts).map_err(|source| Error::Png { index, source })?;
+        Ok(Picture { sha256: sha256(&png), rgb, png })
+    }
+
+    fn judge(
+        &mut self,
+        tracks: &[Track],
+        pictures: &[Picture],
+        attempt: u32,
+    ) -> Result<Vec<Verdict>> {
+        if self.concepts().is_empty() {
+            return Ok(vec![Verdict::default(); pictures.len()]);
+        }
+        let last = self.schedule.len() as u32;
+        let candidates: Vec<Candidate> = tracks
+            .iter()
+            .zip(pictures)
+            .map(|(track, picture)| Candidate {
+                png: picture.png.clone(),
+                sha256: picture.sha256.clone(),
+                crop_seed: crop_seed(track.task.seed, attempt, last, 0),
+            })
+            .collect();
+        self.energy.check(&self.terms, &candidates, self.cancel)
+    }
+
+    fn outcome(
+        &self,
+        track: Track,
+        picture: Picture,
+        verdict: Verdict,
+        withheld: bool,
+        attempt: u32,
+    ) -> ImageOutcome {
+        let status = if withheld { ImageStatus::Withheld } else { ImageStatus::Released };
+        let index = track.task.index;
+        let ending = Ending {
+            status,
+            verdict,
+            reruns: attempt,
+            image_sha256: picture.sha256,
+            pixels_sha256: picture.rgb.sha256(),
+        };
+        ImageOutcome {
+            lease: None,
+            index,
+            status: status.into(),
+            png: if withheld { Vec::new() } else { picture.png },
+            record: Some(self.record(track, ending)),
+            notices: self.notices.clone(),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The engine: denoises a shard's images, asks the energies where they are heading, corrects the
+//! ones with an open gate, and has the finished images checked.
+//!
+//! Image i depends on (request, seed, i) alone: every image has its own noise, gates, budget and
+//! crops, and whatever is computed for a batch is computed for each of its images alike.
+
+mod conditioning;
+mod estimate;
+mod finish;
+mod preview;
+mod record;
+mod sample;
+mod steer;
+mod thread;
+mod track;
+
+use fairlead_proto::v1::{CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, StepProgress};
+use tokio_util::sync::CancellationToken;
+
+pub use thread::EngineHandle;
+
+use crate::{
+    Shard,
+    energy::{Energy, Terms},
+    error::{Error, Result},
+    generator::Generator,
+    sampler::Step,
+};
+use conditioning::Conditioning;
+use track::Track;
+
+/// Reruns of an image that the final check flags: at 2 eta, then at 4 eta.
+const MAX_RERUNS: u32 = 2;
+
+/// Where the engine's results go while it works. Implementations return at once.
+pub trait Observer: Send {
+    /// One image did one step.
+    fn step(&mut self, progress: StepProgress);
+
+    /// One image is finished: proposed for release with its PNG, or withheld without. The lease is
+    /// left for the sender to fill in.
+    fn image(&mut self, outcome: ImageOutcome);
+}
+
+/// Keeps what it is told; for tests, benchmarks and single runs.
+#[derive(Debug, Default, Clone)]
+pub struct Collected {
+    /// Progress of every image and step, in order.
+    pub steps: Vec<StepProgress>,
+    /// Finished images in the order they were finished.
+    pub images: Vec<ImageOutcome>,
+}
+
+impl Observer for Collected {
+    fn step(&mut self, progress: StepProgress) {
+        self.steps.push(progress);
+    }
+
+    fn image(&mut self, outcome: ImageOutcome) {
+        self.images.push(outcome);
+    }
+}
+
+/// A generator with the means to steer it. It belongs to one thread; see [`EngineHandle`].
+pub struct Engine {
+    generator: Box<dyn Generator>,
+    worker_id: String,
+    info: ModelInfo,
+}
+
+impl Engine {
+    /// An engine that denoises at most `max_batch` images together and signs its records as
+    /// `worker_id`.
+    pub fn new(
+        generator: Box<dyn Generator>,
+        worker_id: impl Into<String>,
+        max_batch: u32,
+    ) -> Self {
+        let mut info = generator.info().clone();
+        info.max_batch = max_batch.max(1);
+        Self { generator, worker_id: worker_id.into(), info }
+    }
+
+    /// What is served.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// The generator itself, e.g. to measure it.
+    pub fn generator(&self) -> &dyn Generator {
+        self.generator.as_ref()
+    }
+
+    /// Makes the shard's images. Each ends as one [`Observer::image`] call; an image handed over
+    /// stays good even if a later one fails.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] within one step of `cancel`; [`Error::Energy`] if a concept has no usable
+    /// answer; [`Error::Numeric`] for values that are not finite; [`Error::Request`].
+    pub fn run(
+        &self,
+        shard: &Shard,
+        energy: &mut dyn Energy,
+        observer: &mut dyn Observer,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        let mut run = Run::prepare(self, shard, energy, observer, cancel)?;
+        for tasks in shard.images.chunks(self.info.max_batch as usize) {
+            let mut tracks: Vec<Track> = tasks.iter().cloned().map(Track::new).collect();
+            for attempt in 0..=MAX_RERUNS {
+                run.sample(&mut tracks, attempt)?;
+                tracks = run.finish(tracks, attempt)?;
+                if tracks.is_empty() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One shard on its way through the engine.
+struct Run<'a> {
+    engine: &'a Engine,
+    shard: &'a Shard,
+    schedule: Vec<Step>,
+    conditioning: Conditioning,
+    terms: Terms,
+    notices: Vec<String>,
+    /// Channels, height and width of the latent.
+    shape: [usize; 3],
+    energy: &'a mut dyn Energy,
+    observer: &'a mut dyn Observer,
+    cancel: &'a CancellationToken,
+}
+
+impl<'a> Run<'a> {
+    fn prepare(
+        engine: &'a Engine,
+        shard: &'a Shard,
+        energy: &'a mut dyn Energy,
+        observer: &'a mut dyn Observer,
+        cancel: &'a CancellationToken,
+    ) -> Result<Self> {
+        let generator = engine.generator();
+        let conditioning = Conditioning::new(generator, shard)?;
+        let mut notices = generator.notices().to_vec();
+        notices.extend(conditioning.notices(engine.info.prompt_tokens));
+        Ok(Self {
+            engine,
+            shard,
+            schedule: generator.sampler().schedule(shard.steps)?,
+            conditioning,
+            terms: Terms {
+                concepts: shard.concepts().to_vec(),
+                calibration: CalibrationKey {
+                    generator: engine.info.hash.clone(),
+                    sampler: generator.sampler().name().to_owned(),
+                    steps: shard.steps,
+                },
+                allow_fallback: shard.policy.allow_calibration_fallback,
+                scores_only: shard.policy.observe_only,
+                crops: shard.knobs.crops,
+            },
+            notices,
+            shape: generator.latent_shape(shard.size.0, shard.size.1),
+            energy,
+            observer,
+            cancel,
+        })
+    }
+
+    fn generator(&self) -> &'a dyn Generator {
+        self.engine.generator()
+    }
+
+    fn concepts(&self) -> &[ConceptRef] {
+        &self.terms.concepts
+    }
+
+    /// Fails once the work is cancelled.
+    fn alive(&self) -> Result<()> {
+        if self.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,129 @@
+//! Generators: the networks that turn a prompt and noise into an image. A new generator is one
+//! file and one row of [`load`]'s table.
+
+mod stable_diffusion;
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use fairlead_models::{PipelineFolder, Tape};
+use fairlead_proto::v1::ModelInfo;
+
+use crate::{
+    error::{Error, Result},
+    sampler::Sampler,
+};
+use stable_diffusion::StableDiffusion;
+
+/// A prompt as the text encoder gives it back.
+pub struct EncodedText {
+    /// States of each chunk, `[chunks, tokens, width]`.
+    pub states: Tensor,
+    /// Tokens of the prompt, marks of start and end not counted.
+    pub tokens: usize,
+}
+
+/// One generative model, owned by one thread. Whatever it computes for a sample depends on that
+/// sample alone: neither the batch size nor the place in the batch may change a bit.
+pub trait Generator: Send {
+    /// What it is and what it takes.
+    fn info(&self) -> &ModelInfo;
+
+    /// Where its tensors live.
+    fn device(&self) -> &Device;
+
+    /// Its sampler.
+    fn sampler(&self) -> &dyn Sampler;
+
+    /// Things that every caller should know.
+    fn notices(&self) -> &[String];
+
+    /// Channels, height and width of the latent of a `width` x `height` image.
+    fn latent_shape(&self, width: u32, height: u32) -> [usize; 3];
+
+    /// Encodes a prompt in as many chunks as it needs; an empty one has one chunk.
+    ///
+    /// # Errors
+    /// If the text encoder fails.
+    fn encode(&self, prompt: &str) -> Result<EncodedText>;
+
+    /// The denoiser's prediction for latents `[b, c, h, w]` at the training step `timestep`
+    /// (0 to T - 1) under `context` `[b, tokens, width]`: `[b, c, h, w]`.
+    ///
+    /// # Errors
+    /// If the network fails.
+    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Tensor) -> Result<Tensor>;
+
+    /// Pixels `[b, 3, H, W]`, about -1 to 1 and not clamped, of latents as the sampler holds them.
+    ///
+    /// # Errors
+    /// If the network fails.
+    fn decode(&self, latents: &Tensor, tape: &mut Tape) -> Result<Tensor>;
+
+    /// Pulls a gradient on the pixels `[b, 3, H, W]` back to the latents `[b, c, h, w]` of the
+    /// decoding recorded on `tape`.
+    ///
+    /// # Errors
+    /// If the tape does not hold that decoding.
+    fn decode_backward(&self, dpixels: &Tensor, tape: &mut Tape) -> Result<Tensor>;
+}
+
+type Load = fn(&PipelineFolder, &str, &Device) -> Result<Box<dyn Generator>>;
+
+/// Pipeline classes that can be served.
+const TABLE: &[(&str, Load)] = &[("StableDiffusionPipeline", StableDiffusion::load)];
+
+/// Loads the pipeline folder `dir` onto `device`.
+///
+/// # Errors
+/// [`Error::Folder`] if its class is not supported or its components do not fit together,
+/// [`Error::Model`] if a component cannot be loaded.
+pub fn load(dir: &Path, device: &Device) -> Result<Box<dyn Generator>> {
+    let folder = PipelineFolder::open(dir)?;
+    let class = folder.class_name();
+    match TABLE.iter().find(|(known, _)| *known == class) {
+        Some((_, load)) => load(&folder, &model_name(dir)?, device),
+        None => {
+            let known = TABLE.iter().map(|(known, _)| *known).collect::<Vec<_>>().join(", ");
+            Err(Error::Folder {
+                path: dir.to_owned(),
+                reason: format!("pipeline class `{class}` is not supported; supported: {known}"),
+            })
+        }
+    }
+}
+
+/// The model's name: that of its folder.
+///
+/// # Errors
+/// [`Error::Folder`] if the folder is not there.
+pub fn model_name(dir: &Path) -> Result<String> {
+    let folder = |reason| Error::Folder { path: dir.to_owned(), reason };
+    let full = dir
+        .canonicalize()
+        .map_err(|e| folder(format!("{e}; --model takes the folder of a diffusers pipeline")))?;
+    let name = full.file_name().ok_or_else(|| folder("a root is no model folder".to_owned()))?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(dir: &Path) -> String {
+        load(dir, &Device::Cpu).err().expect("it is refused").to_string()
+    }
+
+    #[test]
+    fn folders_that_cannot_be_served_say_why() {
+        let dir = tempfile::tempdir().expect("a folder");
+        assert!(refusal(dir.path()).contains("model_index.json"));
+        let index = dir.path().join("model_index.json");
+        std::fs::write(&index, r#"{"_class_name": "FluxPipeline"}"#).expect("it is written");
+        let message = refusal(dir.path());
+        assert!(message.contains("FluxPipeline") && message.contains("StableDiffusionPipeline"));
+        std::fs::write(&index, r#"{"_class_name": "StableDiffusionPipeline"}"#).expect("written");
+        assert!(refusal(dir.path()).contains("scheduler"));
+        assert!(model_name(&dir.path().join("none")).is_err());
+    }
+}

@@ -1,0 +1,152 @@
+//! One shard's task: runs it on its engine and sends what becomes of it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use fairlead_proto::v1::{
+    EnergyEndpoint, ImageOutcome, LeaseRef, ShardAssignment, ShardDone, ShardFailure,
+    ShardProgress, StepProgress, attach_request::Message,
+};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::outbox::Outbox;
+use crate::{
+    Shard,
+    energy::{EnergyPool, PoolOptions},
+    engine::{EngineHandle, Observer},
+    error::{Error, Result},
+};
+
+/// Why a shard was stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// The lease is no longer ours: say nothing.
+    Lost,
+    /// The coordinator cancelled it.
+    Cancelled(String),
+    /// The worker is leaving: somebody else should take it.
+    HandedBack,
+}
+
+/// What the session and a shard's task share.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Control {
+    cancel: CancellationToken,
+    stop: Arc<Mutex<Option<Stop>>>,
+    begun: Arc<AtomicBool>,
+}
+
+impl Control {
+    /// Stops the work; the first reason counts.
+    pub(super) fn stop(&self, why: Stop) {
+        self.stop.lock().get_or_insert(why);
+        self.cancel.cancel();
+    }
+
+    /// Whether a step was done.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
+    }
+
+    fn stopped(&self) -> Option<Stop> {
+        self.stop.lock().clone()
+    }
+}
+
+/// A shard and what it takes to run it.
+pub(super) struct Work {
+    pub(super) lease: LeaseRef,
+    pub(super) assignment: ShardAssignment,
+    pub(super) engine: EngineHandle,
+    pub(super) pool: PoolOptions,
+    pub(super) endpoints: watch::Receiver<Vec<EnergyEndpoint>>,
+    pub(super) outbox: Outbox,
+    pub(super) control: Control,
+}
+
+impl Work {
+    /// Runs the shard to its end. Images are sent as they are finished, then `done` or a failure.
+    /// Returns whether a commit is now to be waited for.
+    pub(super) async fn run(self) -> bool {
+        let result = match self.make().await {
+            Ok(()) if self.control.stopped().is_none() => {
+                let done = ShardDone { lease: Some(self.lease.clone()) };
+                self.outbox.result(Message::Done(done)).await.is_ok()
+            }
+            Ok(()) => self.fail(&Error::Cancelled).await,
+            Err(error) => self.fail(&error).await,
+        };
+        tracing::debug!(shard = %self.lease.shard_id, committing = result, "shard ended here");
+        result
+    }
+
+    async fn make(&self) -> Result<()> {
+        let shard = Shard::from_assignment(&self.assignment, self.engine.info())?;
+        let energy = EnergyPool::new(self.pool.clone(), self.endpoints.clone());
+        let (images, mut finished) = mpsc::channel(shard.images.len());
+        let observer = Sender {
+            lease: self.lease.clone(),
+            outbox: self.outbox.clone(),
+            images,
+            begun: self.control.begun.clone(),
+        };
+        let cancel = self.control.cancel.clone();
+        let run = self.engine.run(shard, Box::new(energy), Box::new(observer), cancel.clone());
+        let send = async {
+            while let Some(outcome) = finished.recv().await {
+                // A cancelled shard's pictures go nowhere.
+                if cancel.is_cancelled()
+                    || self.outbox.result(Message::Image(outcome)).await.is_err()
+                {
+                    break;
+                }
+            }
+        };
+        tokio::join!(run, send).0
+    }
+
+    /// Reports why there is no result, unless the lease is lost.
+    async fn fail(&self, error: &Error) -> bool {
+        let (reason, retryable, cancelled) = match (error, self.control.stopped()) {
+            (_, Some(Stop::Lost)) => return false,
+            (_, Some(Stop::Cancelled(reason))) => (reason, false, true),
+            (_, Some(Stop::HandedBack)) => {
+                ("the worker is leaving and hands the shard back".to_owned(), true, false)
+            }
+            (error, None) => (error.to_string(), error.retryable(), false),
+        };
+        tracing::warn!(shard = %self.lease.shard_id, retryable, cancelled, "shard failed: {reason}");
+        let lease = Some(self.lease.clone());
+        let failure = ShardFailure { lease, reason, retryable, cancelled };
+        let _ = self.outbox.result(Message::Failure(failure)).await;
+        false
+    }
+}
+
+/// Passes what the engine tells on to the stream, without ever waiting.
+struct Sender {
+    lease: LeaseRef,
+    outbox: Outbox,
+    /// Has room for every image of the shard.
+    images: mpsc::Sender<ImageOutcome>,
+    begun: Arc<AtomicBool>,
+}
+
+impl Observer for Sender {
+    fn step(&mut self, progress: StepProgress) {
+        self.begun.store(true, Ordering::Relaxed);
+        let lease = Some(self.lease.clone());
+        self.outbox.progress(Message::Progress(ShardProgress { lease, steps: vec![progress] }));
+    }
+
+    fn image(&mut self, mut outcome: ImageOutcome) {
+        outcome.lease = Some(self.lease.clone());
+        if self.images.try_send(outcome).is_err() {
+            tracing::error!(shard = %self.lease.shard_id, "an image has nowhere to go");
+        }
+    }
+}

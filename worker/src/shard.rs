@@ -1,0 +1,157 @@
+//! A shard as the engine takes it: every default filled in, every range checked.
+
+use fairlead_proto::v1::{
+    ConceptRef, ImageTask, JobSpec, ModelInfo, PinnedPolicy, ShardAssignment,
+};
+
+use crate::{Error, error::Result, steering::Knobs};
+
+/// Images of one job to be made together.
+#[derive(Debug, Clone)]
+pub struct Shard {
+    /// The job's id, for the records.
+    pub job_id: String,
+    /// The job's specification.
+    pub spec: JobSpec,
+    /// Width and height in pixels.
+    pub size: (u32, u32),
+    /// Sampling steps.
+    pub steps: u32,
+    /// Classifier-free guidance scale; 1 switches it off.
+    pub guidance: f32,
+    /// The policy pinned at admission.
+    pub policy: PinnedPolicy,
+    /// Its steering knobs.
+    pub knobs: Knobs,
+    /// The images to make.
+    pub images: Vec<ImageTask>,
+}
+
+/// Guidance scales allowed, as the contract states them.
+const GUIDANCE: std::ops::RangeInclusive<f32> = 1.0..=30.0;
+
+impl Shard {
+    /// Checks `spec` and `policy` against the model; unset fields take its defaults.
+    ///
+    /// # Errors
+    /// [`Error::Request`] names the field, its value and what is allowed.
+    pub fn new(
+        job_id: impl Into<String>,
+        spec: JobSpec,
+        policy: PinnedPolicy,
+        images: Vec<ImageTask>,
+        model: &ModelInfo,
+    ) -> Result<Self> {
+        let side = |field, value: Option<u32>, default| {
+            let value = value.unwrap_or(default);
+            let unit = model.granularity.max(1);
+            if value == 0 || !value.is_multiple_of(unit) || value > model.max_side {
+                return Err(Error::request(
+                    field,
+                    format!(
+                        "{value}; model `{}` makes multiples of {unit} up to {}",
+                        model.name, model.max_side
+                    ),
+                ));
+            }
+            Ok(value)
+        };
+        let size = (
+            side("width", spec.width, model.default_width)?,
+            side("height", spec.height, model.default_height)?,
+        );
+        let steps = spec.steps.unwrap_or(model.default_steps);
+        if steps == 0 || steps > model.train_timesteps {
+            let most = model.train_timesteps;
+            return Err(Error::request("steps", format!("{steps}; allowed is 1 to {most}")));
+        }
+        let guidance = spec.guidance_scale.unwrap_or(model.default_guidance_scale);
+        if !GUIDANCE.contains(&guidance) {
+            let (low, high) = (GUIDANCE.start(), GUIDANCE.end());
+            return Err(Error::request(
+                "guidance_scale",
+                format!("{guidance}; allowed is {low} to {high}"),
+            ));
+        }
+        if spec.prompt.trim().is_empty() {
+            return Err(Error::request("prompt", "it is empty; say what the image shows"));
+        }
+        if images.is_empty() {
+            return Err(Error::request("n", "no image is asked for; allowed is 1 to 64"));
+        }
+        let knobs = Knobs::from_params(&policy.steering.unwrap_or_default())?;
+        Ok(Self { job_id: job_id.into(), spec, size, steps, guidance, policy, knobs, images })
+    }
+
+    /// Reads a coordinator's assignment for `model`.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if a message is incomplete or out of range.
+    pub fn from_assignment(assignment: &ShardAssignment, model: &ModelInfo) -> Result<Self> {
+        let missing = |field| Error::request(field, "the coordinator's assignment lacks it");
+        Self::new(
+            assignment.job_id.clone(),
+            assignment.spec.clone().ok_or_else(|| missing("spec"))?,
+            assignment.policy.clone().ok_or_else(|| missing("policy"))?,
+            assignment.images.clone(),
+            model,
+        )
+    }
+
+    /// The concepts to be asked for.
+    pub fn concepts(&self) -> &[ConceptRef] {
+        &self.policy.concepts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> ModelInfo {
+        ModelInfo {
+            name: "toy".into(),
+            granularity: 8,
+            max_side: 64,
+            default_width: 32,
+            default_height: 32,
+            default_steps: 20,
+            default_guidance_scale: 5.0,
+            train_timesteps: 1000,
+            ..Default::default()
+        }
+    }
+
+    fn make(spec: JobSpec) -> Result<Shard> {
+        Shard::new("job", spec, PinnedPolicy::default(), vec![ImageTask::default()], &model())
+    }
+
+    #[test]
+    fn defaults_are_the_models() {
+        let shard = make(JobSpec { prompt: "a cat".into(), ..Default::default() }).expect("valid");
+        assert_eq!((shard.size, shard.steps, shard.guidance), ((32, 32), 20, 5.0));
+    }
+
+    #[test]
+    fn a_field_out_of_range_is_named() {
+        let spec = || JobSpec { prompt: "a cat".into(), ..Default::default() };
+        let bad = [
+            (JobSpec { width: Some(63), ..spec() }, "width"),
+            (JobSpec { height: Some(72), ..spec() }, "height"),
+            (JobSpec { height: Some(0), ..spec() }, "height"),
+            (JobSpec { steps: Some(0), ..spec() }, "steps"),
+            (JobSpec { steps: Some(1001), ..spec() }, "steps"),
+            (JobSpec { guidance_scale: Some(0.5), ..spec() }, "guidance_scale"),
+            (JobSpec { guidance_scale: Some(f32::NAN), ..spec() }, "guidance_scale"),
+            (JobSpec { prompt: "  ".into(), ..spec() }, "prompt"),
+        ];
+        for (spec, name) in bad {
+            match make(spec) {
+                Err(Error::Request { field, .. }) => assert_eq!(field, name),
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+        let none = Shard::new("job", spec(), PinnedPolicy::default(), vec![], &model());
+        assert!(matches!(none, Err(Error::Request { field: "n", .. })));
+    }
+}

@@ -1,0 +1,43 @@
+//! What several test files need.
+
+use fairlead_proto::v1::SampleContext;
+use fairlead_worker::{
+    Result,
+    energy::{Answer, Candidate, Energy, Render, Sources, Terms, Verdict},
+};
+use tokio_util::sync::CancellationToken;
+
+/// The energy of a policy without concepts: asking it is a bug.
+pub(crate) struct NoEnergy;
+
+impl Energy for NoEnergy {
+    fn evaluate(
+        &mut self,
+        _: &Terms,
+        _: &[SampleContext],
+        _: &mut Render<'_>,
+        _: &CancellationToken,
+    ) -> Result<Vec<Answer>> {
+        panic!("no energy is to be asked");
+    }
+
+    fn check(&mut self, _: &Terms, _: &[Candidate], _: &CancellationToken) -> Result<Vec<Verdict>> {
+        panic!("no energy is to be asked");
+    }
+
+    fn sources(&self) -> &Sources {
+        static NONE: Sources = Sources {
+            nodes: std::collections::BTreeSet::new(),
+            calibrations: std::collections::BTreeSet::new(),
+        };
+        &NONE
+    }
+}
+
+/// RGB8 values of a PNG.
+pub(crate) fn pixels(png: &[u8]) -> Vec<u8> {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().expect("a PNG");
+    let mut data = vec![0; reader.output_buffer_size().expect("a small picture")];
+    reader.next_frame(&mut data).expect("a frame");
+    data
+}

@@ -1,0 +1,148 @@
+//! The worker against numbers made by diffusers; `goldens/sd.py` made them.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use fairlead_models::PipelineFolder;
+use fairlead_proto::v1::{ImageTask, JobSpec, PinnedPolicy};
+use fairlead_worker::{Engine, Shard, engine::Collected, generator, noise, sampler};
+use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::common;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+fn read<T: serde::de::DeserializeOwned>(name: &str) -> T {
+    let text = std::fs::read_to_string(golden(name)).expect("the golden file is there");
+    serde_json::from_str(&text).expect("the golden file is as expected")
+}
+
+#[derive(Deserialize)]
+struct Case {
+    config: serde_json::Map<String, serde_json::Value>,
+    steps: u32,
+    chain: Vec<Link>,
+}
+
+#[derive(Deserialize)]
+struct Link {
+    t: u32,
+    x: Vec<f32>,
+    prediction: Vec<f32>,
+    next: Vec<f32>,
+    clean: Vec<f32>,
+}
+
+fn assert_close(ours: &[f32], theirs: &[f32], what: &str) {
+    for (a, b) in ours.iter().zip(theirs) {
+        assert!((a - b).abs() <= 2e-5 * b.abs().max(1.0), "{what}: {a} instead of {b}");
+    }
+}
+
+#[test]
+fn ddim_agrees_with_diffusers_at_every_step() {
+    let cases: Vec<Case> = read("ddim.json");
+    assert!(cases.len() >= 20);
+    for case in cases {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut config = case.config;
+        config.insert("_class_name".into(), "DDIMScheduler".into());
+        let text = serde_json::to_string(&config).expect("it is JSON");
+        std::fs::write(dir.path().join("scheduler_config.json"), &text).expect("it is written");
+        let sampler = sampler::from_folder(dir.path()).expect("it is supported").sampler;
+        let schedule = sampler.schedule(case.steps).expect("the steps are allowed");
+        let timesteps: Vec<u32> = schedule.iter().map(|step| step.timestep as u32).collect();
+        assert_eq!(timesteps, case.chain.iter().map(|link| link.t).collect::<Vec<_>>(), "{text}");
+        for (step, link) in schedule.iter().zip(&case.chain) {
+            let advance = sampler.advance(step, &link.x, &link.prediction);
+            let what = format!("t {} of {} in {text}", link.t, case.steps);
+            assert_close(&advance.clean, &link.clean, &what);
+            assert_close(&advance.next, &link.next, &what);
+        }
+    }
+}
+
+#[test]
+fn noise_is_what_its_documentation_says() {
+    let values: std::collections::BTreeMap<String, Vec<f32>> = read("noise.json");
+    let ours = noise::normal(7, values["7"].len());
+    assert_close(&ours, &values["7"], "seed 7");
+}
+
+#[derive(Deserialize)]
+struct Image {
+    prompt: String,
+    negative_prompt: String,
+    steps: u32,
+    guidance_scale: f32,
+    seed: u64,
+    side: u32,
+    /// RGB8 rows, hex.
+    pixels: String,
+    /// A scheduler in place of the folder's.
+    scheduler: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Hash of the folder it was made from.
+    hash: Option<String>,
+}
+
+/// Makes the golden's image with the engine and compares every pixel.
+fn assert_parity(folder: &Path, golden: &Image) {
+    let generator = generator::load(folder, &Device::Cpu).expect("the folder loads");
+    assert_eq!(generator.info().default_width, golden.side);
+    let spec = JobSpec {
+        prompt: golden.prompt.clone(),
+        negative_prompt: golden.negative_prompt.clone(),
+        steps: Some(golden.steps),
+        guidance_scale: Some(golden.guidance_scale),
+        ..Default::default()
+    };
+    let images = vec![ImageTask { seed: golden.seed, ..Default::default() }];
+    let shard = Shard::new("golden", spec, PinnedPolicy::default(), images, generator.info())
+        .expect("the request is valid");
+    let engine = Engine::new(generator, "golden", 1);
+    let mut collected = Collected::default();
+    engine
+        .run(&shard, &mut common::NoEnergy, &mut collected, &CancellationToken::new())
+        .expect("it runs");
+    let ours = common::pixels(&collected.images[0].png);
+    let theirs = hex::decode(&golden.pixels).expect("it is hex");
+    assert_eq!(ours.len(), theirs.len());
+    let worst = ours.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().expect("pixels");
+    println!("{}: largest difference {worst}/255", folder.display());
+    assert!(worst <= 2, "{}: a pixel differs by {worst}/255", folder.display());
+}
+
+#[test]
+fn an_image_agrees_with_the_stable_diffusion_pipeline() {
+    assert_parity(&golden("tiny-sd"), &read("tiny-sd-epsilon.json"));
+}
+
+#[test]
+fn an_image_agrees_in_v_prediction_with_zero_snr() {
+    let image: Image = read("tiny-sd-v.json");
+    let dir = tempfile::tempdir().expect("a folder");
+    for part in ["model_index.json", "unet", "vae", "text_encoder", "tokenizer"] {
+        std::os::unix::fs::symlink(golden("tiny-sd").join(part), dir.path().join(part))
+            .expect("it is linked");
+    }
+    let mut scheduler = image.scheduler.clone().expect("this golden changes the scheduler");
+    scheduler.insert("_class_name".into(), "DDIMScheduler".into());
+    std::fs::create_dir(dir.path().join("scheduler")).expect("a folder");
+    let text = serde_json::to_string(&scheduler).expect("it is JSON");
+    std::fs::write(dir.path().join("scheduler/scheduler_config.json"), text).expect("written");
+    assert_parity(dir.path(), &image);
+}
+
+#[test]
+fn emojiland_agrees_with_the_stable_diffusion_pipeline() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/emojiland-sd");
+    let make = "run `python worker/tests/goldens/sd.py assets/emojiland-sd`";
+    assert!(golden("emojiland-sd.json").exists(), "no golden for assets/emojiland-sd: {make}");
+    let image: Image = read("emojiland-sd.json");
+    let hash = PipelineFolder::open(&folder).and_then(|f| f.hash()).expect("it is a pipeline");
+    assert_eq!(image.hash, Some(hash), "assets/emojiland-sd is another one by now: {make}");
+    assert_parity(&folder, &image);
+}
