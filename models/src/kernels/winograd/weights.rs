@@ -80,14 +80,19 @@ impl<'a> Kernels<'a> {
 
     /// The kernels from `lanes` input channels to one output channel, tap by tap.
     fn gather(self, output: usize, input: usize, lanes: usize, g: &mut [[f32; LANES]; 9]) {
-        for lane in 0..lanes {
-            let (o, i) =
-                if self.transposed { (input + lane, output) } else { (output, input + lane) };
-            let width = if self.transposed { self.c_out } else { self.c_in };
-            let kernel = &self.weight[(o * width + i) * 9..][..9];
-            for (tap, row) in g.iter_mut().enumerate() {
-                row[lane] = kernel[if self.transposed { 8 - tap } else { tap }];
+        let (first, step) = if self.transposed {
+            ((input * self.c_out + output) * 9, self.c_out * 9)
+        } else {
+            ((output * self.c_in + input) * 9, 9)
+        };
+        for (lane, kernel) in self.weight[first..].chunks(step).take(lanes).enumerate() {
+            let kernel: &[f32; 9] = kernel.first_chunk().expect("kernels have nine taps");
+            for (row, tap) in g.iter_mut().zip(kernel) {
+                row[lane] = *tap;
             }
+        }
+        if self.transposed {
+            g.reverse();
         }
     }
 }

@@ -42,8 +42,7 @@ pub(in crate::layers) fn attention_backward(
     let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like()?, v.zeros_like()?);
     for start in (0..n).step_by(BLOCK) {
         let rows = BLOCK.min(n - start);
-        let block =
-            |t: &Tensor| t.narrow(2, start, rows)?.contiguous();
+        let block = |t: &Tensor| t.narrow(2, start, rows)?.contiguous();
         let (q, dy, y) = (block(q)?, block(dy)?, block(y)?);
         let scores = scores(&q, &kt, scale, causal.then_some(start))?;
         let p = scores.broadcast_sub(&block(log_sums)?.unsqueeze(D::Minus1)?)?.exp()?;

@@ -1,0 +1,128 @@
+//! `make bench`: the frozen layers beside torch, in one run.
+//!
+//! Every case runs in two child processes, ours and torch's, which take turns, so that whatever else the
+//! machine does meets both. The table shows the medians, their ratio and each process's peak memory.
+
+mod case;
+mod child;
+mod fixture;
+mod report;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use case::Case;
+use child::Child;
+use report::Row;
+
+/// Activations come and go at every layer: with an allocator that keeps their pages, the 256 px gradient
+/// takes a quarter less time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Times the frozen layers beside torch.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Runs only the cases whose names contain this.
+    #[arg(default_value = "")]
+    filter: String,
+    /// Threads of each side.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Timed runs of each side, after one that is not timed.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// The Python that has torch, diffusers and transformers.
+    #[arg(long, env = "FAIRLEAD_PYTHON", default_value = "python3")]
+    python: PathBuf,
+    /// Serves one case on standard input and output; used by the benchmark itself.
+    #[arg(long, hide = true, requires = "models")]
+    serve: Option<String>,
+    /// Folder of the random models; used by the benchmark itself.
+    #[arg(long, hide = true)]
+    models: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if let (Some(name), Some(models)) = (&options.serve, &options.models) {
+        return serve(name, models, options.threads);
+    }
+    let models = tempfile::tempdir().context("a folder for the random models")?;
+    fixture::write(models.path())?;
+    let cases: Vec<Case> =
+        Case::ALL.into_iter().filter(|c| c.name().contains(&options.filter)).collect();
+    anyhow::ensure!(
+        !cases.is_empty(),
+        "no case is named like {:?}; there are {}",
+        options.filter,
+        Case::names()
+    );
+    if let Err(why) = peer(&options, "probe") {
+        eprintln!(
+            "torch is skipped: {why:#}; set FAIRLEAD_PYTHON to a Python with torch, diffusers and transformers"
+        );
+        return run(&cases, &options, models.path(), false);
+    }
+    run(&cases, &options, models.path(), true)
+}
+
+fn run(cases: &[Case], options: &Options, models: &Path, torch: bool) -> Result<()> {
+    report::header(options.threads, options.rounds);
+    for case in cases {
+        let name = case.name();
+        let mut ours = ours(options, name, models).with_context(|| format!("case {name}"))?;
+        let mut theirs = torch
+            .then(|| peer(options, name))
+            .transpose()
+            .with_context(|| format!("torch on case {name}"))?;
+        let (mut our_times, mut their_times) = (Vec::new(), Vec::new());
+        for _ in 0..options.rounds {
+            our_times.push(ours.run()?);
+            if let Some(theirs) = &mut theirs {
+                their_times.push(theirs.run()?);
+            }
+        }
+        let memory = (ours.peak_memory()?, theirs.as_ref().map(Child::peak_memory).transpose()?);
+        report::row(&Row { name, goal: case.goal(), ours: our_times, theirs: their_times, memory });
+    }
+    Ok(())
+}
+
+/// This program again, serving one case.
+fn ours(options: &Options, name: &str, models: &Path) -> Result<Child> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let threads = options.threads.to_string();
+    Child::spawn(
+        &program,
+        &[
+            "--serve".as_ref(),
+            name.as_ref(),
+            "--models".as_ref(),
+            models.as_ref(),
+            "--threads".as_ref(),
+            threads.as_ref(),
+        ],
+    )
+}
+
+/// The same case in torch.
+fn peer(options: &Options, name: &str) -> Result<Child> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peer.py");
+    let threads = options.threads.to_string();
+    Child::spawn(&options.python, &[script.as_ref(), name.as_ref(), threads.as_ref()])
+}
+
+/// Builds a case, then answers every line of input with the seconds that one run took.
+fn serve(name: &str, models: &Path, threads: usize) -> Result<()> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .context("the thread pool")?;
+    let case = Case::named(name)
+        .with_context(|| format!("no case {name}; there are {}", Case::names()))?;
+    let run = case.build(models)?;
+    child::serve(run)
+}
