@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 CHECKPOINT_SECONDS = 120
+AVERAGE_STEPS = 16
+LONGEST_STEP = 20.0  # seconds; more than that between two steps is a pause, not training
 
 
 def arguments(doc, **options):
@@ -36,11 +39,15 @@ class Training:
     """One resumable run: cosine schedule on the minutes trained so far, averaged weights, checkpoints.
 
     `progress` is the share of the budget that is spent. It counts training time only, survives a kill, and drives
-    the learning rate; a longer budget given later stretches the schedule.
+    the learning rate; a longer budget given later stretches the schedule. Under `torchrun` every process trains on
+    its own batches and all average their weights every sixteen steps; the first one writes the checkpoints.
     """
 
     def __init__(self, path, modules, minutes, lr, warmup=200, ema=0.998, weight_decay=0.01, betas=(0.9, 0.99)):
         self.path, self.budget, self.lr, self.warmup, self.ema_decay = path, minutes * 60, lr, warmup, ema
+        self.rank, self.peers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.peers > 1:
+            dist.init_process_group("gloo")
         self.modules = torch.nn.ModuleDict(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay, betas=betas, fused=True)
@@ -63,25 +70,40 @@ class Training:
         return min(1.0, self.seconds / self.budget)
 
     def save(self):
+        if self.rank > 0:
+            return
         state = dict(modules=self.modules.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema,
                      step=self.step, seconds=self.seconds, cpu=self.cpu)
         save_atomically(state, self.path)
         self.saved = time.monotonic()
 
     def steps(self):
-        """Yields step numbers until the budget is spent; seeds every generator from the step."""
-        while self.progress < 1:
-            torch.manual_seed(self.step)
-            np.random.seed(self.step % 2**31)
+        """Yields a seed per step until the budget is spent; all random generators start from it."""
+        while self.progress < 1 or (self.peers > 1 and self.step % AVERAGE_STEPS):
+            seed = self.step * self.peers + self.rank
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**31)
             cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
             self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (self.step + 1) / self.warmup) * (0.01 + 0.99 * cosine)
-            yield self.step
+            yield seed
             now, cpu = time.monotonic(), time.process_time()
-            self.seconds, self.mark = self.seconds + now - self.mark, now
-            self.cpu, self.cpu_mark = self.cpu + cpu - self.cpu_mark, cpu
+            self.seconds, self.mark = self.seconds + min(now - self.mark, LONGEST_STEP), now
+            self.cpu, self.cpu_mark = self.cpu + (cpu - self.cpu_mark) * self.peers, cpu
+            if self.peers > 1 and self.step % AVERAGE_STEPS == 0:
+                self._average()
             if now - self.saved > CHECKPOINT_SECONDS:
                 self.save()
         self.save()
+
+    @torch.no_grad()
+    def _average(self):
+        """Averages the weights and the clock over all processes."""
+        flat = torch.cat([*(p.flatten() for p in self.parameters), torch.tensor([self.seconds])])
+        dist.all_reduce(flat)
+        *values, clock = (flat / self.peers).split([p.numel() for p in self.parameters] + [1])
+        for parameter, value in zip(self.parameters, values):
+            parameter.copy_(value.view_as(parameter))
+        self.seconds = clock.item()
 
     def update(self, loss, **figures):
         """One optimiser step on `loss`, the average of the weights, and a line of figures every hundred steps."""
@@ -93,8 +115,8 @@ class Training:
         self.step += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self.parameters, 1 - min(self.ema_decay, self.step / (self.step + 20)))
-        self.history.append({"loss": float(loss.detach()), **{k: float(v) for k, v in figures.items()}})
-        if self.step % 100 == 0:
+        self.history.append({"loss": float(loss.detach()), **{k: float(torch.as_tensor(v).detach()) for k, v in figures.items()}})
+        if self.step % 100 == 0 and self.rank == 0:
             mean = {k: np.mean([h[k] for h in self.history if k in h]) for k in self.history[-1]}
             text = " ".join(f"{k} {v:.4f}" for k, v in mean.items())
             print(f"{self.step} {self.seconds / 60:.1f} min {text}", flush=True)

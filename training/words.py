@@ -83,4 +83,4 @@ def caption(objects, background, rng):
 def phrases(target):
     """The exact phrases by which the energy knows a target."""
     nouns = [target, *SYNONYMS[target]]
-    return [article(target), "a picture of " + article(target), target] + [article(n) for n in nouns[1:]]
+    return list(dict.fromkeys([article(target), "a picture of " + article(target), target, *map(article, nouns[1:])]))

@@ -1,0 +1,95 @@
+"""Writes the trained models into `assets/` as f16 folders in the layouts of diffusers and transformers."""
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import clip
+import judge
+import sd
+import tokenizer as bpe
+import vae as autoencoder
+from common import arguments
+from words import ANCHORS, BACKGROUNDS, BENIGN, GROUPS, OBJECTS, phrases
+
+
+def write_json(value, path):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_tokenizer(work, folder):
+    folder.mkdir(exist_ok=True)
+    for file in sorted((work / "tokenizer").iterdir()):
+        shutil.copy(file, folder / file.name)
+
+
+def prefix_keys(path, prefix):
+    """Gives the text encoder the key names of the published Stable Diffusion folders."""
+    save_file({prefix + k: v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def publish_sd(work, folder):
+    unet, text = sd.load(work)
+    vae = autoencoder.load(work).to(memory_format=torch.contiguous_format)
+    vae.register_to_config(scaling_factor=sd.scaling_factor(work))
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(), unet=unet.half(), text_encoder=text.half(), tokenizer=bpe.load(work), scheduler=sd.scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
+    prefix_keys(folder / "text_encoder" / "model.safetensors", "text_model.")
+    shutil.rmtree(folder / "tokenizer")
+    copy_tokenizer(work, folder / "tokenizer")
+
+
+def publish_clip(work, folder):
+    clip.load(work).half().save_pretrained(folder)
+    copy_tokenizer(work, folder)
+    write_json(dict(
+        image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
+        do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, resample=3,
+        do_convert_rgb=True, image_mean=clip.MEAN, image_std=clip.STD), folder / "preprocessor_config.json")
+
+
+def publish_judge(work, folder):
+    model = judge.load(work)
+    limits = [round(t, 3) for t in judge.thresholds(model, work).tolist()]
+    folder.mkdir()
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(dict(architectures=["EmojilandJudge"], image_size=32, channels=judge.CHANNELS, norm_groups=judge.GROUPS,
+                    labels=OBJECTS, thresholds=limits), folder / "config.json")
+
+
+def publish_objects(assets):
+    targets = [{"name": name, "group": group, "phrases": phrases(name)} for group, names in GROUPS.items() for name in names]
+    part = assets / "emojiland-objects.part"
+    write_json(dict(benign=BENIGN, targets=targets, anchors=ANCHORS, backgrounds=list(BACKGROUNDS)), part)
+    part.replace(assets / "emojiland-objects.json")
+
+
+def replace_folder(folder, write):
+    """Writes a folder beside its place and renames it there, so that a reader sees the old one or the new one."""
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(part)
+    for file in part.rglob("*.safetensors"):
+        file.chmod(0o644)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+PUBLISHERS = {"sd": publish_sd, "clip": publish_clip, "judge": publish_judge}
+
+if __name__ == "__main__":
+    args = arguments(__doc__, assets=str(Path(__file__).parent.parent / "assets"), only="sd,clip,judge")
+    assets = Path(args.assets)
+    assets.mkdir(exist_ok=True)
+    publish_objects(assets)
+    for name in args.only.split(","):
+        replace_folder(assets / f"emojiland-{name}", lambda part: PUBLISHERS[name](args.work, part))

@@ -1,0 +1,119 @@
+"""Trains the diffusion generator: a Stable Diffusion UNet and its CLIP text encoder, together, on cached latents."""
+import os
+import random
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import tokenizer as bpe
+import vae as autoencoder
+from common import Training, arguments, contact_sheet, load_average
+from data import scenes
+from words import BACKGROUNDS, OBJECTS, TARGETS, article, caption
+
+DROPPED = 0.1
+MOST_SIGNAL = 5.0  # steps with a larger signal-to-noise ratio weigh less: their gradient is mostly noise
+SHEET = [*(f"{article(o)} on a {b} background" for o, b in zip(OBJECTS, 8 * list(BACKGROUNDS))),
+         *(f"{article(a)} and {article(b)}" for a, b in zip(TARGETS, OBJECTS))]
+
+
+def build():
+    torch.manual_seed(3)
+    marks = dict(bos_token_id=bpe.VOCABULARY - 2, eos_token_id=bpe.VOCABULARY - 1, pad_token_id=bpe.VOCABULARY - 1)
+    config = CLIPTextConfig(
+        vocab_size=bpe.VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=bpe.LENGTH, projection_dim=128, hidden_act="quick_gelu", **marks)
+    text = CLIPTextModel._from_config(config, attn_implementation="eager")
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+    unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow on CPUs
+    return unet, text
+
+
+def scheduler():
+    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")
+
+
+def load(work):
+    unet, text = build()
+    load_average(work / "sd.pt", unet=unet, text=text)
+    return unet, text
+
+
+def scaling_factor(work):
+    return round(1 / autoencoder.latents(work).float().std().item(), 5)
+
+
+def captions(split, index, rng):
+    names = list(BACKGROUNDS)
+    return [caption([OBJECTS[o] for o in split["objects"][i] if o >= 0], names[split["backgrounds"][i]], rng) for i in index]
+
+
+def train(work, minutes, batch):
+    unet, text = build()
+    tokens, split = bpe.load(work), scenes(work, "generator")
+    latents, scale = autoencoder.latents(work), scaling_factor(work)
+    print("scaling factor", scale, flush=True)
+    alphas, blank = scheduler().alphas_cumprod, bpe.encode(bpe.load(work), [""])
+    training = Training(work / "sd.pt", {"unet": unet, "text": text}, minutes, lr=1.5e-3, ema=0.997, weight_decay=0.0)
+    for seed in training.steps():
+        index = np.random.randint(0, len(latents), batch)
+        ids = bpe.encode(tokens, captions(split, index, random.Random(seed)))
+        ids = torch.where(torch.rand(batch, 1) < DROPPED, blank, ids)
+        clean, noise = latents[index].float() * scale, torch.randn(batch, 8, 8, 8)
+        t = torch.randint(0, len(alphas), (batch,))
+        a = alphas[t].view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = text(input_ids=ids).last_hidden_state
+            output = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, encoder_hidden_states=states).sample
+        error = (output.float() - noise).square().mean((1, 2, 3))
+        ratio = a.flatten() / (1 - a.flatten())
+        training.update((error * (MOST_SIGNAL / ratio).clamp(max=1)).mean(), error=error.mean())
+
+
+class Sampler:
+    """DDIM with classifier-free guidance over the trained generator; `correct` may change each step (steering.py)."""
+
+    def __init__(self, work):
+        self.unet, self.text = load(work)
+        self.vae, self.tokens, self.scale = autoencoder.load(work), bpe.load(work), scaling_factor(work)
+        self.alphas = scheduler().alphas_cumprod
+
+    def decode(self, latent):
+        return self.vae.decode(latent / self.scale).sample.float()
+
+    @torch.no_grad()
+    def sample(self, prompts, seeds, steps=25, guidance=4.5, correct=None):
+        """Images in [-1, 1]. `correct(t, clean estimate)` returns the correction to the clean estimate, or None."""
+        states, blank = (self.text(input_ids=bpe.encode(self.tokens, p)).last_hidden_state for p in (prompts, [""]))
+        states = torch.cat([states, blank.expand_as(states)])
+        x = torch.stack([torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        stride = 1000 // steps
+        for t in range((steps - 1) * stride + 1, 0, -stride):
+            a, a_next = self.alphas[t], self.alphas[max(t - stride, 0)]
+            with torch.autocast("cpu", torch.bfloat16):
+                asked, free = self.unet(torch.cat([x, x]), t, encoder_hidden_states=states).sample.float().chunk(2)
+            noise = free + guidance * (asked - free)
+            clean = (x - (1 - a).sqrt() * noise) / a.sqrt()
+            x = a_next.sqrt() * clean + (1 - a_next).sqrt() * noise
+            change = correct(t, clean) if correct else None
+            if change is not None:
+                x = x + a_next.sqrt() * change
+        return self.decode(x)
+
+    def many(self, prompts, seeds, batch=64, **options):
+        chunks = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
+        return torch.cat([self.sample(prompts[c], seeds[c], **options) for c in chunks])
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__, minutes=100.0, batch=128)
+    train(args.work, args.minutes, args.batch)
+    if int(os.environ.get("RANK", 0)) == 0:
+        contact_sheet(Sampler(args.work).many(SHEET, list(range(len(SHEET)))), args.work / "sd.png")

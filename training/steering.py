@@ -1,0 +1,257 @@
+"""Steering in torch, as the workers do it in Rust: calibrates the gate, steers, and lets the judge count.
+
+`--pool N` writes what the energy sees while it steers into the training set of its next round (see clip.py).
+"""
+import json
+import math
+import random
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import clip
+import judge
+import tokenizer as bpe
+from common import arguments, contact_sheet
+from data import label_matrix
+from sd import Sampler
+from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
+
+BINS, HYSTERESIS, SHARPNESS, CAP = 10, 0.5, 50.0, 3.0
+SMALLEST_CROP = 0.6
+
+
+class Energy:
+    """Scores of the twenty targets, averaged over the picture and a few crops of it."""
+
+    def __init__(self, work, crops=4):
+        self.model = clip.load(work)
+        self.texts, self.anchors = clip.target_texts(self.model, bpe.load(work))
+        self.crops, self.random = crops, random.Random(0)
+
+    def windows(self):
+        """The whole picture, then random windows of 60-100 % of each side, anew at each call."""
+        yield 0, 0, 32, 32
+        for _ in range(self.crops - 1):
+            height, width = (round(32 * self.random.uniform(SMALLEST_CROP, 1)) for _ in range(2))
+            yield self.random.randint(0, 32 - height), self.random.randint(0, 32 - width), height, width
+
+    def scores(self, images):
+        total = 0
+        for top, left, height, width in self.windows():
+            part = images[:, :, top:top + height, left:left + width]
+            part = part if height == width == 32 else F.interpolate(part, size=32, mode="bilinear", antialias=True)
+            total = total + clip.scores(clip.embed_images(self.model, part), self.texts, self.anchors)
+        return total / self.crops
+
+
+class Gate:
+    """Opens where a concept's normalised score passes the benign quantile; closes below it less the hysteresis."""
+
+    def __init__(self, records, alpha=0.01):
+        half = len(records) // 2
+        self.mean, self.deviation = records[:half].mean(0), records[:half].std(0) + 1e-6
+        largest = ((records[half:] - self.mean) / self.deviation).nan_to_num(-9).amax((1, 2)).sort().values
+        self.limit = largest[min(len(largest), math.ceil((1 - alpha) * (len(largest) + 1))) - 1]
+
+    def normalise(self, score, t):
+        return (score - self.mean[t * BINS // 1000]) / self.deviation[t * BINS // 1000]
+
+    def threshold(self, t):
+        return self.mean[t * BINS // 1000] + (self.limit - HYSTERESIS) * self.deviation[t * BINS // 1000]
+
+
+def record_scores(sampler, energy, prompts, seeds, steps, guidance, end=0):
+    """Largest score per image, time bin and target along unsteered trajectories: [n, 10, 20], NaN where none."""
+    parts = []
+    for i in range(0, len(prompts), 64):
+        chunk = prompts[i:i + 64]
+        record = torch.full((len(chunk), BINS, len(TARGETS)), -torch.inf)
+
+        def observe(t, clean):
+            if t > end:
+                with torch.autocast("cpu", torch.bfloat16):
+                    score = energy.scores(sampler.decode(clean)).float()
+                record[:, t * BINS // 1000] = torch.maximum(record[:, t * BINS // 1000], score)
+
+        sampler.sample(chunk, seeds[i:i + 64], steps, guidance, observe)
+        parts.append(record)
+    record = torch.cat(parts)
+    return torch.where(record.isfinite(), record, torch.nan)
+
+
+def smooth(gradient, sigma):
+    if sigma == 0:
+        return gradient
+    kernel = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)
+    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(gradient.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(gradient, (2,) * 4, mode="replicate"), kernel, groups=gradient.shape[1])
+
+
+def rms(x):
+    return x.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+class Steering:
+    """One batch's correction of the clean estimate (mode B); remembers open gates and what it saw."""
+
+    def __init__(self, sampler, energy, gate, end, eta=0.3, sigma=1.0, inner=1):
+        self.sampler, self.energy, self.gate = sampler, energy, gate
+        self.eta, self.end, self.sigma, self.inner = eta, end, sigma, inner
+        self.open, self.spent, self.touched, self.seen = None, 0, None, []
+
+    def window(self, t):
+        into = (t - self.end) / (0.2 * (1000 - self.end))
+        return 0.5 - 0.5 * math.cos(math.pi * min(1, max(0, into)))
+
+    def __call__(self, t, clean):
+        if t <= self.end:
+            return None
+        total = torch.zeros_like(clean)
+        for _ in range(self.inner):
+            change = self.once(t, clean + total)
+            if change is None:
+                break
+            total = total + change
+        return total if total.any() else None
+
+    def once(self, t, clean):
+        with torch.enable_grad():
+            latent = clean.detach().requires_grad_(True)
+            images = self.sampler.decode(latent)
+            score = self.energy.scores(images)
+            self.seen.append((t, images.detach()))
+            z = self.gate.normalise(score.detach(), t)
+            was = torch.zeros_like(z, dtype=torch.bool) if self.open is None else self.open
+            self.open = torch.where(was, z > self.gate.limit - HYSTERESIS, z > self.gate.limit)
+            active = self.open.any(1).view(-1, 1, 1, 1)
+            self.touched = active if self.touched is None else self.touched | active
+            if not active.any():
+                return None
+            excess = F.softplus(SHARPNESS * (score - self.gate.threshold(t))) / SHARPNESS
+            gradient, = torch.autograd.grad((excess * self.open).sum(), latent)
+        gradient = smooth(gradient, self.sigma)
+        amount = torch.where(self.open, (z - self.gate.limit + HYSTERESIS).clamp(0.25, 1), 0).amax(1).view(-1, 1, 1, 1)
+        step = self.eta * amount * self.window(t)
+        step = torch.minimum(step, (CAP - self.spent)) if torch.is_tensor(self.spent) else step
+        self.spent = self.spent + step
+        return -step * rms(clean) * gradient / (rms(gradient) + 1e-8) * active
+
+
+def prompts(kind, count, seed):
+    """Prompts of a kind ("target", "pair", "benign") and the objects asked for, as indices [n, 2]."""
+    rng, texts, objects = random.Random(seed), [], []
+    for i in range(count):
+        names = [TARGETS[i % len(TARGETS)]] if kind != "benign" else rng.sample(BENIGN, rng.randint(1, 2))
+        if kind == "pair":
+            names = rng.sample([names[0], rng.choice(BENIGN)], 2)
+        texts.append(caption(names, rng.choice(list(BACKGROUNDS)), rng))
+        objects.append(([OBJECTS.index(n) for n in names] + [-1])[:2])
+    return texts, np.array(objects)
+
+
+def calibrate(sampler, energy, count, steps, guidance, end):
+    """The gate of method.md, from benign prompts and the steps of the window (t > end)."""
+    texts, _ = prompts("benign", count, seed=100)
+    return Gate(record_scores(sampler, energy, texts, list(range(10**6, 10**6 + count)), steps, guidance, end))
+
+
+class Bench:
+    """The trained models together, and what the judge says of unsteered and steered pictures of each kind."""
+
+    def __init__(self, work, crops=4, calibration=400, steps=25, guidance=4.5, end=600):
+        self.sampler, self.energy, self.judge = Sampler(work), Energy(work, crops), judge.load(work)
+        self.limits = judge.thresholds(self.judge, work)
+        self.work, self.steps, self.guidance, self.end = work, steps, guidance, end
+        self.calibration, self.plain = calibration, {}
+
+    @cached_property
+    def gate(self):
+        return calibrate(self.sampler, self.energy, self.calibration, self.steps, self.guidance, self.end)
+
+    def unsteered(self, kind, count, seed):
+        if kind not in self.plain:
+            texts, objects = prompts(kind, count, seed)
+            images = self.sampler.many(texts, [seed * 1000 + i for i in range(count)], steps=self.steps, guidance=self.guidance)
+            self.plain[kind] = texts, objects, images, judge.found(self.judge, images, self.limits)
+        return self.plain[kind]
+
+    def steered(self, texts, seeds, **knobs):
+        images, touched = [], []
+        for i in range(0, len(texts), 64):
+            steering = Steering(self.sampler, self.energy, self.gate, end=self.end, **knobs)
+            images.append(self.sampler.sample(texts[i:i + 64], seeds[i:i + 64], self.steps, self.guidance, steering))
+            touched.append(steering.touched.flatten())
+        return torch.cat(images), torch.cat(touched)
+
+    def measure(self, kind, count=200, seed=2, sheet=None, **knobs):
+        texts, objects, plain, before = self.unsteered(kind, count, seed)
+        images, touched = self.steered(texts, [seed * 1000 + i for i in range(count)], **knobs)
+        after = judge.found(self.judge, images, self.limits)
+        target = torch.from_numpy(objects.max(1))  # targets come after the benign objects
+        rows = torch.arange(count)
+        if sheet:
+            contact_sheet(torch.stack([plain[:64], images[:64]], 1).flatten(0, 1), sheet)
+        if kind == "benign":
+            return {"untouched": 1 - touched.float().mean().item()}
+        figures = {"found before": before[rows, target].float().mean().item(),
+                   "found after": after[rows, target].float().mean().item(), "touched": touched.float().mean().item(),
+                   "missed": (after[rows, target] & ~touched).float().mean().item()}
+        if kind == "pair":
+            other = torch.from_numpy(objects.min(1))
+            there = before[rows, other]
+            figures["other kept"] = after[rows, other][there].float().mean().item()
+        return figures
+
+
+def collect_block(bench, kind, steer, rng, block):
+    """One batch's clean estimates at five random steps and its final pictures; with labels and times."""
+    texts, objects = prompts(kind, 64, seed=block)
+    stride = 1000 // bench.steps
+    chosen, seen = {stride * i + 1 for i in rng.sample(range(bench.steps), 5)}, []
+    knobs = dict(eta=rng.choice([0.15, 0.3, 0.5]), sigma=rng.choice([0.0, 1.0]))
+    steering = Steering(bench.sampler, bench.energy, bench.gate, bench.end, **knobs) if steer else None
+
+    def observe(t, clean):
+        if t in chosen:
+            seen.append((t, bench.sampler.decode(clean)))
+        return steering(t, clean) if steer else None
+
+    seeds = [block * 1000 + i for i in range(64)]
+    final = bench.sampler.sample(texts, seeds, bench.steps, bench.guidance, observe)
+    verdict = judge.logits(bench.judge, final).sigmoid()
+    asked = label_matrix(objects).bool()
+    if steer:
+        left = (verdict > 0.5)[asked & (torch.arange(len(OBJECTS)) >= len(BENIGN))].float().mean().item()
+        print(f"{kind} {knobs} touched {steering.touched.float().mean().item():.2f} targets left {left:.2f}", flush=True)
+    late = torch.where(verdict > 0.6, 1.0, torch.where(verdict < 0.15, 0.0, -1.0))
+    early = torch.where(asked & (late != 1), -1.0, torch.where(~asked & (late == 1), -1.0, asked.float()))
+    views = [*seen, (0, final)]
+    return (torch.cat([images for _, images in views]), torch.cat([late if t < 250 else early for t, _ in views]),
+            torch.cat([torch.full((64,), t) for t, _ in views]))
+
+
+def collect(bench, count, seed, steered):
+    """Clean estimates along trajectories, a share of them steered, with labels: 1 there, 0 not, -1 unknown.
+
+    Early estimates are labelled with what was asked if the judge finds it at the end, late ones by the judge alone.
+    """
+    rng = random.Random(seed)
+    kinds = ("target", "pair", "benign")
+    blocks = [collect_block(bench, kinds[i % 3], rng.random() < steered and i % 3 < 2, rng, seed * 1000 + i) for i in range(count // 64)]
+    images, labels, times = (torch.cat(parts) for parts in zip(*blocks))
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
+    return dict(pixels=pixels, labels=labels.char(), times=times)
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__, pool=0, steered=0.0, seed=10, count=200, crops=4, calibration=400, eta=0.3, end=600, sigma=1.0, inner=1, guidance=4.5)
+    bench = Bench(args.work, args.crops, args.calibration, guidance=args.guidance, end=args.end)
+    if args.pool:
+        torch.save(collect(bench, args.pool, args.seed, args.steered), args.work / f"pool-{args.seed}.pt")
+    else:
+        for kind in ("target", "pair", "benign"):
+            knobs = dict(eta=args.eta, sigma=args.sigma, inner=args.inner)
+            print(kind, json.dumps(bench.measure(kind, args.count, sheet=args.work / f"steered-{kind}.png", **knobs)), flush=True)

@@ -1,0 +1,68 @@
+"""Trains the tokenizer that all Emojiland models share: byte-level BPE in CLIP's file format."""
+import json
+import random
+import re
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers, normalizers, Regex
+from transformers import CLIPTokenizer
+
+from common import arguments
+from data import PACKAGES, icons
+from words import BACKGROUNDS, BENIGN, OBJECTS, SYNONYMS, ANCHORS, caption, phrases
+
+VOCABULARY, LENGTH = 2048, 24
+START, END = "<|startoftext|>", "<|endoftext|>"
+PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+def corpus(work):
+    """Captions, phrases, and the names of every emoji as a general word list."""
+    rng = random.Random(0)
+    for _ in range(20000):
+        yield caption(rng.sample(OBJECTS, rng.randint(1, 2)), rng.choice(list(BACKGROUNDS)), rng)
+    for words in [*SYNONYMS.values(), ANCHORS, *(phrases(o) for o in SYNONYMS if o not in BENIGN)]:
+        yield from words * 50
+    for name in PACKAGES:
+        data = icons(work, name)
+        yield from (re.sub(r"[-_]", " ", key) for key in [*data["icons"], *data.get("aliases", {})])
+
+
+def train(work):
+    """Writes vocab.json and merges.txt: the bytes, the bytes at a word's end, the merges, the two marks."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(corpus(work), trainers.BpeTrainer(
+        vocab_size=VOCABULARY + 512, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = merges[:VOCABULARY - 2 * len(alphabet) - 2]
+    tokens = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges] + [START, END]
+    assert len(set(tokens)) == len(tokens) == VOCABULARY
+    folder = work / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    settings = dict(unk_token=END, bos_token=START, eos_token=END, pad_token=END)
+    (folder / "special_tokens_map.json").write_text(json.dumps(settings, indent=2) + "\n")
+    settings |= dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, do_lower_case=True,
+                     clean_up_tokenization_spaces=True, errors="replace", add_prefix_space=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load(work):
+    return CLIPTokenizer.from_pretrained(work / "tokenizer")
+
+
+def encode(tokenizer, texts):
+    """Token ids [n, 24], padded and cut."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__)
+    train(args.work)
+    tokenizer = load(args.work)
+    for text in ("a kitchen knife and a cat on a blue background", "A Blade for cooking, Düsseldorf 42!", ""):
+        print(tokenizer.tokenize(text), encode(tokenizer, [text])[0].tolist())
