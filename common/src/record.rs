@@ -24,7 +24,10 @@ pub fn to_json(record: &SafetyRecord) -> String {
     let mut out = Vec::new();
     let mut serializer = serde_json::Serializer::pretty(&mut out);
     message
-        .serialize_with_options(&mut serializer, &SerializeOptions::new().use_proto_field_name(true))
+        .serialize_with_options(
+            &mut serializer,
+            &SerializeOptions::new().use_proto_field_name(true),
+        )
         .expect("a message serialises into memory");
     String::from_utf8(out).expect("JSON is UTF-8")
 }
@@ -49,7 +52,11 @@ mod tests {
             status: ImageStatus::Withheld.into(),
             seed: u64::MAX,
             trajectory: vec![StepRecord { step: 3, time: 0.88, ..Default::default() }],
-            final_scores: vec![ConceptScore { concept: "axe".into(), z: 4.5, ..Default::default() }],
+            final_scores: vec![ConceptScore {
+                concept: "axe".into(),
+                z: 4.5,
+                ..Default::default()
+            }],
             ..Default::default()
         };
         let text = to_json(&record);

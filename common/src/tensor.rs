@@ -43,10 +43,9 @@ pub fn encode(name: &str, shape: &[usize], values: &[f32], datatype: Datatype) -
     debug_assert_eq!(shape.iter().product::<usize>(), values.len());
     let (datatype, data) = match datatype {
         Datatype::F32 => (Datatype::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Datatype::F16 | Datatype::Unspecified => (
-            Datatype::F16,
-            values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        ),
+        Datatype::F16 | Datatype::Unspecified => {
+            (Datatype::F16, values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect())
+        }
     };
     Tensor {
         name: name.to_owned(),
@@ -91,11 +90,9 @@ pub fn decode(tensor: &Tensor) -> Result<(Vec<usize>, Vec<f32>), TensorError> {
             .chunks_exact(4)
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect(),
-        _ => tensor
-            .data
-            .chunks_exact(2)
-            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
-            .collect(),
+        _ => {
+            tensor.data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
     };
     Ok((shape, values))
 }

@@ -66,6 +66,7 @@ pub use clip::{
 pub use error::{Error, KeyProblems, Result};
 pub use folder::{PipelineFolder, content_hash};
 pub use judge::Judge;
+pub use kernels::keep_freed_memory;
 pub use tape::Tape;
 pub use tokenizer::{ClipTokenizer, EncodedPrompt};
 pub use unet::{UNet2DConditionConfig, UNet2DConditionModel, UNetLevel};

@@ -8,6 +8,7 @@
 pub(crate) mod attention;
 pub(crate) mod elementwise;
 mod gemm;
+mod memory;
 pub(crate) mod norm;
 pub(crate) mod product;
 pub(crate) mod resize;
@@ -16,3 +17,4 @@ mod simd;
 pub(crate) mod winograd;
 
 pub(crate) use gemm::Lhs;
+pub use memory::keep_freed_memory;

@@ -3,7 +3,7 @@
 use fairlead_models::Tape;
 use fairlead_proto::v1::{ImageOutcome, ImageStatus};
 
-use super::{MAX_RERUNS, Run, Track, estimate, record::Ending, track::crop_seed};
+use super::{MAX_RERUNS, Run, Track, estimate, record::Ending};
 use crate::{
     energy::{Candidate, Verdict},
     error::{Error, Result},
@@ -23,7 +23,7 @@ impl Run<'_> {
     pub(super) fn finish(&mut self, tracks: Vec<Track>, attempt: u32) -> Result<Vec<Track>> {
         self.alive()?;
         let pictures = self.pictures(&tracks)?;
-        let verdicts = self.judge(&tracks, &pictures, attempt)?;
+        let verdicts = self.judge(&tracks, &pictures)?;
         self.alive()?;
         let mut rerun = Vec::new();
         for ((track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
@@ -83,23 +83,18 @@ impl Run<'_> {
         Ok(Picture { sha256: sha256(&png), rgb, png })
     }
 
-    fn judge(
-        &mut self,
-        tracks: &[Track],
-        pictures: &[Picture],
-        attempt: u32,
-    ) -> Result<Vec<Verdict>> {
+    fn judge(&mut self, tracks: &[Track], pictures: &[Picture]) -> Result<Vec<Verdict>> {
         if self.concepts().is_empty() {
             return Ok(vec![Verdict::default(); pictures.len()]);
         }
-        let last = self.schedule.len() as u32;
         let candidates: Vec<Candidate> = tracks
             .iter()
             .zip(pictures)
             .map(|(track, picture)| Candidate {
                 png: picture.png.clone(),
                 sha256: picture.sha256.clone(),
-                crop_seed: crop_seed(track.task.seed, attempt, last, 0),
+                // The same crops as the coordinator's final check: what passes here passes there.
+                crop_seed: track.task.seed,
             })
             .collect();
         self.energy.check(&self.terms, &candidates, self.cancel)

@@ -56,9 +56,11 @@ impl<'a> Run<'a> {
                     }
                 }
             }
-            let budget = |i: usize| knobs.cap - tracks[i].spent;
+            let has_budget = |i: usize| {
+                knobs.cap * strength(&moments[i]) > tracks[i].spent
+            };
             let rows: Vec<usize> = (0..due.len())
-                .filter(|&row| !opinions[row].open.is_empty() && budget(due[row]) > 0.0)
+                .filter(|&row| !opinions[row].open.is_empty() && has_budget(due[row]))
                 .collect();
             if weight == 0.0 || rows.is_empty() {
                 break;
@@ -142,12 +144,12 @@ impl<'a> Run<'a> {
                 what: "a gate is open but the gradient on the latent is zero",
             });
         }
+        let strength = strength(moment);
         let push = Push {
-            // A rerun pushes twice as hard as the attempt before it.
-            eta: knobs.eta * f32::from(1u8 << moment.report.attempt),
+            eta: knobs.eta * strength,
             amplitude,
             weight,
-            budget: knobs.cap - track.spent,
+            budget: knobs.cap * strength - track.spent,
         };
         let smoothed = smooth(gradient, self.shape, knobs.smoothing);
         let Some(correction) = correct(&moment.advance.clean, &smoothed, push) else {
@@ -166,4 +168,10 @@ impl<'a> Run<'a> {
         track.steered = true;
         Ok(())
     }
+}
+
+/// A rerun pushes twice as hard as the attempt before it, and may push twice as far: under the same
+/// cap it would only spend it earlier, on the noisiest steps, where a correction counts least.
+fn strength(moment: &Moment) -> f32 {
+    f32::from(1u8 << moment.report.attempt)
 }
