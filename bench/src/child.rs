@@ -52,10 +52,13 @@ impl Child {
     }
 
     fn line(&mut self) -> Result<String> {
-        self.output
-            .next()
-            .context("the child ended; what it wrote is above")?
-            .context("reading from the child")
+        match self.output.next() {
+            Some(line) => line.context("reading from the child"),
+            None => {
+                let status = self.process.wait().context("waiting for the child")?;
+                bail!("the child ended with {status}; what it wrote is above")
+            }
+        }
     }
 }
 

@@ -56,9 +56,7 @@ impl<'a> Run<'a> {
                     }
                 }
             }
-            let has_budget = |i: usize| {
-                knobs.cap * strength(&moments[i]) > tracks[i].spent
-            };
+            let has_budget = |i: usize| knobs.cap * strength(&moments[i]) > tracks[i].spent;
             let rows: Vec<usize> = (0..due.len())
                 .filter(|&row| !opinions[row].open.is_empty() && has_budget(due[row]))
                 .collect();
