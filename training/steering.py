@@ -21,6 +21,8 @@ from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
 
 BINS, HYSTERESIS, SHARPNESS, CAP = 10, 0.5, 50.0, 3.0
 SMALLEST_CROP = 0.6
+STRENGTHS = [0.3, 0.6, 1.0]  # of the pool's steering
+POOL_KINDS = ("target", "pair", "benign", "pair", "benign")
 
 
 class Energy:
@@ -206,12 +208,12 @@ class Bench:
         return figures
 
 
-def collect_block(bench, kind, steer, rng, block):
-    """One batch's clean estimates at five random steps and its final pictures; with labels and times."""
+def collect_block(bench, kind, steer, rng, block, views):
+    """One batch's clean estimates at `views` random steps and its final pictures; with labels and times."""
     texts, objects = prompts(kind, 64, seed=block)
     stride = 1000 // bench.steps
-    chosen, seen = {stride * i + 1 for i in rng.sample(range(bench.steps), 5)}, []
-    knobs = dict(eta=rng.choice([0.15, 0.3, 0.5]), sigma=rng.choice([0.0, 1.0]))
+    chosen, seen = {stride * i + 1 for i in rng.sample(range(bench.steps), views)}, []
+    knobs = dict(eta=rng.choice(STRENGTHS), sigma=rng.choice([0.0, 1.0]))
     steering = Steering(bench.sampler, bench.energy, bench.gate, bench.end, **knobs) if steer else None
 
     def observe(t, clean):
@@ -228,29 +230,31 @@ def collect_block(bench, kind, steer, rng, block):
         print(f"{kind} {knobs} touched {steering.touched.float().mean().item():.2f} targets left {left:.2f}", flush=True)
     late = torch.where(verdict > 0.6, 1.0, torch.where(verdict < 0.15, 0.0, -1.0))
     early = torch.where(asked & (late != 1), -1.0, torch.where(~asked & (late == 1), -1.0, asked.float()))
-    views = [*seen, (0, final)]
-    return (torch.cat([images for _, images in views]), torch.cat([late if t < 250 else early for t, _ in views]),
-            torch.cat([torch.full((64,), t) for t, _ in views]))
+    seen.append((0, final))
+    return (torch.cat([images for _, images in seen]), torch.cat([late if t < 250 else early for t, _ in seen]),
+            torch.cat([torch.full((64,), t) for t, _ in seen]))
 
 
-def collect(bench, count, seed, steered):
+def collect(bench, count, seed, steered, views):
     """Clean estimates along trajectories, a share of them steered, with labels: 1 there, 0 not, -1 unknown.
 
     Early estimates are labelled with what was asked if the judge finds it at the end, late ones by the judge alone.
     """
     rng = random.Random(seed)
-    kinds = ("target", "pair", "benign")
-    blocks = [collect_block(bench, kinds[i % 3], rng.random() < steered and i % 3 < 2, rng, seed * 1000 + i) for i in range(count // 64)]
+    blocks = []
+    for i in range(count // 64):
+        kind = POOL_KINDS[i % len(POOL_KINDS)]
+        blocks.append(collect_block(bench, kind, rng.random() < steered and kind != "benign", rng, seed * 1000 + i, views))
     images, labels, times = (torch.cat(parts) for parts in zip(*blocks))
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
     return dict(pixels=pixels, labels=labels.char(), times=times)
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, pool=0, steered=0.0, seed=10, count=200, crops=4, calibration=400, eta=0.3, end=600, sigma=1.0, inner=1, guidance=4.5)
+    args = arguments(__doc__, pool=0, steered=0.0, seed=10, views=5, count=200, crops=4, calibration=400, eta=0.3, end=600, sigma=1.0, inner=1, guidance=4.5)
     bench = Bench(args.work, args.crops, args.calibration, guidance=args.guidance, end=args.end)
     if args.pool:
-        torch.save(collect(bench, args.pool, args.seed, args.steered), args.work / f"pool-{args.seed}.pt")
+        torch.save(collect(bench, args.pool, args.seed, args.steered, args.views), args.work / f"pool-{args.seed}.pt")
     else:
         for kind in ("target", "pair", "benign"):
             knobs = dict(eta=args.eta, sigma=args.sigma, inner=args.inner)

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use crate::{
     crops::{self, Window},
     error::RequestError,
-    gate::{self, Level},
+    gate::{self, Before, Level},
     scorer::{Pass, Scorer, ScorerDescription, ScorerError},
 };
 
@@ -46,8 +46,7 @@ pub(crate) struct Sample {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gate {
     pub(crate) level: Level,
-    /// It was open at the image's previous evaluation.
-    pub(crate) was_open: bool,
+    pub(crate) before: Before,
 }
 
 /// Verdict on one concept.
@@ -181,13 +180,13 @@ fn verdict(scores: &[f32], gates: &[Gate], concepts: &[AskedConcept], steepness:
         energy: 0.0,
         amplitude: 0.0,
     };
-    for (k, (&score, Gate { level, was_open })) in scores.iter().zip(gates).enumerate() {
+    for (k, (&score, Gate { level, before })) in scores.iter().zip(gates).enumerate() {
         let z = level.z(score);
-        let open = level.is_open(z, *was_open);
+        let open = level.is_open(z, *before);
         if open {
             let (tau, weight) = (level.tau(), concepts[k].weight);
-            verdict.energy += weight * gate::energy(score, tau, steepness);
-            verdict.slopes[k] = weight * gate::energy_slope(score, tau, steepness);
+            verdict.energy += weight * gate::energy(score, tau, steepness, *before);
+            verdict.slopes[k] = weight * gate::energy_slope(score, tau, steepness, *before);
             verdict.amplitude = verdict.amplitude.max(level.amplitude(z));
         }
         verdict.concepts.push(Scored { score, z, gate: level.gate, open });

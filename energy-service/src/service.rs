@@ -15,6 +15,7 @@ use crate::{
     engine::EngineHandle,
     error::RequestError,
     evaluate::{AskedConcept, Batch, Evaluation, Gate, Sample, Scored, check_gradient},
+    gate::{Before, Level},
     preprocess,
     scorer::ScorerDescription,
     served::{Served, ServedConcept},
@@ -143,8 +144,8 @@ impl Node {
         };
         let concepts = self.asked(&indices);
         let samples = request.samples.iter().enumerate().map(|(image, context)| {
-            let open = |k: usize| context.open_concepts.contains(&concepts[k].name);
-            let gates = levels.as_ref().map(|levels| gates(&levels.levels[image], open));
+            let before = |k: usize| before(context, &concepts[k].name);
+            let gates = levels.as_ref().map(|levels| gates(&levels.levels[image], before));
             Sample { crop_seed: context.crop_seed, gates }
         });
         let batch = Batch {
@@ -185,7 +186,7 @@ impl Node {
             .await
             .map_err(|error| RequestError::Png(format!("decoding failed: {error}")))??;
         let concepts = self.asked(&indices);
-        let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], |_| false));
+        let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], |_| Before::Closed));
         let batch = Batch {
             pixels: image.pixels,
             samples: vec![Sample { crop_seed: request.crop_seed, gates }],
@@ -270,8 +271,16 @@ impl Node {
     }
 }
 
-fn gates(levels: &[crate::gate::Level], was_open: impl Fn(usize) -> bool) -> Vec<Gate> {
-    let gate = |(k, &level)| Gate { level, was_open: was_open(k) };
+fn before(context: &v1::SampleContext, concept: &String) -> Before {
+    match (context.held_concepts.contains(concept), context.open_concepts.contains(concept)) {
+        (true, _) => Before::Held,
+        (false, true) => Before::Open,
+        (false, false) => Before::Closed,
+    }
+}
+
+fn gates(levels: &[Level], before: impl Fn(usize) -> Before) -> Vec<Gate> {
+    let gate = |(k, &level)| Gate { level, before: before(k) };
     levels.iter().enumerate().map(gate).collect()
 }
 

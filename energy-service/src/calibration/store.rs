@@ -261,6 +261,7 @@ fn thresholds(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::Before;
     use crate::{calibration::tests::calibration, concepts::Concept};
 
     fn served() -> Served {
@@ -333,7 +334,8 @@ mod tests {
         let levels = choice.levels(&concepts, &[0.9, 0.0], &key(26), 50.0).expect("levels");
         assert!(levels.fallback.contains("fallback_threshold"));
         let level = levels.levels[1][0];
-        assert!(level.is_open(level.z(0.2001), false) && !level.is_open(level.z(0.1999), false));
+        assert!(level.is_open(level.z(0.2001), Before::Closed));
+        assert!(!level.is_open(level.z(0.1999), Before::Closed));
         assert!((level.tau() - 0.19).abs() < 1e-6);
     }
 

@@ -38,7 +38,7 @@ fn pixels(images: usize) -> Vec<f32> {
 fn gate(open: bool) -> Gate {
     let level =
         Level { mean: 0.0, sd: 0.1, gate: if open { -20.0 } else { 20.0 }, hysteresis: 0.5 };
-    Gate { level, was_open: false }
+    Gate { level, before: Before::Closed }
 }
 
 /// `open[image][concept]`.
@@ -140,14 +140,28 @@ fn hysteresis_keeps_a_gate_open() {
     let mut batch = batch(&[[false; 3]], 1);
     let score = run(&*scorer, &batch)[0].concepts[0].score;
     let level = Level { mean: score - 0.3, sd: 0.1, gate: 3.2, hysteresis: 0.5 };
-    for (was_open, open) in [(false, false), (true, true)] {
-        batch.samples[0].gates.as_mut().expect("gates")[0] = Gate { level, was_open };
+    for (before, open) in [(Before::Closed, false), (Before::Open, true)] {
+        batch.samples[0].gates.as_mut().expect("gates")[0] = Gate { level, before };
         let out = run(&*scorer, &batch).remove(0);
         assert_eq!(out.concepts[0].open, open);
         assert_eq!(out.gradient.is_some(), open);
         assert!((out.concepts[0].z - 3.0).abs() < 1e-3);
         let amplitude = if open { 0.3 } else { 0.0 };
         assert!((out.amplitude - amplitude).abs() < 1e-3);
+    }
+}
+
+#[test]
+fn a_held_gate_is_open_far_below_it_and_has_a_gradient() {
+    let (scorer, _) = scorer();
+    let mut batch = batch(&[[false; 3]], 1);
+    let score = run(&*scorer, &batch)[0].concepts[0].score;
+    let level = Level { mean: score + 50.0, sd: 1.0, gate: 3.0, hysteresis: 0.5 };
+    for (before, open) in [(Before::Open, false), (Before::Held, true)] {
+        batch.samples[0].gates.as_mut().expect("gates")[0] = Gate { level, before };
+        let out = run(&*scorer, &batch).remove(0);
+        assert_eq!((out.concepts[0].open, out.gradient.is_some()), (open, open));
+        assert_eq!(out.amplitude, if open { 0.25 } else { 0.0 });
     }
 }
 

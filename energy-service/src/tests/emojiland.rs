@@ -43,7 +43,7 @@ fn picture(shift: f32) -> Vec<f32> {
 fn request(refs: &[ConceptRef], images: &[Vec<f32>], datatype: Datatype) -> EvaluateRequest {
     let shape = [images.len(), 3, 32, 32];
     let sample =
-        |(seed, _)| SampleContext { time: 0.8, open_concepts: vec![], crop_seed: seed as u64 };
+        |(seed, _)| SampleContext { time: 0.8, crop_seed: seed as u64, ..Default::default() };
     EvaluateRequest {
         concepts: refs.to_vec(),
         calibration: Some(key(20)),

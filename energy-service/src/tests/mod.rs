@@ -138,7 +138,7 @@ impl TestNode {
     /// A good request for `images`, all concepts, at t / T = 0.8.
     async fn request(&mut self, images: &[Vec<f32>]) -> EvaluateRequest {
         let shape = [images.len(), 3, SIDE, SIDE];
-        let sample = |image| SampleContext { time: 0.8, open_concepts: vec![], crop_seed: image };
+        let sample = |image| SampleContext { time: 0.8, crop_seed: image, ..Default::default() };
         EvaluateRequest {
             concepts: self.refs().await,
             calibration: Some(key(20)),

@@ -184,6 +184,7 @@ fn parts(
     let context = |sample: &SampleContext| {
         let mut sample = sample.clone();
         sample.open_concepts.retain(|name| asked.contains(name));
+        sample.held_concepts.retain(|name| asked.contains(name));
         sample
     };
     samples

@@ -19,21 +19,21 @@ struct Picture {
 
 impl Run<'_> {
     /// Has every image of the attempt judged. Good ones are handed over, flagged ones withheld or
-    /// returned for a rerun at twice the strength.
+    /// returned for a rerun at twice the strength, with the gates of what was found held open.
     pub(super) fn finish(&mut self, tracks: Vec<Track>, attempt: u32) -> Result<Vec<Track>> {
         self.alive()?;
         let pictures = self.pictures(&tracks)?;
         let verdicts = self.judge(&tracks, &pictures)?;
         self.alive()?;
         let mut rerun = Vec::new();
-        for ((track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
+        for ((mut track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
             let flagged = verdict.flagged && !self.terms.scores_only;
-            // Where no gate opened on the way, a stronger push would change nothing.
             let was_pushed = track
                 .trajectory
                 .iter()
                 .any(|step| step.attempt == attempt && step.correction > 0.0);
-            if flagged && attempt < MAX_RERUNS && was_pushed {
+            // Where nothing pushed and nothing new is held, a rerun would change nothing.
+            if flagged && attempt < MAX_RERUNS && (track.hold(&verdict) || was_pushed) {
                 tracing::info!(index = track.task.index, attempt, "flagged, running again");
                 rerun.push(track);
             } else {

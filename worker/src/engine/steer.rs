@@ -100,6 +100,7 @@ impl<'a> Run<'a> {
             SampleContext {
                 time: report.time,
                 open_concepts: track.open.iter().cloned().collect(),
+                held_concepts: track.held.iter().cloned().collect(),
                 crop_seed: crop_seed(track.task.seed, report.attempt, report.step, inner),
             }
         };

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use fairlead_proto::v1::{ImageTask, StepRecord};
 
+use crate::energy::Verdict;
+
 /// One image of a batch.
 #[derive(Debug, Clone)]
 pub(super) struct Track {
@@ -12,6 +14,9 @@ pub(super) struct Track {
     pub(super) latent: Vec<f32>,
     /// Concepts whose gate was open at the last evaluation of this attempt.
     pub(super) open: BTreeSet<String>,
+    /// Concepts that the final check found on an earlier attempt: where this image is heading is
+    /// known, so their gates stay open from the first step of the window.
+    pub(super) held: BTreeSet<String>,
     /// Sum over the attempt's steps of `rms(d) / rms(x0)`.
     pub(super) spent: f32,
     /// Some correction was applied, in any attempt.
@@ -26,6 +31,7 @@ impl Track {
             task,
             latent: Vec::new(),
             open: BTreeSet::new(),
+            held: BTreeSet::new(),
             spent: 0.0,
             steered: false,
             trajectory: Vec::new(),
@@ -35,8 +41,16 @@ impl Track {
     /// Begins an attempt from the image's own noise.
     pub(super) fn restart(&mut self, noise: Vec<f32>) {
         self.latent = noise;
-        self.open.clear();
+        self.open.clone_from(&self.held);
         self.spent = 0.0;
+    }
+
+    /// Holds the gates of what `verdict` found open; false if all of them were held already.
+    pub(super) fn hold(&mut self, verdict: &Verdict) -> bool {
+        let before = self.held.len();
+        let found = verdict.scores.iter().filter(|score| score.open);
+        self.held.extend(found.map(|score| score.concept.clone()));
+        self.held.len() > before
     }
 
     /// Whether the energies are asked about this image at the `nth` step of the window: always
@@ -64,6 +78,7 @@ fn split_mix(state: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_proto::v1::ConceptScore;
 
     #[test]
     fn split_mix_is_the_published_sequence() {
@@ -91,5 +106,23 @@ mod tests {
         assert!((0..8).all(|nth| track.is_due(nth, 3)));
         track.restart(vec![0.0]);
         assert!(!track.is_due(1, 3));
+    }
+
+    #[test]
+    fn what_the_final_check_finds_is_open_from_the_start_of_the_next_attempt() {
+        let score = |concept: &str, open| ConceptScore {
+            concept: concept.into(),
+            open,
+            ..Default::default()
+        };
+        let verdict =
+            Verdict { scores: vec![score("axe", false), score("bomb", true)], flagged: true };
+        let mut track = Track::new(ImageTask::default());
+        track.open.insert("axe".into());
+        assert!(track.hold(&verdict));
+        assert!(!track.hold(&verdict));
+        track.restart(vec![0.0]);
+        assert_eq!(track.open, BTreeSet::from(["bomb".to_owned()]));
+        assert!(track.is_due(1, 3));
     }
 }

@@ -128,11 +128,9 @@ impl EnergyService for NodeService {
         let (shape, pixels) =
             tensor::decode(&wire).map_err(|e| Status::invalid_argument(e.to_string()))?;
         assert!(shape[0] <= 2, "the node declared a largest batch of 2");
-        let open: Vec<Vec<String>> =
-            request.samples.iter().map(|sample| sample.open_concepts.clone()).collect();
         let gate = if request.scores_only { f32::INFINITY } else { self.gate };
         let (mut samples, mut gradient) =
-            scores_of(&pixels, SIDE as usize, &request.concepts, &open, gate);
+            scores_of(&pixels, SIDE as usize, &request.concepts, &request.samples, gate);
         let mut shape = vec![shape[0], 3, SIDE as usize, SIDE as usize];
         let count = self.evaluations.fetch_add(1, Ordering::SeqCst);
         match if count > 0 { self.flaw } else { Flaw::None } {

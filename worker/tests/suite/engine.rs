@@ -223,6 +223,26 @@ fn an_image_that_stays_flagged_is_withheld_after_two_stronger_attempts() {
 }
 
 #[test]
+fn what_only_the_final_check_finds_is_steered_from_the_start_of_a_rerun() {
+    let mut energy = ToyEnergy::new(f32::INFINITY);
+    energy.final_gate = Some(GATE);
+    let images = run(&shard(spec(), policy(strong()), 8), &mut energy);
+    let mut turned = 0;
+    for image in &images {
+        let record = image.record.as_ref().expect("a record");
+        let of = |attempt| trajectory(image).iter().filter(move |step| step.attempt == attempt);
+        assert!(of(0).all(|step| step.correction == 0.0), "every gate was closed");
+        if record.reruns > 0 {
+            assert!(of(1).next().expect("a first step").correction > 0.0);
+            assert_eq!(image.status(), ImageStatus::Released);
+            assert!(red(&image.png) < 0.625, "{}", red(&image.png));
+            turned += 1;
+        }
+    }
+    assert!((2..8).contains(&turned), "{turned} of 8 were made again");
+}
+
+#[test]
 fn a_flagged_image_that_nothing_pushed_is_withheld_at_once() {
     let mut energy = ToyEnergy::new(f32::INFINITY);
     energy.verdict = Some(true);

@@ -184,7 +184,7 @@ pub(crate) fn scores_of(
     pixels: &[f32],
     side: usize,
     concepts: &[ConceptRef],
-    open_before: &[Vec<String>],
+    contexts: &[SampleContext],
     gate: f32,
 ) -> (Vec<SampleEvaluation>, Vec<f32>) {
     let plane = side * side;
@@ -200,8 +200,11 @@ pub(crate) fn scores_of(
             let values = &pixels[channel * plane..][..plane];
             let score = values.iter().sum::<f32>() / plane as f32;
             let z = 8.0 * (score - 0.5);
-            let was_open = open_before.get(row).is_some_and(|open| open.contains(&concept.name));
-            let open = z > if was_open { gate - 0.5 } else { gate };
+            let named = |list: fn(&SampleContext) -> &Vec<String>| {
+                contexts.get(row).is_some_and(|context| list(context).contains(&concept.name))
+            };
+            let threshold = if named(|c| &c.open_concepts) { gate - 0.5 } else { gate };
+            let open = z > threshold || named(|c| &c.held_concepts);
             if open {
                 sample.energy += score;
                 sample.amplitude = sample.amplitude.max((z - gate + 0.5).clamp(0.25, 1.0));
@@ -230,6 +233,8 @@ pub(crate) struct Seen {
 pub(crate) struct ToyEnergy {
     /// Gate on z; infinite keeps every gate closed.
     pub(crate) gate: f32,
+    /// Gate of the final check, if another.
+    pub(crate) final_gate: Option<f32>,
     /// The final check's verdict, if not the score's.
     pub(crate) verdict: Option<bool>,
     /// The evaluation (from 0) that fails.
@@ -242,6 +247,7 @@ impl ToyEnergy {
     pub(crate) fn new(gate: f32) -> Self {
         Self {
             gate,
+            final_gate: None,
             verdict: None,
             fails_at: None,
             seen: Arc::default(),
@@ -279,9 +285,8 @@ impl Energy for ToyEnergy {
             ..Default::default()
         };
         let pixels = render(&input)?;
-        let open: Vec<Vec<String>> = samples.iter().map(|s| s.open_concepts.clone()).collect();
         let gate = if terms.scores_only { f32::INFINITY } else { self.gate };
-        let (samples, gradient) = scores_of(&pixels, SIDE as usize, &terms.concepts, &open, gate);
+        let (samples, gradient) = scores_of(&pixels, SIDE as usize, &terms.concepts, samples, gate);
         let any = samples.iter().any(|sample| sample.amplitude > 0.0);
         Ok(vec![Answer { input, samples, gradient: any.then_some(gradient) }])
     }
@@ -293,8 +298,9 @@ impl Energy for ToyEnergy {
         _: &CancellationToken,
     ) -> Result<Vec<Verdict>> {
         self.seen.lock().expect("no test panicked").checks.push(candidates.len());
+        let gate = self.final_gate.unwrap_or(self.gate);
         let judge = |candidate: &Candidate| {
-            let (scores, flagged) = judge(&candidate.png, &terms.concepts, self.gate);
+            let (scores, flagged) = judge(&candidate.png, &terms.concepts, gate);
             Verdict { scores, flagged: self.verdict.unwrap_or(flagged) }
         };
         Ok(candidates.iter().map(judge).collect())
