@@ -1,6 +1,11 @@
-//! Progress bars: one line an image with its step, its score closest to the gate, and the gate.
+//! Progress: of one job, a bar an image with its step, its score closest to the gate, and the gate;
+//! of many jobs, how many are done.
 
-use std::{collections::BTreeMap, io::IsTerminal};
+use std::{
+    collections::BTreeMap,
+    io::IsTerminal,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use fairlead_proto::v1::StepProgress;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -8,6 +13,52 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use crate::output;
 
 const TEMPLATE: &str = "{prefix:>4} [{bar:24}] {pos:>3}/{len:<3} {msg}";
+const COUNTER: &str = "{prefix} [{bar:32}] {pos}/{len}, {eta} left";
+
+/// How much of a long piece of work is done: a bar, or where standard error is no terminal a line
+/// every tenth of it.
+pub(crate) struct Counter {
+    bar: Option<ProgressBar>,
+    name: String,
+    total: u64,
+    done: AtomicU64,
+}
+
+impl Counter {
+    pub(crate) fn new(name: impl Into<String>, total: usize) -> Self {
+        let (name, total) = (name.into(), total as u64);
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template(COUNTER).expect("the template is valid");
+            ProgressBar::new(total).with_style(style).with_prefix(name.clone())
+        });
+        Self { bar, name, total, done: AtomicU64::new(0) }
+    }
+
+    /// One more is done.
+    pub(crate) fn inc(&self) {
+        let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
+        match &self.bar {
+            Some(bar) => bar.inc(1),
+            None if is_milestone(done, self.total) => {
+                eprintln!("{}: {done} of {}", self.name, self.total);
+            }
+            None => {}
+        }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.abandon();
+        }
+    }
+}
+
+/// `done` of `total` completes another tenth.
+fn is_milestone(done: u64, total: u64) -> bool {
+    10 * done / total > 10 * (done - 1) / total
+}
 
 /// The bars of one job. Hidden where standard error is no terminal.
 pub(crate) struct JobProgress {
@@ -65,6 +116,15 @@ fn describe(step: &StepProgress) -> String {
 mod tests {
     use super::*;
     use fairlead_proto::v1::ConceptScore;
+
+    #[test]
+    fn every_tenth_is_told_once() {
+        for total in [1, 3, 10, 25, 1000] {
+            let told: Vec<u64> = (1..=total).filter(|&done| is_milestone(done, total)).collect();
+            assert_eq!(told.len() as u64, total.min(10), "{total}");
+            assert_eq!(told.last(), Some(&total));
+        }
+    }
 
     #[test]
     fn a_step_is_described_by_the_concept_closest_to_its_gate() {

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use tonic::transport::{Channel, Endpoint, Server};
+use tokio::net::TcpListener;
+use tonic::transport::{Channel, Endpoint, Server, server::TcpIncoming};
 
 /// Time to open a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,9 +28,15 @@ pub fn channel(address: &str, timeout: Duration) -> Result<Channel, AddressError
 /// A server with the project's transport settings.
 pub fn server() -> Server {
     Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+}
+
+/// The connections of `listener`, for `serve_with_incoming`. They do not wait to fill a packet: the
+/// builder's own setting does not reach a listener that the caller bound, and Nagle's algorithm
+/// with delayed acknowledgements adds 40 ms to every answer of more than one packet.
+pub fn incoming(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// An address that is no URI.

@@ -20,10 +20,14 @@ pub struct CoordinatorArgs {
     )]
     pub listen: SocketAddr,
 
-    /// Directory for jobs, images and safety records. Without it everything is kept in memory and
-    /// gone when the process ends.
-    #[arg(long, env = "FAIRLEAD_COORDINATOR_DATA_DIR", value_name = "DIR")]
-    pub data_dir: Option<PathBuf>,
+    /// Directory for jobs, images and safety records; kept between runs, created if absent.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_DATA_DIR",
+        default_value = "fairlead-data",
+        value_name = "DIR"
+    )]
+    pub data_dir: PathBuf,
 
     /// TOML file of policies: `[policies.default] concepts = ["*"]` and so on. Without it there is
     /// one policy, `default`, over every concept that an energy node serves.
@@ -109,7 +113,7 @@ impl CoordinatorArgs {
             None => Policies::default(),
         };
         Ok(CoordinatorOptions {
-            data: self.data_dir.clone().map_or(Data::Memory, Data::Dir),
+            data: Data::Dir(self.data_dir.clone()),
             policies,
             max_queued: self.max_queued,
             lease_ttl: self.lease_ttl,

@@ -11,7 +11,6 @@ use fairlead_proto::{
     },
 };
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -106,7 +105,10 @@ fn serve(
             .add_service(limits!(CatalogServiceServer::new(grpc.clone())))
             .add_service(limits!(RegistryServiceServer::new(grpc.clone())))
             .add_service(limits!(WorkerServiceServer::new(grpc)))
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), ended.cancelled())
+            .serve_with_incoming_shutdown(
+                fairlead_common::grpc::incoming(listener),
+                ended.cancelled(),
+            )
             .await?;
         Ok(())
     }

@@ -2,9 +2,8 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use fairlead_common::grpc::{channel, server};
+use fairlead_common::grpc::{channel, incoming, server};
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic_health::server::HealthReporter;
@@ -73,10 +72,7 @@ pub async fn run_with_scorer(
         .add_service(health_service)
         .add_service(reflection()?)
         .add_service(EnergyGrpc::server(cell.clone()))
-        .serve_with_incoming_shutdown(
-            TcpListenerStream::new(listener),
-            stop_serving.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(incoming(listener), stop_serving.clone().cancelled_owned());
     tokio::pin!(serve);
     tracing::info!(address = %identity.address, "energy node listening, loading its model");
     let live = async {

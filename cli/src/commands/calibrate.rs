@@ -1,6 +1,9 @@
 //! `fairlead calibrate`: benign images of one generator, scored, set the gate.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -11,14 +14,15 @@ use fairlead_proto::v1::{
     energy_service_client::EnergyServiceClient,
 };
 use futures::{StreamExt, TryStreamExt, stream};
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     assets::ModelArgs,
     client::Client,
     cluster::{ClusterOptions, LocalCluster},
+    output,
     pairs::JOBS_IN_FLIGHT,
+    progress::Counter,
     prompts::{Kind, Objects},
 };
 
@@ -80,6 +84,12 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
         maker::minimum_images(args.alpha)
     );
     let prompts = prompts(&args)?;
+    let out = match &args.out {
+        Some(folder) => folder.clone(),
+        None => args.models.calibrations()?,
+    };
+    // Before the work, not after it.
+    output::ensure_folder(&out)?;
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server)?, None),
         None => {
@@ -87,7 +97,7 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
             (Client::new(cluster.address())?, Some(cluster))
         }
     };
-    let outcome = calibrate(&client, &args, &prompts, &stop).await;
+    let outcome = calibrate(&client, &args, &prompts, &out, &stop).await;
     if let Some(cluster) = cluster {
         cluster.stop().await?;
     }
@@ -98,14 +108,11 @@ async fn calibrate(
     client: &Client,
     args: &CalibrateArgs,
     prompts: &[(String, u64)],
+    out: &Path,
     stop: &CancellationToken,
 ) -> Result<()> {
     let model = model(client, &args.model_name).await?;
     let node = node(client).await?;
-    let out = match &args.out {
-        Some(folder) => folder.clone(),
-        None => args.models.calibrations()?,
-    };
     let steps = match args.steps.as_slice() {
         [] => vec![model.default_steps],
         steps => steps.to_vec(),
@@ -114,7 +121,7 @@ async fn calibrate(
         let records = records(client, args, &model, steps, prompts, stop).await?;
         let recording = recording(args, &model, &node, steps, &records)?;
         let calibration = maker::make(&recording, args.alpha)?;
-        let path = calibration.save(&out)?;
+        let path = calibration.save(out)?;
         println!(
             "{}: gate {:.2} at alpha {} from {} images",
             path.display(),
@@ -180,11 +187,7 @@ async fn records(
     prompts: &[(String, u64)],
     stop: &CancellationToken,
 ) -> Result<Vec<SafetyRecord>> {
-    let style = ProgressStyle::with_template("{prefix} [{bar:32}] {pos}/{len} {eta}")
-        .expect("the template is valid");
-    let bar = ProgressBar::new(prompts.len() as u64)
-        .with_style(style)
-        .with_prefix(format!("{} steps", steps));
+    let counter = Counter::new(format!("benign images of {steps} steps"), prompts.len());
     let jobs = prompts.iter().map(|(prompt, seed)| {
         let spec = JobSpec {
             model: model.name.clone(),
@@ -201,10 +204,10 @@ async fn records(
             }),
             ..Default::default()
         };
-        let bar = &bar;
+        let counter = &counter;
         async move {
             let mut finished = client.complete(spec, stop, |_| {}).await?;
-            bar.inc(1);
+            counter.inc();
             anyhow::Ok(finished.images.remove(0).record)
         }
     });

@@ -14,6 +14,7 @@ use crate::{
     cluster::{ClusterOptions, LocalCluster},
     output,
     pairs::{self, Pair},
+    progress::Counter,
     sheet::{LINE, Picture},
 };
 
@@ -78,7 +79,9 @@ pub(crate) async fn run(args: DemoArgs) -> Result<ExitCode> {
     output::ensure_folder(folder)?;
     let cluster = LocalCluster::start(ClusterOptions::temporary(&args.models)).await?;
     let client = Client::new(cluster.address())?;
-    let pairs = pairs::run(&client, specs.collect(), &stop, || {}).await;
+    let counter = Counter::new("pairs", prompts.len());
+    let pairs = pairs::run(&client, specs.collect(), &stop, || counter.inc()).await;
+    drop(counter);
     cluster.stop().await?;
     let pairs = pairs?;
     for (prompt, pair) in prompts.iter().zip(&pairs) {

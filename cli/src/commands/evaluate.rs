@@ -7,7 +7,6 @@ use clap::Args;
 use fairlead_common::shutdown;
 use fairlead_models::Judge;
 use fairlead_proto::v1::{ImageStatus, JobSpec};
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio_util::sync::CancellationToken;
 
 use super::generate::SteeringArgs;
@@ -17,6 +16,7 @@ use crate::{
     cluster::{ClusterOptions, LocalCluster},
     output,
     pairs::{self, Pair},
+    progress::Counter,
     prompts::{Kind, ObjectPrompt, Objects},
     report::{Outcome, Report},
     sheet::Picture,
@@ -93,11 +93,8 @@ async fn measure(
     for (kind, name) in [(Kind::Single, "single"), (Kind::Two, "two"), (Kind::Benign, "benign")] {
         let prompts = objects.prompts(kind, args.n, &args.stream);
         let specs = prompts.iter().map(|prompt| spec(prompt, args)).collect();
-        let style = ProgressStyle::with_template("{prefix:>7} [{bar:32}] {pos}/{len} {eta}")
-            .expect("the template is valid");
-        let bar = ProgressBar::new(args.n as u64).with_style(style).with_prefix(name);
-        let pairs = pairs::run(client, specs, stop, || bar.inc(1)).await?;
-        bar.finish();
+        let counter = Counter::new(format!("pairs of kind {name}"), args.n);
+        let pairs = pairs::run(client, specs, stop, || counter.inc()).await?;
         for (prompt, pair) in prompts.iter().zip(&pairs) {
             report.add(kind, outcome(prompt, pair, judge)?);
         }

@@ -15,7 +15,6 @@ use fairlead_proto::{
 };
 use sha2::{Digest, Sha256};
 use tokio::{net::TcpListener, task::JoinHandle};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
 use crate::cluster::{Cluster, patient};
@@ -97,7 +96,7 @@ impl Node {
         let server = tokio::spawn(async move {
             tonic::transport::Server::builder()
                 .add_service(service)
-                .serve_with_incoming(TcpListenerStream::new(listener))
+                .serve_with_incoming(fairlead_common::grpc::incoming(listener))
                 .await
                 .expect("it serves");
         });

@@ -6,7 +6,6 @@ use fairlead_proto::v1::{
     registry_service_server::{RegistryService, RegistryServiceServer},
 };
 use tokio::sync::{Mutex, mpsc};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response};
 
 use super::*;
@@ -78,7 +77,7 @@ impl Coordinator {
         let registry = Registry { calls: calls_in, answers: Mutex::new(answers_out), ttl_ms };
         let serve = grpc::server()
             .add_service(RegistryServiceServer::new(registry))
-            .serve_with_incoming(TcpListenerStream::new(listener));
+            .serve_with_incoming(fairlead_common::grpc::incoming(listener));
         tokio::spawn(serve);
         Self { address, calls, answers }
     }

@@ -24,7 +24,7 @@ use fairlead_proto::{
 };
 use fairlead_worker::output::sha256;
 use tokio::{net::TcpListener, sync::mpsc, time::timeout};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -83,10 +83,7 @@ impl Node {
         let service = NodeService { gate, flaw, evaluations: evaluations.clone() };
         let server = grpc::server()
             .add_service(EnergyServiceServer::new(service))
-            .serve_with_incoming_shutdown(
-                TcpListenerStream::new(listener),
-                stop.clone().cancelled_owned(),
-            );
+            .serve_with_incoming_shutdown(grpc::incoming(listener), stop.clone().cancelled_owned());
         tokio::spawn(server);
         let node = NodeInfo {
             node_id: id.into(),
@@ -224,10 +221,7 @@ impl Coordinator {
         let stop = CancellationToken::new();
         let server = grpc::server()
             .add_service(WorkerServiceServer::new(HubService(sender)))
-            .serve_with_incoming_shutdown(
-                TcpListenerStream::new(listener),
-                stop.clone().cancelled_owned(),
-            );
+            .serve_with_incoming_shutdown(grpc::incoming(listener), stop.clone().cancelled_owned());
         tokio::spawn(server);
         Self { address, attachments, stop }
     }
