@@ -123,11 +123,14 @@ impl Settings {
         let config = path.is_file().then(|| ConfigFile::read(&path)).transpose()?;
         let map_path = dir.join("special_tokens_map.json");
         let map = if map_path.is_file() { read_object(&map_path)? } else { Map::new() };
+        // As transformers: a config that lists the added tokens is whole, an older one is overruled
+        // by the map. Stable Diffusion 2 pads with "!" by its map alone.
+        let whole = config.as_ref().is_some_and(|c| c.get("added_tokens_decoder").is_some());
         let named = |field: &str, default: &str| {
             let of_config = config.as_ref().and_then(|c| c.get(field));
-            let of_map = || map.get(field).filter(|value| !value.is_null());
+            let of_map = map.get(field).filter(|value| !whole && !value.is_null());
             let default = Value::from(default);
-            mark(of_config.or_else(of_map).unwrap_or(&default))
+            mark(of_map.or(of_config).unwrap_or(&default))
                 .ok_or_else(|| Error::malformed(dir, format!("{field} is not a token")))
         };
         let mut max_length = DEFAULT_LENGTH;

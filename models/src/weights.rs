@@ -227,8 +227,10 @@ fn weight_files(folder: &Path, stem: &str) -> Result<Vec<String>> {
     if let Some(name) = indexed.iter().find(exists) {
         return shards(&folder.join(name));
     }
-    let pickle = ["bin", "ckpt"].iter().any(|e| folder.join(format!("{stem}.{e}")).is_file())
-        || folder.join("pytorch_model.bin").is_file();
+    let pickled =
+        |name: &str| [".bin", ".bin.index.json", ".ckpt"].iter().any(|e| name.ends_with(e));
+    let mut names = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let pickle = names.any(|entry| entry.file_name().to_str().is_some_and(pickled));
     let hint = if pickle {
         "the folder has pickled weights only; save the model with safe_serialization=True"
     } else {

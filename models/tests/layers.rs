@@ -360,18 +360,24 @@ fn kernels_agree_with_composed_ops_and_with_themselves() {
     }
 }
 
-/// One thread and two give the same bits.
+/// One thread, two and three give the same bits, also where the work is cut by their number.
 #[test]
 fn thread_count_does_not_matter() {
-    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-    let (one, two) = (pool(1), pool(2));
-    for case in cases() {
-        let run = || (case.run)(&case.inputs, &case.dy);
-        let ((y1, dx1), (y2, dx2)) = (one.install(run), two.install(run));
-        assert!(bits(&y1) == bits(&y2), "{}", case.name);
-        for (a, b) in dx1.iter().zip(&dx2) {
-            assert!(bits(a) == bits(b), "{}: gradient", case.name);
+    let pools = [1, 2, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+    let same = |name: &str, run: &(dyn Fn() -> (Tensor, Vec<Tensor>) + Sync)| {
+        let [(y1, dx1), others @ ..] = pools.each_ref().map(|pool| pool.install(run));
+        for (y, dx) in &others {
+            assert!(bits(&y1) == bits(y), "{name}");
+            assert!(dx1.iter().zip(dx).all(|(a, b)| bits(a) == bits(b)), "{name}: gradient");
         }
+    };
+    for case in cases() {
+        same(case.name, &|| (case.run)(&case.inputs, &case.dy));
+    }
+    for (name, shape, out, inputs, run) in larger_cases() {
+        let x: Vec<Tensor> = (0..inputs).map(|i| noise(&shape, 10 + i as u32)).collect();
+        let dy = noise(&out, 20);
+        same(name, &|| run(&x, &dy));
     }
 }
 

@@ -424,7 +424,7 @@ fn clip_needs_to_know_its_pixels() {
     for (field, value, expected) in [
         ("size", json!({"shortest_edge": 224}), "size is {\"shortest_edge\":224}; supported: 24"),
         ("crop_size", json!(12), "crop_size is 12; supported: 24"),
-        ("resample", json!(0), "resample is 0; supported: 3 (bicubic) or 2 (bilinear)"),
+        ("resample", json!(0), "resample is 0; supported: 3 (bicubic)"),
         ("image_mean", json!([0.5]), "image_mean is [0.5]; supported: a list of 3 finite numbers"),
         ("image_std", json!([0.5, 0, 0.5]), "supported: three numbers above 0"),
         ("rescale_factor", json!(1.0), "rescale_factor is 1.0; supported: 1/255"),

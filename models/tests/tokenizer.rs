@@ -99,11 +99,11 @@ fn a_bad_folder_is_refused_with_what_is_wrong() {
             "do_lower_case is false; supported: true",
         ),
         (
-            "tokenizer_config.json",
+            "special_tokens_map.json",
             "{\"bos_token\": \"<s>\"}",
             "the bos_token \"<s>\" is not in the vocabulary",
         ),
-        ("tokenizer_config.json", "{\"bos_token\": 5}", "bos_token is not a token"),
+        ("special_tokens_map.json", "{\"bos_token\": 5}", "bos_token is not a token"),
     ];
     for (file, content, expected) in cases {
         let folder = changed("sd21", file, content);

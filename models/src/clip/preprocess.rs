@@ -7,7 +7,6 @@ use serde_json::Value;
 use super::config::ClipConfig;
 use crate::Result;
 use crate::config::ConfigFile;
-use crate::layers::Filter;
 
 /// OpenAI's means of red, green and blue, the default of `CLIPImageProcessor`.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
@@ -38,8 +37,6 @@ pub struct ClipPreprocess {
     pub mean: [f32; 3],
     /// Standard deviation of red, green and blue, above 0.
     pub std: [f32; 3],
-    /// How the model's authors resized pictures to its input size.
-    pub filter: Filter,
 }
 
 impl ClipPreprocess {
@@ -59,11 +56,9 @@ impl ClipPreprocess {
                 return Err(fields.unsupported(field, format!("{side}, the model's image_size")));
             }
         }
-        let filter = match fields.get("resample").map(Value::as_u64) {
-            None | Some(Some(3)) => Filter::BicubicAntialias,
-            Some(Some(2)) => Filter::BilinearAntialias,
-            _ => return Err(fields.unsupported("resample", "3 (bicubic) or 2 (bilinear)")),
-        };
+        if fields.get("resample").is_some_and(|filter| filter.as_u64() != Some(3)) {
+            return Err(fields.unsupported("resample", "3 (bicubic)"));
+        }
         let rescale = fields.number("rescale_factor", 1.0 / 255.0)?;
         if !fields.flag("do_rescale", true)? || (rescale * 255.0 - 1.0).abs() > 1e-6 {
             return Err(fields.unsupported("rescale_factor", "1/255 with do_rescale true"));
@@ -79,7 +74,7 @@ impl ClipPreprocess {
             return Err(fields.unsupported("image_std", "three numbers above 0"));
         }
         fields.finish(&HARMLESS)?;
-        Ok(Self { mean, std, filter })
+        Ok(Self { mean, std })
     }
 }
 

@@ -94,8 +94,8 @@ if __name__ == "__main__":
     files(OUT / "sd15", dict(
         bos_token=added(START), eos_token=added(END), unk_token=added(END), pad_token=END, model_max_length=77, do_lower_case=True,
         add_prefix_space=False, errors="replace"))
-    # As Stable Diffusion 2.1: padding with "!", whose id is 0.
-    files(OUT / "sd21", dict(model_max_length=16, do_lower_case=True),
+    # As Stable Diffusion 2.1: the map's padding with "!", whose id is 0, overrules the config's.
+    files(OUT / "sd21", dict(model_max_length=16, do_lower_case=True, pad_token=END),
           dict(bos_token=START, eos_token=END, unk_token=END, pad_token="!"))
     # As transformers 5 saves it: tokenizer.json only, with a token of textual inversion added.
     tokenizer = CLIPTokenizer.from_pretrained(OUT / "sd15")

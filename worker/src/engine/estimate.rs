@@ -16,6 +16,29 @@ const FILTER: Filter = Filter::BicubicAntialias;
 /// about ten kilobytes for each.
 const RECORDED_PIXELS: usize = 256 * 256;
 
+/// Pixels that are decoded together without a tape; each takes about three kilobytes meanwhile.
+const PLAIN_PIXELS: usize = 4 * RECORDED_PIXELS;
+
+/// How many images are decoded together; it bounds memory and changes no pixel.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cut {
+    /// So many, from the first on, are decoded on a tape: they probably need a gradient.
+    recorded: usize,
+    /// The rest is decoded so many at a time, at least 1.
+    plain: usize,
+}
+
+impl Cut {
+    /// For images of `width` x `height` pixels of which the first `likely` probably need a gradient.
+    pub(super) fn new(likely: usize, width: u32, height: u32) -> Self {
+        let pixels = width as usize * height as usize;
+        Self {
+            recorded: likely.min(RECORDED_PIXELS / pixels),
+            plain: (PLAIN_PIXELS / pixels).max(1),
+        }
+    }
+}
+
 /// Decoded clean estimates of some images.
 pub(super) struct Estimates<'a> {
     generator: &'a dyn Generator,
@@ -28,14 +51,14 @@ pub(super) struct Estimates<'a> {
 }
 
 impl<'a> Estimates<'a> {
-    /// Decodes `latents`, of `shape` each. The first `likely` of them probably need a gradient: they
-    /// are decoded on a tape if it is small.
+    /// Decodes `latents`, of `shape` each, in the parts that `cut` says.
     pub(super) fn decode(
         generator: &'a dyn Generator,
         latents: Vec<Vec<f32>>,
         shape: [usize; 3],
-        likely: usize,
+        cut: Cut,
     ) -> Result<Self> {
+        let likely = cut.recorded;
         let part = |range: std::ops::Range<usize>, tape: &mut Tape| {
             let rows: Vec<&[f32]> = latents[range].iter().map(Vec::as_slice).collect();
             generator.decode(&stack(&rows, shape, generator.device())?, tape)
@@ -49,16 +72,11 @@ impl<'a> Estimates<'a> {
             parts.push(pixels);
             recorded = Some((likely, tape));
         }
-        if likely < all {
-            parts.push(part(likely..all, &mut Tape::off())?);
+        for start in (likely..all).step_by(cut.plain) {
+            parts.push(part(start..all.min(start + cut.plain), &mut Tape::off())?);
         }
         let pixels = Tensor::cat(&parts, 0)?;
         Ok(Self { generator, latents, shape, pixels, recorded })
-    }
-
-    /// How many of `wanted` images of `width` x `height` pixels are worth decoding on a tape ahead.
-    pub(super) fn affordable(wanted: usize, width: u32, height: u32) -> usize {
-        wanted.min(RECORDED_PIXELS / (width as usize * height as usize))
     }
 
     /// Pixels of row `row`, `[3, H, W]`.
@@ -244,8 +262,13 @@ mod tests {
     }
 
     fn energy(latent: &[f32]) -> f64 {
-        let estimates =
-            Estimates::decode(&Decoder, vec![latent.to_vec()], SHAPE, 0).expect("it decodes");
+        let estimates = Estimates::decode(
+            &Decoder,
+            vec![latent.to_vec()],
+            SHAPE,
+            Cut { recorded: 0, plain: 1 },
+        )
+        .expect("it decodes");
         let of = |input: &InputSpec| -> f64 {
             let pixels = estimates.render(input).expect("it renders");
             pixels.iter().zip(weights(input)).map(|(p, w)| f64::from(p * w)).sum()
@@ -259,7 +282,8 @@ mod tests {
             samples: Vec::new(),
             gradient: Some(weights(&input).repeat(3)),
         };
-        Estimates::decode(&Decoder, latents(), SHAPE, likely)
+        let cut = Cut { recorded: likely, plain: 2 };
+        Estimates::decode(&Decoder, latents(), SHAPE, cut)
             .and_then(|estimates| estimates.pull_back(&inputs().map(answer), rows))
             .expect("it has a gradient")
     }

@@ -4,7 +4,12 @@ use std::collections::BTreeSet;
 
 use fairlead_proto::v1::{ConceptScore, SampleContext};
 
-use super::{Run, Track, estimate::Estimates, sample::Moment, track::crop_seed};
+use super::{
+    Run, Track,
+    estimate::{Cut, Estimates},
+    sample::Moment,
+    track::crop_seed,
+};
 use crate::{
     energy::{Answer, is_open},
     error::{Error, Result},
@@ -83,8 +88,8 @@ impl<'a> Run<'a> {
     ) -> Result<Estimates<'a>> {
         let (width, height) = self.shard.size;
         let latents = due.iter().map(|&i| moments[i].advance.clean.clone()).collect();
-        let likely = Estimates::affordable(likely, width, height);
-        Estimates::decode(self.generator(), latents, self.shape, likely)
+        let cut = Cut::new(likely, width, height);
+        Estimates::decode(self.generator(), latents, self.shape, cut)
     }
 
     fn ask(

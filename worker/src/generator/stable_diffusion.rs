@@ -42,7 +42,7 @@ impl StableDiffusion {
         name: &str,
         device: &Device,
     ) -> Result<Box<dyn Generator>> {
-        let chosen = sampler::from_folder(&folder.component("scheduler")?)?;
+        let chosen = sampler::for_stable_diffusion(&folder.component("scheduler")?)?;
         let tokenizer = ClipTokenizer::load(&folder.component("tokenizer")?)?;
         let text_encoder = ClipTextModel::load(&folder.component("text_encoder")?, device)?;
         let vae = AutoencoderKl::load(&folder.component("vae")?, device)?;
@@ -76,7 +76,7 @@ impl StableDiffusion {
             unet,
             vae,
             sampler: chosen.sampler,
-            notices: chosen.notice.into_iter().collect(),
+            notices: chosen.notices,
         }))
     }
 }

@@ -121,8 +121,8 @@ pub trait Sampler: Send + Sync {
 pub struct Chosen {
     /// The sampler.
     pub sampler: Box<dyn Sampler>,
-    /// Set if the folder asks for a scheduler that another one stands in for.
-    pub notice: Option<String>,
+    /// Where the folder's file was not taken as it stands.
+    pub notices: Vec<String>,
 }
 
 /// What to do with a folder's scheduler class.
@@ -163,25 +163,55 @@ const TABLE: &[Row] = {
 /// # Errors
 /// [`Error::Folder`] names the file and the setting that cannot be honoured.
 pub fn from_folder(dir: &Path) -> Result<Chosen> {
+    read(dir, |_| Vec::new())
+}
+
+/// The same for a `StableDiffusionPipeline`, which corrects outdated scheduler files when it is made:
+/// `steps_offset` is 1 and latents are not clamped, whatever the file says.
+///
+/// # Errors
+/// As [`from_folder`].
+pub fn for_stable_diffusion(dir: &Path) -> Result<Chosen> {
+    read(dir, |config| {
+        let mut notices = Vec::new();
+        if config.steps_offset != 1 {
+            notices
+                .push(format!("the scheduler's steps_offset {} is read as 1", config.steps_offset));
+            config.steps_offset = 1;
+        }
+        if config.clip.take().is_some() {
+            notices.push("the scheduler's clip_sample is read as false".to_owned());
+        }
+        notices
+    })
+}
+
+/// Changes a configuration and says what it changed.
+type Adjust = fn(&mut SchedulerConfig) -> Vec<String>;
+
+fn read(dir: &Path, adjust: Adjust) -> Result<Chosen> {
     let path = dir.join("scheduler_config.json");
     let refuse = |reason: String| Error::Folder { path: path.clone(), reason };
     let text = std::fs::read_to_string(&path)
         .map_err(|error| refuse(format!("{error}; a diffusers pipeline folder has this file")))?;
-    choose(&text).map_err(refuse)
+    choose(&text, adjust).map_err(refuse)
 }
 
 /// Chooses the sampler for the text of a `scheduler_config.json`.
-pub(crate) fn choose(text: &str) -> Result<Chosen, String> {
+pub(crate) fn choose(text: &str, adjust: Adjust) -> Result<Chosen, String> {
     let class = config::class_name(text)?;
     let row = TABLE.iter().find(|row| row.class == class).ok_or_else(|| {
         let known = TABLE.iter().map(|row| row.class).collect::<Vec<_>>().join(", ");
         format!("scheduler class `{class}` is not supported; supported are {known}")
     })?;
-    let sampler = Ddim::new(SchedulerConfig::parse(text, row.defaults)?)?;
-    let notice = (class != "DDIMScheduler").then(|| {
-        format!("the model's scheduler is {class}; its noise schedule was sampled with DDIM")
-    });
-    Ok(Chosen { sampler: Box::new(sampler), notice })
+    let mut config = SchedulerConfig::parse(text, row.defaults)?;
+    let mut notices = adjust(&mut config);
+    if class != "DDIMScheduler" {
+        notices.push(format!(
+            "the model's scheduler is {class}; its noise schedule was sampled with DDIM"
+        ));
+    }
+    Ok(Chosen { sampler: Box::new(Ddim::new(config)?), notices })
 }
 
 #[cfg(test)]
@@ -204,7 +234,7 @@ mod tests {
     }
 
     fn refusal(text: &str) -> String {
-        choose(text).err().expect("it is refused")
+        choose(text, |_| Vec::new()).err().expect("it is refused")
     }
 
     #[test]
@@ -214,11 +244,27 @@ mod tests {
             "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
             "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true,
             "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
-        let chosen = choose(text).expect("it is supported");
+        let chosen = choose(text, |_| Vec::new()).expect("it is supported");
         assert_eq!(chosen.sampler.name(), "ddim");
-        assert!(chosen.notice.expect("a notice").contains("PNDMScheduler"));
+        assert!(chosen.notices[0].contains("PNDMScheduler"), "{:?}", chosen.notices);
         let steps = chosen.sampler.schedule(20).expect("a schedule");
         assert_eq!((steps[0].timestep, steps[19].timestep), (951.0, 1.0));
+    }
+
+    #[test]
+    fn outdated_files_are_read_as_the_pipeline_reads_them() {
+        // An early file: neither key is there, so that DDIM itself would clamp and start at 0.
+        let folder = tempfile::tempdir().expect("a folder");
+        let text = r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}"#;
+        std::fs::write(folder.path().join("scheduler_config.json"), text).expect("it is written");
+        let last = |chosen: &Chosen| chosen.sampler.schedule(20).expect("a schedule")[19].timestep;
+        let bare = from_folder(folder.path()).expect("it is supported");
+        assert_eq!((last(&bare), bare.notices.len()), (0.0, 0));
+        let pipeline = for_stable_diffusion(folder.path()).expect("it is supported");
+        assert_eq!((last(&pipeline), pipeline.notices.len()), (1.0, 2));
+        let step = pipeline.sampler.schedule(20).expect("a schedule")[0];
+        let clean = pipeline.sampler.advance(&step, &[9.0], &[0.0]).clean;
+        assert!(clean[0] > 9.0, "not clamped: {clean:?}");
     }
 
     #[test]
