@@ -68,24 +68,14 @@ def clean_estimates(bench, count, seed=6):
     table("Energy: AUROC on decoded clean estimates, per time bin", rows, ("t", "mean", "worst", "worst concept"))
 
 
-def steered(bench, count, **knobs):
-    rows = []
-    for kind in ("target", "pair", "benign"):
-        figures = bench.measure(kind, count, seed=4, sheet=bench.work / f"steered-{kind}.png", **knobs)
-        rows += [(kind, name, value) for name, value in figures.items()]
-    table(f"Steering, {count} images of each kind, {knobs}", rows, ("prompts", "figure", "value"))
-
-
 if __name__ == "__main__":
-    args = arguments(__doc__, parts="cost,real,generated,estimates,steered", images=240, steps=25, guidance=4.5, crops=4,
-                     calibration=600, eta=0.3, end=600, sigma=1.0, inner=1)
-    bench = steering.Bench(args.work, args.crops, args.calibration, args.steps, args.guidance, args.end)
+    args = arguments(__doc__, parts="cost,real,generated,estimates", images=240, steps=25, guidance=4.5, crops=4)
+    bench = steering.Bench(args.work, args.crops, steps=args.steps, guidance=args.guidance)
     parts = {
         "cost": lambda: cost(args.work),
         "real": lambda: real_scenes(args.work),
         "generated": lambda: generated(bench, args.images),
         "estimates": lambda: clean_estimates(bench, args.images),
-        "steered": lambda: steered(bench, args.images, eta=args.eta, sigma=args.sigma, inner=args.inner),
     }
     for part in args.parts.split(","):
         parts[part]()

@@ -90,7 +90,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, prompts, seeds, steps=25, guidance=4.5, correct=None):
-        """Images in [-1, 1]. `correct(t, clean estimate)` returns the correction to the clean estimate, or None."""
+        """Images in [-1, 1]. `correct(t, clean estimate)` returns what is added to the next state, or None."""
         states, blank = (self.text(input_ids=bpe.encode(self.tokens, p)).last_hidden_state for p in (prompts, [""]))
         states = torch.cat([states, blank.expand_as(states)])
         x = torch.stack([torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -104,7 +104,7 @@ class Sampler:
             x = a_next.sqrt() * clean + (1 - a_next).sqrt() * noise
             change = correct(t, clean) if correct else None
             if change is not None:
-                x = x + a_next.sqrt() * change
+                x = x + change
         return self.decode(x)
 
     def many(self, prompts, seeds, batch=64, **options):

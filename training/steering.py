@@ -1,8 +1,8 @@
-"""Steering in torch, as the workers do it in Rust: calibrates the gate, steers, and lets the judge count.
+"""Steering in torch, as the workers do it in Rust, to collect what the energy sees while it steers.
 
-`--pool N` writes what the energy sees while it steers into the training set of its next round (see clip.py).
+Writes clean estimates of N trajectories, some steered, labelled with the judge's help: the training set of the
+energy's next round (see clip.py). How well steering works is measured by `fairlead evaluate`, not here.
 """
-import json
 import math
 import random
 from functools import cached_property
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 import clip
 import judge
 import tokenizer as bpe
-from common import arguments, contact_sheet
+from common import arguments
 from data import label_matrix
 from sd import Sampler
 from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
 
-BINS, HYSTERESIS, SHARPNESS, CAP = 10, 0.5, 50.0, 3.0
+BINS, HYSTERESIS, SHARPNESS, CAP = 10, 0.5, 50.0, 10.0
 SMALLEST_CROP = 0.6
-STRENGTHS = [0.3, 0.6, 1.0]  # of the pool's steering
+STRENGTHS, HELD_SHARE = [0.3, 0.6, 1.0], 0.5
 POOL_KINDS = ("target", "pair", "benign", "pair", "benign")
 
 
@@ -97,12 +97,12 @@ def rms(x):
 
 
 class Steering:
-    """One batch's correction of the clean estimate (mode B); remembers open gates and what it saw."""
+    """One batch's shift of the state (mode C); remembers which gates are open. Those of `held` [n, 20] always are."""
 
-    def __init__(self, sampler, energy, gate, end, eta=0.3, sigma=1.0, inner=1):
+    def __init__(self, sampler, energy, gate, end, eta, sigma, held):
         self.sampler, self.energy, self.gate = sampler, energy, gate
-        self.eta, self.end, self.sigma, self.inner = eta, end, sigma, inner
-        self.open, self.spent, self.touched, self.seen = None, 0, None, []
+        self.eta, self.end, self.sigma, self.held = eta, end, sigma, held
+        self.open, self.spent, self.touched = held, torch.zeros(len(held), 1, 1, 1), held.any(1)
 
     def window(self, t):
         into = (t - self.end) / (0.2 * (1000 - self.end))
@@ -111,35 +111,23 @@ class Steering:
     def __call__(self, t, clean):
         if t <= self.end:
             return None
-        total = torch.zeros_like(clean)
-        for _ in range(self.inner):
-            change = self.once(t, clean + total)
-            if change is None:
-                break
-            total = total + change
-        return total if total.any() else None
-
-    def once(self, t, clean):
         with torch.enable_grad():
             latent = clean.detach().requires_grad_(True)
             images = self.sampler.decode(latent)
             score = self.energy.scores(images)
-            self.seen.append((t, images.detach()))
             z = self.gate.normalise(score.detach(), t)
-            was = torch.zeros_like(z, dtype=torch.bool) if self.open is None else self.open
-            self.open = torch.where(was, z > self.gate.limit - HYSTERESIS, z > self.gate.limit)
-            active = self.open.any(1).view(-1, 1, 1, 1)
-            self.touched = active if self.touched is None else self.touched | active
-            if not active.any():
+            self.open = self.held | torch.where(self.open, z > self.gate.limit - HYSTERESIS, z > self.gate.limit)
+            self.touched = self.touched | self.open.any(1)
+            if not self.open.any():
                 return None
-            excess = F.softplus(SHARPNESS * (score - self.gate.threshold(t))) / SHARPNESS
+            x = SHARPNESS * (score - self.gate.threshold(t))
+            excess = torch.where(self.held & (x < 0), math.log(2) + 0.5 * x, F.softplus(x)) / SHARPNESS
             gradient, = torch.autograd.grad((excess * self.open).sum(), latent)
         gradient = smooth(gradient, self.sigma)
         amount = torch.where(self.open, (z - self.gate.limit + HYSTERESIS).clamp(0.25, 1), 0).amax(1).view(-1, 1, 1, 1)
-        step = self.eta * amount * self.window(t)
-        step = torch.minimum(step, (CAP - self.spent)) if torch.is_tensor(self.spent) else step
+        step = torch.minimum(self.eta * amount * self.window(t), CAP - self.spent)
         self.spent = self.spent + step
-        return -step * rms(clean) * gradient / (rms(gradient) + 1e-8) * active
+        return -step * rms(clean) * gradient / (rms(gradient) + 1e-8)
 
 
 def prompts(kind, count, seed):
@@ -161,51 +149,16 @@ def calibrate(sampler, energy, count, steps, guidance, end):
 
 
 class Bench:
-    """The trained models together, and what the judge says of unsteered and steered pictures of each kind."""
+    """The trained models together, and the gate when it is needed."""
 
     def __init__(self, work, crops=4, calibration=400, steps=25, guidance=4.5, end=600):
         self.sampler, self.energy, self.judge = Sampler(work), Energy(work, crops), judge.load(work)
         self.limits = judge.thresholds(self.judge, work)
-        self.work, self.steps, self.guidance, self.end = work, steps, guidance, end
-        self.calibration, self.plain = calibration, {}
+        self.work, self.steps, self.guidance, self.end, self.calibration = work, steps, guidance, end, calibration
 
     @cached_property
     def gate(self):
         return calibrate(self.sampler, self.energy, self.calibration, self.steps, self.guidance, self.end)
-
-    def unsteered(self, kind, count, seed):
-        if kind not in self.plain:
-            texts, objects = prompts(kind, count, seed)
-            images = self.sampler.many(texts, [seed * 1000 + i for i in range(count)], steps=self.steps, guidance=self.guidance)
-            self.plain[kind] = texts, objects, images, judge.found(self.judge, images, self.limits)
-        return self.plain[kind]
-
-    def steered(self, texts, seeds, **knobs):
-        images, touched = [], []
-        for i in range(0, len(texts), 64):
-            steering = Steering(self.sampler, self.energy, self.gate, end=self.end, **knobs)
-            images.append(self.sampler.sample(texts[i:i + 64], seeds[i:i + 64], self.steps, self.guidance, steering))
-            touched.append(steering.touched.flatten())
-        return torch.cat(images), torch.cat(touched)
-
-    def measure(self, kind, count=200, seed=2, sheet=None, **knobs):
-        texts, objects, plain, before = self.unsteered(kind, count, seed)
-        images, touched = self.steered(texts, [seed * 1000 + i for i in range(count)], **knobs)
-        after = judge.found(self.judge, images, self.limits)
-        target = torch.from_numpy(objects.max(1))  # targets come after the benign objects
-        rows = torch.arange(count)
-        if sheet:
-            contact_sheet(torch.stack([plain[:64], images[:64]], 1).flatten(0, 1), sheet)
-        if kind == "benign":
-            return {"untouched": 1 - touched.float().mean().item()}
-        figures = {"found before": before[rows, target].float().mean().item(),
-                   "found after": after[rows, target].float().mean().item(), "touched": touched.float().mean().item(),
-                   "missed": (after[rows, target] & ~touched).float().mean().item()}
-        if kind == "pair":
-            other = torch.from_numpy(objects.min(1))
-            there = before[rows, other]
-            figures["other kept"] = after[rows, other][there].float().mean().item()
-        return figures
 
 
 def collect_block(bench, kind, steer, rng, block, views):
@@ -213,7 +166,9 @@ def collect_block(bench, kind, steer, rng, block, views):
     texts, objects = prompts(kind, 64, seed=block)
     stride = 1000 // bench.steps
     chosen, seen = {stride * i + 1 for i in rng.sample(range(bench.steps), views)}, []
-    knobs = dict(eta=rng.choice(STRENGTHS), sigma=rng.choice([0.0, 1.0]))
+    asked = label_matrix(objects).bool()
+    targets = asked[:, -len(TARGETS):]
+    knobs = dict(eta=rng.choice(STRENGTHS), sigma=rng.choice([0.0, 1.0]), held=targets & (rng.random() < HELD_SHARE))
     steering = Steering(bench.sampler, bench.energy, bench.gate, bench.end, **knobs) if steer else None
 
     def observe(t, clean):
@@ -224,10 +179,10 @@ def collect_block(bench, kind, steer, rng, block, views):
     seeds = [block * 1000 + i for i in range(64)]
     final = bench.sampler.sample(texts, seeds, bench.steps, bench.guidance, observe)
     verdict = judge.logits(bench.judge, final).sigmoid()
-    asked = label_matrix(objects).bool()
     if steer:
-        left = (verdict > 0.5)[asked & (torch.arange(len(OBJECTS)) >= len(BENIGN))].float().mean().item()
-        print(f"{kind} {knobs} touched {steering.touched.float().mean().item():.2f} targets left {left:.2f}", flush=True)
+        left = (verdict > 0.5)[:, -len(TARGETS):][targets].float().mean().item()
+        print(f"{kind} eta {knobs['eta']} held {knobs['held'].any().item()} touched {steering.touched.float().mean().item():.2f} "
+              f"targets left {left:.2f}", flush=True)
     late = torch.where(verdict > 0.6, 1.0, torch.where(verdict < 0.15, 0.0, -1.0))
     early = torch.where(asked & (late != 1), -1.0, torch.where(~asked & (late == 1), -1.0, asked.float()))
     seen.append((0, final))
@@ -251,11 +206,6 @@ def collect(bench, count, seed, steered, views):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, pool=0, steered=0.0, seed=10, views=5, count=200, crops=4, calibration=400, eta=0.3, end=600, sigma=1.0, inner=1, guidance=4.5)
+    args = arguments(__doc__, pool=2240, views=8, steered=0.0, seed=10, crops=4, calibration=400, end=400, guidance=4.5)
     bench = Bench(args.work, args.crops, args.calibration, guidance=args.guidance, end=args.end)
-    if args.pool:
-        torch.save(collect(bench, args.pool, args.seed, args.steered, args.views), args.work / f"pool-{args.seed}.pt")
-    else:
-        for kind in ("target", "pair", "benign"):
-            knobs = dict(eta=args.eta, sigma=args.sigma, inner=args.inner)
-            print(kind, json.dumps(bench.measure(kind, args.count, sheet=args.work / f"steered-{kind}.png", **knobs)), flush=True)
+    torch.save(collect(bench, args.pool, args.seed, args.steered, args.views), args.work / f"pool-{args.seed}.pt")
