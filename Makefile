@@ -26,7 +26,7 @@ bench: tools ## Time the frozen layers beside torch (needs a Python with torch: 
 	$(CARGO) run --release --locked --quiet --package fairlead-bench
 
 measure: tools ## Measure steering on 200 prompts of each kind, judged by the judge; out/evaluation.
-	$(CARGO) run --release --locked --quiet --package fairlead -- evaluate -n 200
+	$(CARGO) run --release --locked --quiet --package fairlead -- evaluate -n 200 --workers 2
 
 audit: tools ## Check dependencies against the RustSec advisories (needs the internet).
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" cargo-deny --locked check advisories

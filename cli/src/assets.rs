@@ -53,8 +53,30 @@ impl ModelArgs {
         self.embedded("policies.toml")
     }
 
+    pub(crate) fn measuring_policies(&self) -> Result<PathBuf> {
+        self.embedded("policies-measuring.toml")
+    }
+
     pub(crate) fn objects(&self) -> Result<PathBuf> {
         self.embedded("emojiland-objects.json")
+    }
+
+    /// The models are the server's to choose: naming others beside one would be ignored, and
+    /// ignoring a concepts file in silence is worse than an error. `more` are further flags that
+    /// must not be given.
+    pub(crate) fn refuse_beside_server(&self, more: &[(&str, bool)]) -> Result<()> {
+        let given = [
+            ("--model", self.generator.is_some()),
+            ("--energy", self.energy.is_some()),
+            ("--concepts", self.concepts.is_some()),
+        ];
+        match given.iter().chain(more).find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((flag, _)) => bail!(
+                "{flag} has no effect on a running cluster (--server or FAIRLEAD_SERVER): leave it \
+                 out, or leave out the server to run a cluster of your own"
+            ),
+        }
     }
 
     fn or_embedded(&self, given: &Option<PathBuf>, name: &str) -> Result<PathBuf> {
@@ -112,5 +134,7 @@ mod tests {
         let message = args.generator().expect_err("nothing is there").to_string();
         assert!(message.contains("emojiland-sd") && message.contains("--assets"), "{message}");
         assert_eq!(args.energy().expect("it was given"), PathBuf::from("elsewhere"));
+        let message = args.refuse_beside_server(&[]).expect_err("--energy is given").to_string();
+        assert!(message.contains("--energy"), "{message}");
     }
 }

@@ -195,12 +195,19 @@ fn is_terminal(job: &Job) -> bool {
     matches!(job.state(), JobState::Completed | JobState::Failed | JobState::Cancelled)
 }
 
-/// Writes a released image and its record as `NAME.png` and `NAME.json`.
+/// Writes a released image and its record as `NAME.png` and `NAME.json`. Beside the record of a
+/// withheld image no picture stays, not even that of an earlier run.
 pub(crate) fn save(image: &FinishedImage, folder: &Path, name: &str) -> Result<()> {
     let record = fairlead_common::record::to_json(&image.record);
     crate::output::write_file(&folder.join(format!("{name}.json")), record.as_bytes())?;
-    if image.png.is_empty() {
-        return Ok(());
+    let picture = folder.join(format!("{name}.png"));
+    if !image.png.is_empty() {
+        return crate::output::write_file(&picture, &image.png);
     }
-    crate::output::write_file(&folder.join(format!("{name}.png")), &image.png)
+    match std::fs::remove_file(&picture) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", picture.display()))
+        }
+        _ => Ok(()),
+    }
 }

@@ -1,8 +1,13 @@
 //! A whole cluster inside this process, on loopback: the real services speaking real gRPC.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use fairlead_coordinator::{CoordinatorOptions, Data, Policies};
 use fairlead_energy::EnergyOptions;
 use fairlead_worker::WorkerArgs;
@@ -14,8 +19,8 @@ use crate::{assets::ModelArgs, client::Client};
 /// Models are loaded and every service attached within this time, or the start failed.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 const READY_POLL: Duration = Duration::from_millis(20);
-/// Time the services get to end what they hold.
-const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time the services get to end what they hold; longer than a worker drains.
+const STOP_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// What to run and where.
 pub(crate) struct ClusterOptions {
@@ -26,8 +31,42 @@ pub(crate) struct ClusterOptions {
     pub(crate) data_dir: Option<PathBuf>,
     /// Policies file; `None` takes the embedded one.
     pub(crate) policies: Option<PathBuf>,
+    /// Adds the policies that observe and withhold nothing. Only for a cluster that serves nobody
+    /// else.
+    pub(crate) measuring: bool,
     /// Most images in one shard.
     pub(crate) max_batch: Option<u32>,
+    /// Generator workers.
+    pub(crate) workers: WorkersArgs,
+}
+
+/// How many generator workers a local cluster has.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct WorkersArgs {
+    /// Generator workers of the local cluster. Each loads the model and takes its share of the
+    /// cores; more than one keeps small models' cores busier.
+    #[arg(
+        id = "workers",
+        long = "workers",
+        value_name = "N",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=64)
+    )]
+    count: u32,
+}
+
+impl Default for WorkersArgs {
+    fn default() -> Self {
+        Self { count: 1 }
+    }
+}
+
+impl WorkersArgs {
+    /// Threads of each; 0 is all cores.
+    fn threads(self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        if self.count == 1 { 0 } else { (cores / self.count as usize).max(1) }
+    }
 }
 
 impl ClusterOptions {
@@ -38,9 +77,25 @@ impl ClusterOptions {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             data_dir: None,
             policies: None,
+            measuring: true,
             max_batch: None,
+            workers: WorkersArgs::default(),
         }
     }
+}
+
+fn policies(options: &ClusterOptions) -> Result<Policies> {
+    let file = match &options.policies {
+        Some(file) => file.clone(),
+        None => options.models.policies()?,
+    };
+    if !options.measuring {
+        return Ok(Policies::load(&file)?);
+    }
+    let read = |path: &Path| {
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    Ok(Policies::parse(&(read(&file)? + &read(&options.models.measuring_policies()?)?))?)
 }
 
 /// A running local cluster. Call [`LocalCluster::stop`] to end it in order.
@@ -48,19 +103,16 @@ pub(crate) struct LocalCluster {
     address: String,
     services: JoinSet<Result<()>>,
     stop_workers: CancellationToken,
+    stop_energy: CancellationToken,
     stop_coordinator: CancellationToken,
 }
 
 impl LocalCluster {
-    /// Starts coordinator, energy node and worker and waits until a job could run.
+    /// Starts coordinator, energy node and workers and waits until a job could run.
     pub(crate) async fn start(options: ClusterOptions) -> Result<Self> {
-        let policies = match &options.policies {
-            Some(file) => file.clone(),
-            None => options.models.policies()?,
-        };
         let coordinator = CoordinatorOptions {
-            data: options.data_dir.map_or(Data::Memory, Data::Dir),
-            policies: Policies::load(&policies)?,
+            data: options.data_dir.clone().map_or(Data::Memory, Data::Dir),
+            policies: policies(&options)?,
             ..CoordinatorOptions::default()
         };
         let coordinator_listener = TcpListener::bind(options.listen).await.with_context(|| {
@@ -77,24 +129,28 @@ impl LocalCluster {
         };
         let mut worker = WorkerArgs::new(vec![options.models.generator()?], address.clone());
         worker.max_batch = options.max_batch.unwrap_or(worker.max_batch);
+        worker.threads = options.workers.threads();
 
-        let (stop_workers, stop_coordinator) = (CancellationToken::new(), CancellationToken::new());
+        let [stop_workers, stop_energy, stop_coordinator] =
+            std::array::from_fn(|_| CancellationToken::new());
         let mut services = JoinSet::new();
         let stop = stop_coordinator.clone();
         services.spawn(async move {
             let run = fairlead_coordinator::run(coordinator_listener, coordinator, stop);
             run.await.context("the coordinator ended")
         });
-        let stop = stop_workers.clone();
+        let stop = stop_energy.clone();
         services.spawn(async move {
             let run = fairlead_energy::run(energy_listener, energy, stop);
             run.await.context("the energy node ended")
         });
-        let stop = stop_workers.clone();
-        services.spawn(async move {
-            fairlead_worker::run(worker, stop).await.context("the worker ended")
-        });
-        let mut cluster = Self { address, services, stop_workers, stop_coordinator };
+        for _ in 0..options.workers.count {
+            let (stop, worker) = (stop_workers.clone(), worker.clone());
+            services.spawn(async move {
+                fairlead_worker::run(worker, stop).await.context("a worker ended")
+            });
+        }
+        let mut cluster = Self { address, services, stop_workers, stop_energy, stop_coordinator };
         cluster.ready().await?;
         Ok(cluster)
     }
@@ -114,14 +170,16 @@ impl LocalCluster {
         }
     }
 
-    /// Stops worker and energy node, and when these have left, the coordinator.
+    /// Stops the workers, then the energy node that their last shards need, then the coordinator.
     pub(crate) async fn stop(mut self) -> Result<()> {
         let drain = async {
             self.stop_workers.cancel();
             while let Some(ended) = self.services.join_next().await {
                 ended.context("a service panicked")??;
-                if self.services.len() <= 1 {
-                    self.stop_coordinator.cancel();
+                match self.services.len() {
+                    0 | 1 => self.stop_coordinator.cancel(),
+                    2 => self.stop_energy.cancel(),
+                    _ => {}
                 }
             }
             Ok(())

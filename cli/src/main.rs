@@ -74,6 +74,7 @@ impl Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    fairlead_models::keep_freed_memory();
     let cli = Cli::parse();
     telemetry::init(cli.log_format, cli.command.default_filter());
     match run(cli.command).await {

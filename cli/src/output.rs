@@ -1,6 +1,9 @@
 //! How commands say things.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use fairlead_proto::v1::ConceptScore;
@@ -47,6 +50,15 @@ pub(crate) fn ensure_folder(folder: &Path) -> Result<PathBuf> {
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot create the output folder {}", folder.display()))?;
     Ok(folder.to_owned())
+}
+
+/// `name`, or if it is taken the first of `name-2`, `name-3`, ... that is not; takes it.
+pub(crate) fn unused(name: &str, taken: &mut BTreeSet<String>) -> String {
+    let numbered = (2..).map(|number: u64| format!("{name}-{number}"));
+    let mut candidates = std::iter::once(name.to_owned()).chain(numbered);
+    let free = candidates.find(|name| !taken.contains(name)).expect("the numbers do not end");
+    taken.insert(free.clone());
+    free
 }
 
 /// Writes a file whole or not at all: a reader never sees half of it.

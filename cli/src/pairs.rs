@@ -7,11 +7,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, FinishedImage};
 
-/// Policy that records scores and never corrects; it ships in `assets/policies.toml`.
+/// Policy that records scores and never corrects; it ships in
+/// `assets/policies-measuring.toml`.
 pub(crate) const UNSTEERED: &str = "unsteered";
 
-/// Jobs under way at once: enough that the worker always has the next one.
-pub(crate) const JOBS_IN_FLIGHT: usize = 4;
+/// Jobs under way at once: enough that every worker of a small cluster always has the next one.
+pub(crate) const JOBS_IN_FLIGHT: usize = 8;
 
 /// One image made twice from the same noise.
 pub(crate) struct Pair {

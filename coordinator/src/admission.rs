@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Result},
     placement,
     policy::{Policies, Policy},
-    routing::{self, Calibration, LiveNode},
+    routing::{self, Calibration, LiveNode, Run},
     state::{JobRecord, Shard},
     steering, suggest,
 };
@@ -87,14 +87,11 @@ pub(crate) fn admit(
 }
 
 /// Calibration that a job under `policy` needs of its nodes.
-pub(crate) fn calibration<'a>(
-    policy: &v1::PinnedPolicy,
-    key: &'a v1::CalibrationKey,
-) -> Calibration<'a> {
+pub(crate) fn calibration<'a>(policy: &v1::PinnedPolicy, run: &'a Run) -> Calibration<'a> {
     match (policy.observe_only, policy.allow_calibration_fallback) {
         (true, _) => Calibration::Unneeded,
-        (false, true) => Calibration::Preferred(key),
-        (false, false) => Calibration::Required(key),
+        (false, true) => Calibration::Preferred(run),
+        (false, false) => Calibration::Required(run),
     }
 }
 
@@ -207,9 +204,12 @@ fn pin_policy(
         allow_calibration_fallback: policy.allow_calibration_fallback,
         observe_only: policy.observe_only,
     };
-    let need = calibration(&pinned, key);
+    let run = Run::new(key.clone(), &steering);
+    let need = calibration(&pinned, &run);
     let served = served(cluster.nodes);
-    for name in policy.concepts_for(served.keys().copied(), &spec.extra_concepts) {
+    // A concept whose last node died still belongs to `*`: its absence is an error, not a gap.
+    let known = served.keys().copied().chain(cluster.seen_concepts.iter().map(String::as_str));
+    for name in policy.concepts_for(known, &spec.extra_concepts) {
         let versions = served.get(name.as_str());
         let Some(versions) = versions else { return Err(unserved(&name, policy, cluster)) };
         pinned.concepts.push(newest(versions, need, cluster.nodes));
@@ -226,8 +226,8 @@ fn pin_policy(
         Some(unserved) => Err(Error::NotCalibrated {
             concept: unserved.concept.name,
             model: model.name.clone(),
-            sampler: key.sampler.clone(),
-            steps: key.steps,
+            run: run.to_string(),
+            flags: run.flags(),
         }),
     }
 }
@@ -251,8 +251,8 @@ fn newest(
 ) -> v1::ConceptRef {
     let calibrated = |concept: &v1::ConceptRef| match need {
         Calibration::Unneeded => true,
-        Calibration::Required(key) | Calibration::Preferred(key) => {
-            nodes.iter().any(|node| node.serves(concept) && node.is_calibrated(key))
+        Calibration::Required(run) | Calibration::Preferred(run) => {
+            nodes.iter().any(|node| node.serves(concept) && node.is_calibrated(run))
         }
     };
     let best = versions

@@ -84,6 +84,17 @@ pub struct CoordinatorArgs {
     )]
     pub retry_delay: Duration,
 
+    /// How long a job may wait while no attached worker has its generator, or no live energy node
+    /// one of its concepts; then it fails with that reason.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_MAX_WAIT",
+        default_value = "10m",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub max_wait: Duration,
+
     /// How long running shards may go on after the signal to stop.
     #[arg(
         long,
@@ -120,6 +131,7 @@ impl CoordinatorArgs {
             node_ttl: self.node_ttl,
             check_timeout: self.check_timeout,
             retry_delay: self.retry_delay,
+            max_wait: self.max_wait,
             drain_timeout: self.drain_timeout,
             retention: self.retention,
             ..CoordinatorOptions::default()
@@ -155,6 +167,8 @@ pub struct CoordinatorOptions {
     pub check_timeout: Duration,
     /// Wait after a shard's first failure; doubles.
     pub retry_delay: Duration,
+    /// Longest wait for a worker with the generator, or nodes with the concepts.
+    pub max_wait: Duration,
     /// Grace of running shards at shutdown.
     pub drain_timeout: Duration,
     /// How long ended jobs are kept.
@@ -172,6 +186,7 @@ impl Default for CoordinatorOptions {
             node_ttl: Duration::from_secs(10),
             check_timeout: Duration::from_secs(20),
             retry_delay: Duration::from_secs(1),
+            max_wait: Duration::from_secs(600),
             drain_timeout: Duration::from_secs(10),
             retention: Duration::from_secs(30 * 24 * 3600),
         }
@@ -214,8 +229,10 @@ mod tests {
     fn flags_and_library_have_the_same_defaults() {
         let args = Cli::try_parse_from(["fairlead"]).expect("no flag is needed").args;
         let options = args.options().expect("no file is read");
-        let name = options.coordinator_id.clone();
-        let default = CoordinatorOptions { coordinator_id: name, ..Default::default() };
+        // A process keeps its state, a library's caller says where.
+        assert_eq!(options.data, Data::Dir("fairlead-data".into()));
+        let CoordinatorOptions { coordinator_id, data, .. } = options.clone();
+        let default = CoordinatorOptions { coordinator_id, data, ..Default::default() };
         assert_eq!(format!("{options:?}"), format!("{default:?}"));
     }
 

@@ -52,19 +52,19 @@ pub enum Error {
     },
     /// No live node has a concept calibrated for the generator.
     #[error(
-        "concept `{concept}` has no calibration for model `{model}` ({sampler}, {steps} steps) at \
-         any live energy node; run `fairlead calibrate --model {model} --steps {steps}`, or use a \
-         policy with allow_calibration_fallback = true"
+        "concept `{concept}` has no calibration for model `{model}` ({run}) at any live energy node; \
+         make one with `fairlead calibrate {flags}`, or use a policy with \
+         allow_calibration_fallback = true"
     )]
     NotCalibrated {
         /// The concept.
         concept: String,
         /// The generator's name.
         model: String,
-        /// The sampler.
-        sampler: String,
-        /// The steps.
-        steps: u32,
+        /// What the calibration must be for.
+        run: String,
+        /// The flags that make it.
+        flags: String,
     },
     /// A peer of another version, or one that contradicts the cluster.
     #[error("{0}")]
@@ -168,8 +168,8 @@ mod tests {
                 Error::NotCalibrated {
                     concept: "axe".into(),
                     model: "m".into(),
-                    sampler: "ddim".into(),
-                    steps: 25,
+                    run: "ddim, 25 steps".into(),
+                    flags: "--steps 25".into(),
                 },
                 Code::FailedPrecondition,
             ),

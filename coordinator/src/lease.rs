@@ -213,15 +213,21 @@ impl Lease {
         Ok(self.end_delivery(&Failure { reason, retryable: true, delay_ms: 0 }, now))
     }
 
-    /// Counts a delivery that could not be made, e.g. because a concept has no live node.
+    /// Puts off a delivery that cannot be made, e.g. because a concept has no live node: the shard
+    /// stays queued, and the delivery does not count. Where the failure is not retryable the shard
+    /// has failed.
     pub(crate) fn postpone(
         &mut self,
         failure: &Failure,
         now: i64,
     ) -> Result<AfterFailure, LeaseError> {
         self.require_queued()?;
-        self.deliveries += 1;
-        Ok(self.end_delivery(failure, now))
+        if !failure.retryable {
+            return Ok(self.end_delivery(failure, now));
+        }
+        self.reason = failure.reason.clone();
+        self.not_before_unix_ms = now.saturating_add(failure.delay_ms);
+        Ok(AfterFailure::Requeued)
     }
 
     /// Returns the shard to the queue without counting the delivery: the coordinator itself

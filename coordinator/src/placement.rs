@@ -18,15 +18,13 @@ pub(crate) fn split(n: u32, max: u32) -> Vec<Range<u32>> {
 pub(crate) struct Waiting<'a> {
     /// Name and hash of the generator it needs.
     pub(crate) model: (&'a str, &'a str),
-    /// Number of its images.
-    pub(crate) images: u32,
 }
 
 /// An attached worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Candidate<'a> {
-    /// Name and hash of each of its generators, and the most images of one shard.
-    pub(crate) models: Vec<((&'a str, &'a str), u32)>,
+    /// Name and hash of each of its generators.
+    pub(crate) models: Vec<(&'a str, &'a str)>,
     /// Shards it wants to hold at once.
     pub(crate) capacity: usize,
     /// Shards it holds.
@@ -35,12 +33,13 @@ pub(crate) struct Candidate<'a> {
 
 impl Candidate<'_> {
     fn can_make(&self, shard: &Waiting<'_>) -> bool {
-        self.models.iter().any(|(model, most)| *model == shard.model && shard.images <= *most)
+        self.models.contains(&shard.model)
     }
 }
 
 /// Pairs of (index in `queue`, index in `workers`): oldest shard first, each to the worker with
-/// the fewest leases among those that have its model, a large enough batch, and room.
+/// the fewest leases among those that have its model and room. A worker makes a shard larger than its
+/// batch in several batches.
 pub(crate) fn place(queue: &[Waiting<'_>], workers: &[Candidate<'_>]) -> Vec<(usize, usize)> {
     let mut leases: Vec<usize> = workers.iter().map(|worker| worker.leases).collect();
     let mut placed = Vec::new();
@@ -77,19 +76,19 @@ mod tests {
         }
 
         #[test]
-        fn placement_respects_model_batch_and_capacity_and_leaves_nothing_that_fits(
-            queue in prop::collection::vec((0usize..3, 1u32..4), 0..20),
+        fn placement_respects_model_and_capacity_and_leaves_nothing_that_fits(
+            queue in prop::collection::vec(0usize..3, 0..20),
             workers in prop::collection::vec(
-                (prop::collection::vec((0usize..3, 1u32..4), 0..3), 0usize..4, 0usize..4),
+                (prop::collection::vec(0usize..3, 0..3), 0usize..4, 0usize..4),
                 0..6,
             ),
         ) {
             let queue: Vec<_> = queue
                 .iter()
-                .map(|&(model, images)| Waiting { model: MODELS[model], images })
+                .map(|&model| Waiting { model: MODELS[model] })
                 .collect();
             let workers: Vec<_> = workers.into_iter().map(|(models, capacity, leases)| Candidate {
-                models: models.into_iter().map(|(model, most)| (MODELS[model], most)).collect(),
+                models: models.into_iter().map(|model| MODELS[model]).collect(),
                 capacity,
                 leases,
             }).collect();
@@ -111,11 +110,9 @@ mod tests {
     }
 
     #[test]
-    fn the_least_busy_worker_comes_first_and_a_large_shard_goes_where_it_fits() {
-        let worker =
-            |leases, most| Candidate { models: vec![(MODELS[0], most)], capacity: 4, leases };
-        let queue = vec![Waiting { model: MODELS[0], images: 2 }; 3];
-        assert_eq!(place(&queue, &[worker(2, 4), worker(0, 4)]), [(0, 1), (1, 1), (2, 0)]);
-        assert_eq!(place(&queue[..1], &[worker(0, 1), worker(3, 2)]), [(0, 1)]);
+    fn the_least_busy_worker_comes_first() {
+        let worker = |leases| Candidate { models: vec![MODELS[0]], capacity: 4, leases };
+        let queue = vec![Waiting { model: MODELS[0] }; 3];
+        assert_eq!(place(&queue, &[worker(2), worker(0)]), [(0, 1), (1, 1), (2, 0)]);
     }
 }

@@ -5,7 +5,7 @@
 //! default_policy = "default"
 //!
 //! [policies.default]
-//! concepts = ["*"]                     # every concept served when the job is admitted
+//! concepts = ["*"]                     # every concept served since the coordinator started
 //! allow_overrides = false              # may clients change the steering knobs?
 //! allow_calibration_fallback = false
 //!
@@ -27,7 +27,7 @@ use serde::Deserialize;
 
 use crate::steering::{self, SteeringFile};
 
-/// Stands for every concept served at admission.
+/// Stands for every concept that was served since the coordinator started.
 const ALL: &str = "*";
 
 /// A policies file that cannot be used.
@@ -102,7 +102,7 @@ pub struct Policy {
     pub name: String,
     /// Mandatory concepts by name.
     pub concepts: BTreeSet<String>,
-    /// Every concept served at admission is mandatory as well.
+    /// Every concept that was served since the coordinator started is mandatory as well.
     pub all_served: bool,
     /// The policy's steering knobs.
     pub steering: SteeringParams,
@@ -117,15 +117,16 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The concepts of a job: the mandatory ones and the client's `extra`.
+    /// The concepts of a job: the mandatory ones, with `*` all that are `known`, and the client's
+    /// `extra`.
     pub fn concepts_for<'a>(
         &self,
-        served: impl IntoIterator<Item = &'a str>,
+        known: impl IntoIterator<Item = &'a str>,
         extra: &[String],
     ) -> BTreeSet<String> {
         let mut names = self.concepts.clone();
         if self.all_served {
-            names.extend(served.into_iter().map(str::to_owned));
+            names.extend(known.into_iter().map(str::to_owned));
         }
         names.extend(extra.iter().cloned());
         names

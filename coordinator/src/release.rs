@@ -152,7 +152,7 @@ impl Gate {
         png: &Bytes,
     ) -> Result<Judgement, Rejection> {
         let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
-        let (policy, key) = (job.policy(), job.calibration_key());
+        let (policy, run) = (job.policy(), job.run());
         let sha256 = sha256_hex(png);
         let mut left = policy.concepts.clone();
         let mut judgement = Judgement::default();
@@ -160,7 +160,7 @@ impl Gate {
         while !left.is_empty() {
             let mut nodes = self.registry.live();
             nodes.retain(|node| !failed.contains_key(&node.info.node_id));
-            let need = admission::calibration(&policy, &key);
+            let need = admission::calibration(&policy, &run);
             let routing::Assignment { endpoints, unserved } = routing::assign(&left, &nodes, need);
             if let Some(unserved) = unserved.first() {
                 return Err(nobody_answers(unserved, &failed));
@@ -169,7 +169,7 @@ impl Gate {
             let asks = endpoints.iter().map(|endpoint| {
                 let request = v1::CheckRequest {
                     concepts: endpoint.concepts.clone(),
-                    calibration: Some(key.clone()),
+                    calibration: Some(run.key.clone()),
                     allow_calibration_fallback: policy.allow_calibration_fallback,
                     png: png.to_vec(),
                     crops: policy.steering.as_ref().map(|s| s.crops()).unwrap_or_default(),

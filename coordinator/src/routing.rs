@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use fairlead_proto::v1::{CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo};
+use fairlead_proto::v1::{CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams};
 
 /// A registered node as decisions see it.
 #[derive(Debug, Clone)]
@@ -21,19 +21,57 @@ impl LiveNode {
         self.info.concepts.iter().any(|served| served.concept.as_ref() == Some(concept))
     }
 
-    /// Whether it has a calibration for `key`.
-    pub(crate) fn is_calibrated(&self, key: &CalibrationKey) -> bool {
-        self.info.calibrations.iter().any(|calibration| calibration.key.as_ref() == Some(key))
+    /// Whether it has a calibration for `run`.
+    pub(crate) fn is_calibrated(&self, run: &Run) -> bool {
+        self.info.calibrations.iter().any(|calibration| {
+            calibration.key.as_ref() == Some(&run.key)
+                && calibration.crops == run.crops
+                && calibration.window_start >= run.window.0
+                && calibration.window_end <= run.window.1
+        })
+    }
+}
+
+/// What of a job a calibration must be for.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Run {
+    /// Generator, sampler and steps.
+    pub(crate) key: CalibrationKey,
+    /// Crops per image.
+    pub(crate) crops: u32,
+    /// Start and end of the steering window, which the calibration must cover.
+    pub(crate) window: (f32, f32),
+}
+
+impl Run {
+    /// A run of `key` steered by `steering`, of which every knob is set.
+    pub(crate) fn new(key: CalibrationKey, steering: &SteeringParams) -> Self {
+        let window = (steering.window_start(), steering.window_end());
+        Self { key, crops: steering.crops(), window }
+    }
+
+    /// The flags of `fairlead calibrate` that make a calibration for it.
+    pub(crate) fn flags(&self) -> String {
+        let Self { key, crops, window: (start, end) } = self;
+        let steps = key.steps;
+        format!("--steps {steps} --crops {crops} --window-start {start} --window-end {end}")
+    }
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key: CalibrationKey { sampler, steps, .. }, crops, window: (start, end) } = self;
+        write!(f, "{sampler}, {steps} steps, {crops} crops, window {start} to {end}")
     }
 }
 
 /// How much calibration a job needs from its nodes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Calibration<'a> {
-    /// Only nodes calibrated for the key will do.
-    Required(&'a CalibrationKey),
+    /// Only nodes calibrated for the run will do.
+    Required(&'a Run),
     /// Calibrated nodes are asked first.
-    Preferred(&'a CalibrationKey),
+    Preferred(&'a Run),
     /// Raw scores are enough.
     Unneeded,
 }
@@ -78,7 +116,7 @@ pub(crate) fn assign(
     calibration: Calibration<'_>,
 ) -> Assignment {
     let uncalibrated = |node: &LiveNode| match calibration {
-        Calibration::Required(key) | Calibration::Preferred(key) => !node.is_calibrated(key),
+        Calibration::Required(run) | Calibration::Preferred(run) => !node.is_calibrated(run),
         Calibration::Unneeded => false,
     };
     let mut order: Vec<&LiveNode> = match calibration {
@@ -124,13 +162,20 @@ mod tests {
         ConceptRef { name: name.into(), version: "1".into() }
     }
 
-    fn key() -> CalibrationKey {
-        CalibrationKey { generator: "g".into(), sampler: "ddim".into(), steps: 25 }
+    fn run() -> Run {
+        let key = CalibrationKey { generator: "g".into(), sampler: "ddim".into(), steps: 25 };
+        Run { key, crops: 4, window: (1.0, 0.6) }
     }
 
     fn node(id: &str, concepts: &[&str], load: usize, calibrated: bool) -> LiveNode {
         let info = |name: &&str| ConceptInfo { concept: Some(concept(name)), ..Default::default() };
-        let calibration = CalibrationInfo { key: Some(key()), ..Default::default() };
+        let calibration = CalibrationInfo {
+            key: Some(run().key),
+            crops: 4,
+            window_start: 1.0,
+            window_end: 0.4,
+            ..Default::default()
+        };
         LiveNode {
             info: Arc::new(NodeInfo {
                 node_id: id.into(),
@@ -151,21 +196,33 @@ mod tests {
     #[test]
     fn replicas_are_not_both_asked_and_the_idle_one_is_preferred() {
         let nodes = [node("a", &["x", "y"], 3, true), node("b", &["x", "y"], 1, true)];
-        let key = key();
+        let run = run();
         let both = [concept("x"), concept("y")];
-        assert_eq!(ids(&assign(&both, &nodes, Calibration::Required(&key))), ["b"]);
+        assert_eq!(ids(&assign(&both, &nodes, Calibration::Required(&run))), ["b"]);
     }
 
     #[test]
     fn calibration_is_required_preferred_or_ignored() {
         let nodes = [node("a", &["x"], 0, false), node("b", &["x"], 9, true)];
-        let (key, x) = (key(), [concept("x")]);
-        assert_eq!(ids(&assign(&x, &nodes, Calibration::Required(&key))), ["b"]);
-        assert_eq!(ids(&assign(&x, &nodes, Calibration::Preferred(&key))), ["b"]);
+        let (run, x) = (run(), [concept("x")]);
+        assert_eq!(ids(&assign(&x, &nodes, Calibration::Required(&run))), ["b"]);
+        assert_eq!(ids(&assign(&x, &nodes, Calibration::Preferred(&run))), ["b"]);
         assert_eq!(ids(&assign(&x, &nodes, Calibration::Unneeded)), ["a"]);
-        let missing = assign(&x, &nodes[..1], Calibration::Required(&key)).unserved;
+        let missing = assign(&x, &nodes[..1], Calibration::Required(&run)).unserved;
         assert!(missing[0].uncalibrated);
         assert!(!assign(&[concept("z")], &nodes, Calibration::Unneeded).unserved[0].uncalibrated);
+    }
+
+    #[test]
+    fn a_calibration_is_for_its_crops_and_inside_its_window() {
+        let nodes = [node("a", &["x"], 0, true)];
+        let serves = |crops, window| {
+            let run = Run { crops, window, ..run() };
+            assign(&[concept("x")], &nodes, Calibration::Required(&run)).unserved.is_empty()
+        };
+        assert!(serves(4, (1.0, 0.4)) && serves(4, (0.9, 0.8)));
+        assert!(!serves(2, (1.0, 0.4)));
+        assert!(!serves(4, (1.0, 0.3)));
     }
 
     #[test]

@@ -59,6 +59,7 @@ impl Coordinator {
             coordinator_id: options.coordinator_id.clone(),
             lease_ttl: options.lease_ttl,
             retry_delay: options.retry_delay,
+            max_wait: options.max_wait,
         };
         let hub =
             Hub::start(Arc::clone(&store), registry.clone(), events.clone(), gate, hub_options)

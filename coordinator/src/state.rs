@@ -3,7 +3,10 @@
 use fairlead_common::ids::{JobId, ShardId};
 use fairlead_proto::v1::{self, ImageStatus, JobState as State};
 
-use crate::lease::{Lease, LeaseKey, Phase};
+use crate::{
+    lease::{Lease, LeaseKey, Phase},
+    routing::Run,
+};
 
 /// Everything about one job, written as one value: a transition reads it, changes it and writes
 /// it back in one store transaction.
@@ -90,12 +93,13 @@ impl JobRecord {
     }
 
     /// What a calibration must be for to serve this job.
-    pub(crate) fn calibration_key(&self) -> v1::CalibrationKey {
-        v1::CalibrationKey {
+    pub(crate) fn run(&self) -> Run {
+        let key = v1::CalibrationKey {
             generator: self.model.hash.clone(),
             sampler: self.model.sampler.clone(),
             steps: self.job.spec.as_ref().map(|spec| spec.steps()).unwrap_or_default(),
-        }
+        };
+        Run::new(key, &self.policy().steering.unwrap_or_default())
     }
 
     /// The shard `id`.
@@ -117,7 +121,6 @@ impl JobRecord {
             position: shard.position,
             model: self.model.name.clone(),
             model_hash: self.model.hash.clone(),
-            images: shard.count,
             leased: shard.lease.phase() == Phase::Leased,
             token: shard.lease.token(),
             holder: shard.lease.holder().to_owned(),
@@ -161,9 +164,6 @@ pub(crate) struct ActiveShard {
     /// Not handed out before this time.
     #[prost(int64, tag = "10")]
     pub(crate) not_before_unix_ms: i64,
-    /// Number of images.
-    #[prost(uint32, tag = "11")]
-    pub(crate) images: u32,
 }
 
 impl ActiveShard {

@@ -201,6 +201,10 @@ fn expect_shape(what: &'static str, got: &Tensor, expected: &[usize]) -> Result<
     Err(ScorerError::Shape { what, got: got.dims().to_vec(), expected: expected.to_vec() })
 }
 
+/// A gradient with no greater value than this says nothing: what normalises it guards against a
+/// division by zero with a larger number.
+const LEAST_GRADIENT: f32 = 1e-10;
+
 /// A gradient under an open gate must be there, finite and not all zero: anything else would leave
 /// the image unsteered in silence.
 pub(crate) fn check_gradient(
@@ -211,7 +215,7 @@ pub(crate) fn check_gradient(
 ) -> Result<(), RequestError> {
     let what = if gradient.iter().any(|value| !value.is_finite()) {
         "not finite"
-    } else if gradient.iter().all(|value| *value == 0.0) {
+    } else if gradient.iter().all(|value| value.abs() < LEAST_GRADIENT) {
         "all zero"
     } else {
         return Ok(());

@@ -12,7 +12,8 @@ pub(crate) enum Before {
     Closed,
     /// Open at the image's previous evaluation.
     Open,
-    /// Open whatever the score: an earlier attempt at the image ended with the concept on it.
+    /// An earlier attempt at the image ended with the concept on it: open down to the mean of benign
+    /// images.
     Held,
 }
 
@@ -36,12 +37,13 @@ impl Level {
         (score - self.mean) / self.sd
     }
 
-    /// Open above `q`; a gate that was open stays so until `z` falls below `q - h`.
+    /// Open above `q`; a gate that was open stays so until `z` falls below `q - h`, a held one until
+    /// the picture has no more of the concept than benign ones have.
     pub(crate) fn is_open(&self, z: f32, before: Before) -> bool {
         match before {
             Before::Closed => z > self.gate,
             Before::Open => z > self.gate || z >= self.gate - self.hysteresis,
-            Before::Held => true,
+            Before::Held => z > 0.0 || z >= self.gate - self.hysteresis,
         }
     }
 
@@ -94,7 +96,7 @@ mod tests {
             prop_assert!(!fresh || kept);
             prop_assert_eq!(fresh, z > level.gate);
             prop_assert_eq!(kept, z > level.gate || z >= level.gate - level.hysteresis);
-            prop_assert!(level.is_open(z, Before::Held));
+            prop_assert_eq!(level.is_open(z, Before::Held), kept || z > 0.0);
         }
 
         #[test]

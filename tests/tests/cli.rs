@@ -102,7 +102,7 @@ async fn interrupting_generate_cancels_the_job() -> Result<()> {
 async fn up_serves_until_it_is_told_to_stop() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut up = command();
-    up.args(["up", "--listen", "127.0.0.1:0"])
+    up.args(["up", "--listen", "127.0.0.1:0", "--workers", "2"])
         .current_dir(folder.path())
         .env("FAIRLEAD_ASSETS", asset(""))
         .stdout(std::process::Stdio::piped());

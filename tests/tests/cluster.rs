@@ -8,22 +8,21 @@ use fairlead_tests::{PATIENCE, Sandbox, asset};
 use tokio::time::timeout;
 use tonic::Code;
 
-/// A policy that steers, one that only looks, and one for step counts nobody calibrated.
-const POLICIES: &str = r#"
-default_policy = "default"
-[policies.default]
-concepts = ["*"]
-allow_overrides = true
-[policies.unsteered]
-concepts = ["*"]
-observe_only = true
+/// For step counts nobody calibrated, beside the embedded policies.
+const LENIENT: &str = r#"
 [policies.lenient]
 concepts = ["*"]
 allow_calibration_fallback = true
 "#;
 
+fn policies() -> Result<String> {
+    let embedded = std::fs::read_to_string(asset("policies.toml"))?;
+    let measuring = std::fs::read_to_string(asset("policies-measuring.toml"))?;
+    Ok(embedded + &measuring + LENIENT)
+}
+
 async fn sandbox() -> Result<Sandbox> {
-    let mut sandbox = Sandbox::with_policies(POLICIES).await?;
+    let mut sandbox = Sandbox::with_policies(&policies()?).await?;
     sandbox.energy("energy").await?;
     sandbox.worker("worker").await?;
     sandbox.ready().await?;
@@ -64,7 +63,6 @@ async fn benign_images_are_identical_to_unsteered_ones() -> Result<()> {
 #[tokio::test]
 async fn a_target_is_steered_and_images_do_not_depend_on_sharding() -> Result<()> {
     let sandbox = sandbox().await?;
-    // A low eta keeps the final check from rerunning every image; withheld ones would do as well.
     let target = spec("a kitchen knife on a white background", 4);
     let mut records = Vec::new();
     for max_shard_size in [4, 1, 3] {
@@ -220,7 +218,7 @@ async fn a_long_prompt_is_encoded_in_chunks_and_the_answer_says_so() -> Result<(
 
 #[tokio::test]
 async fn without_an_energy_node_nothing_is_admitted() -> Result<()> {
-    let mut sandbox = Sandbox::with_policies(POLICIES).await?;
+    let mut sandbox = Sandbox::with_policies(&policies()?).await?;
     sandbox.worker("worker").await?;
     let submit = async {
         loop {
@@ -236,6 +234,5 @@ async fn without_an_energy_node_nothing_is_admitted() -> Result<()> {
     let status = timeout(PATIENCE, submit).await?.expect_err("no concept is served");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(status.message().contains("energy"), "{}", status.message());
-    assert!(asset("emojiland-clip").exists());
     Ok(())
 }

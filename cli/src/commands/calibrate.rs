@@ -1,6 +1,7 @@
 //! `fairlead calibrate`: benign images of one generator, scored, set the gate.
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -19,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     assets::ModelArgs,
     client::Client,
-    cluster::{ClusterOptions, LocalCluster},
+    cluster::{ClusterOptions, LocalCluster, WorkersArgs},
     output,
     pairs::JOBS_IN_FLIGHT,
     progress::Counter,
@@ -27,7 +28,7 @@ use crate::{
 };
 
 /// Policy that records scores at every step of the window and corrects nothing; it ships in
-/// `assets/policies.toml`.
+/// `assets/policies-measuring.toml`.
 const CALIBRATION: &str = "calibration";
 
 /// Makes unsteered images of benign prompts, records what each concept scores over the
@@ -40,8 +41,10 @@ const CALIBRATION: &str = "calibration";
 pub(crate) struct CalibrateArgs {
     #[command(flatten)]
     models: ModelArgs,
+    #[command(flatten)]
+    workers: WorkersArgs,
     /// Calibrate on this coordinator's cluster instead of a local one. It needs a policy named
-    /// `calibration`, as in assets/policies.toml.
+    /// `calibration`, as in assets/policies-measuring.toml.
     #[arg(long, env = "FAIRLEAD_SERVER")]
     server: Option<String>,
     /// Generator by name, where the coordinator has several.
@@ -63,10 +66,10 @@ pub(crate) struct CalibrateArgs {
     #[arg(long, default_value_t = 1.0)]
     window_start: f32,
     /// End of the window; policies may steer in a part of it.
-    #[arg(long, default_value_t = 0.6)]
+    #[arg(long, default_value_t = 0.4)]
     window_end: f32,
-    /// Benign prompts, one a line, repeated with other seeds as often as needed. Default: prompts
-    /// about Emojiland's permitted objects.
+    /// Benign prompts, one a line and each used once; the more different ones, the better the bound
+    /// holds. Default: prompts about Emojiland's permitted objects.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// Folder to write to. Default: the folder of calibrations.
@@ -76,6 +79,14 @@ pub(crate) struct CalibrateArgs {
 
 pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
+    ensure!(
+        args.alpha > 0.0 && args.alpha < 1.0,
+        "--alpha {}: must be above 0 and below 1, e.g. 0.01",
+        args.alpha
+    );
+    if args.server.is_some() {
+        args.models.refuse_beside_server(&[])?;
+    }
     ensure!(
         args.images >= maker::minimum_images(args.alpha),
         "--images {}: alpha {} needs at least {} images",
@@ -93,7 +104,9 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server)?, None),
         None => {
-            let cluster = LocalCluster::start(ClusterOptions::temporary(&args.models)).await?;
+            let options =
+                ClusterOptions { workers: args.workers, ..ClusterOptions::temporary(&args.models) };
+            let cluster = LocalCluster::start(options).await?;
             (Client::new(cluster.address())?, Some(cluster))
         }
     };
@@ -143,9 +156,20 @@ fn prompts(args: &CalibrateArgs) -> Result<Vec<(String, u64)>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the prompts file {}", path.display()))?;
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    ensure!(!lines.is_empty(), "{}: no prompts; write one a line", path.display());
-    let endless = lines.iter().cycle().zip(1..);
-    Ok(endless.take(args.images).map(|(line, seed)| ((*line).to_owned(), seed)).collect())
+    let distinct: BTreeSet<&str> = lines.iter().copied().collect();
+    // A prompt in both halves would be measured against itself, and the bound would not hold.
+    ensure!(
+        distinct.len() >= args.images,
+        "{}: {} different prompts for --images {}; give at least as many, one a line, or ask for \
+         fewer images (alpha {} needs {})",
+        path.display(),
+        distinct.len(),
+        args.images,
+        args.alpha,
+        maker::minimum_images(args.alpha)
+    );
+    let seeded = distinct.into_iter().zip(1..);
+    Ok(seeded.take(args.images).map(|(line, seed)| (line.to_owned(), seed)).collect())
 }
 
 async fn model(client: &Client, name: &str) -> Result<ModelInfo> {

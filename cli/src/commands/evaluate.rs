@@ -13,7 +13,7 @@ use super::generate::SteeringArgs;
 use crate::{
     assets::ModelArgs,
     client::{Client, FinishedImage},
-    cluster::{ClusterOptions, LocalCluster},
+    cluster::{ClusterOptions, LocalCluster, WorkersArgs},
     output,
     pairs::{self, Pair},
     progress::Counter,
@@ -32,6 +32,8 @@ use crate::{
 pub(crate) struct EvaluateArgs {
     #[command(flatten)]
     models: ModelArgs,
+    #[command(flatten)]
+    workers: WorkersArgs,
     #[command(flatten)]
     steering: SteeringArgs,
     /// Prompts of each kind.
@@ -63,7 +65,9 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     let folder = output::ensure_folder(&args.out)?;
     let judge = Judge::load_cpu(&args.models.judge()?)?;
     let objects = Objects::read(&args.models.objects()?)?;
-    let cluster = LocalCluster::start(ClusterOptions::temporary(&args.models)).await?;
+    let options =
+        ClusterOptions { workers: args.workers, ..ClusterOptions::temporary(&args.models) };
+    let cluster = LocalCluster::start(options).await?;
     let client = Client::new(cluster.address())?;
     let measured = measure(&client, &args, &objects, &judge, &stop).await;
     cluster.stop().await?;

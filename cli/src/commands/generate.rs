@@ -1,6 +1,7 @@
 //! `fairlead generate`: prompts in, steered images out.
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -181,6 +182,10 @@ fn parse_size(text: &str) -> Result<(u32, u32), String> {
 
 pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
+    if args.server.is_some() {
+        args.models
+            .refuse_beside_server(&[("--calibrations", args.models.calibrations.is_some())])?;
+    }
     let folder = output::ensure_folder(&args.out)?;
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server)?, None),
@@ -207,6 +212,7 @@ async fn generate_all(
     stop: &CancellationToken,
 ) -> Result<ExitCode> {
     let mut withheld = 0;
+    let mut names = BTreeSet::new();
     for prompt in &args.prompts {
         let mut spec = args.request.spec(prompt, &args.steering);
         spec.model = args.model_name.clone().unwrap_or_default();
@@ -222,19 +228,25 @@ async fn generate_all(
             }
             _ => bail!("job {} failed: {}", job.job_id, job.reason),
         }
-        withheld += report(&client.collect(job).await?, prompt, folder)?;
+        withheld += report(&client.collect(job).await?, prompt, folder, &mut names)?;
     }
     Ok(if withheld > 0 { ExitCode::from(WITHHELD) } else { ExitCode::SUCCESS })
 }
 
-/// Saves and prints what a job left; returns how many images were withheld.
-fn report(finished: &Finished, prompt: &str, folder: &Path) -> Result<usize> {
+/// Saves and prints what a job left; returns how many images were withheld. `names` are those taken
+/// by earlier jobs of this command.
+fn report(
+    finished: &Finished,
+    prompt: &str,
+    folder: &Path,
+    names: &mut BTreeSet<String>,
+) -> Result<usize> {
     for notice in &finished.job.notices {
         println!("note: {notice}");
     }
     let mut withheld = 0;
     for image in &finished.images {
-        let name = format!("{}-{}", output::slug(prompt), image.info.seed);
+        let name = output::unused(&format!("{}-{}", output::slug(prompt), image.info.seed), names);
         client::save(image, folder, &name)?;
         let top = output::top_score(&image.info.final_scores)
             .map(|top| format!("{} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))

@@ -8,7 +8,7 @@ use fairlead_common::shutdown;
 
 use crate::{
     assets::ModelArgs,
-    cluster::{ClusterOptions, LocalCluster},
+    cluster::{ClusterOptions, LocalCluster, WorkersArgs},
 };
 
 /// Runs coordinator, worker and energy node in one process, each on its own loopback port.
@@ -18,6 +18,8 @@ use crate::{
 pub(crate) struct UpArgs {
     #[command(flatten)]
     models: ModelArgs,
+    #[command(flatten)]
+    workers: WorkersArgs,
     /// Address of the coordinator. This mode has no authentication: keep it on loopback.
     #[arg(long, default_value = "127.0.0.1:7100", env = "FAIRLEAD_LISTEN")]
     listen: SocketAddr,
@@ -39,7 +41,9 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
         listen: args.listen,
         data_dir: Some(args.data_dir),
         policies: args.policies,
+        measuring: false,
         max_batch: args.max_batch,
+        workers: args.workers,
     };
     let mut cluster = LocalCluster::start(options).await?;
     println!("cluster ready at {}", cluster.address());

@@ -34,18 +34,21 @@ fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::Calibratio
     let info = v1::NodeInfo {
         node_id: format!("node-{since}"),
         concepts: concepts.iter().map(concept).collect(),
-        calibrations: calibrated
-            .map(|key| v1::CalibrationInfo { key: Some(key), ..Default::default() })
-            .into_iter()
-            .collect(),
+        calibrations: calibrated.map(calibration).into_iter().collect(),
         ..Default::default()
     };
     LiveNode { info: Arc::new(info), since_unix_ms: since, load: 0 }
 }
 
+/// For four crops and the whole window.
+fn calibration(key: v1::CalibrationKey) -> v1::CalibrationInfo {
+    v1::CalibrationInfo { key: Some(key), crops: 4, window_start: 1.0, ..Default::default() }
+}
+
 struct World {
     models: Vec<v1::ModelInfo>,
     nodes: Vec<LiveNode>,
+    seen_concepts: BTreeSet<String>,
     policies: Policies,
 }
 
@@ -56,6 +59,7 @@ impl World {
         Self {
             models: vec![model("sd")],
             nodes: vec![node(&concepts, 1, Some(key("sd", 25)))],
+            seen_concepts: BTreeSet::new(),
             policies: Policies::default(),
         }
     }
@@ -70,7 +74,7 @@ impl World {
             models: &self.models,
             seen_models: &BTreeSet::from(["gone-model".to_owned()]),
             nodes: &self.nodes,
-            seen_concepts: &BTreeSet::from(["gone-concept".to_owned()]),
+            seen_concepts: &self.seen_concepts,
         };
         let identity = Identity { job: JobId::generate(), drawn_seed: 99, now: 7 };
         admit(spec, &self.policies, &cluster, identity)
@@ -149,16 +153,13 @@ fn a_missing_worker_or_node_is_unavailable_not_invalid() {
     let no_worker = World { models: vec![], ..World::new() };
     let no_node = World { nodes: vec![], ..World::new() };
     let named = World::new().policies("[policies.a]\nconcepts = ['bomb']");
+    let gone = World { seen_concepts: BTreeSet::from(["gone-concept".to_owned()]), ..World::new() };
     let cases = [
         (no_worker.admit(&spec()), "no worker is attached"),
         (World::new().admit(&v1::JobSpec { model: "gone-model".into(), ..spec() }), "`gone-model`"),
         (no_node.admit(&spec()), "no energy node is registered"),
         (named.admit(&spec()), "no live energy node serves concept `bomb`"),
-        (
-            World::new()
-                .admit(&v1::JobSpec { extra_concepts: vec!["gone-concept".into()], ..spec() }),
-            "concept `gone-concept`",
-        ),
+        (gone.admit(&spec()), "concept `gone-concept`"),
     ];
     for (result, expected) in cases {
         let error = result.expect_err(expected);
@@ -178,9 +179,17 @@ fn an_empty_model_needs_exactly_one_attached() {
 fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
     let other_steps = v1::JobSpec { steps: Some(30), ..spec() };
     let error = World::new().admit(&other_steps).expect_err("not calibrated");
+    let crops = Some(v1::SteeringParams { crops: Some(2), ..Default::default() });
+    let other_crops = World::new().admit(&v1::JobSpec { steering: crops, ..spec() });
+    assert!(other_crops.expect_err("not calibrated").to_string().contains("--crops 2"));
     assert_eq!(error.code(), Code::FailedPrecondition);
     let text = error.to_string();
-    assert!(text.contains("run `fairlead calibrate --model sd --steps 30`"), "{text}");
+    assert!(
+        text.contains(
+            "`fairlead calibrate --steps 30 --crops 4 --window-start 1 --window-end 0.6`"
+        ),
+        "{text}"
+    );
     for flag in ["allow_calibration_fallback", "observe_only"] {
         let world = World::new().policies(&format!("[policies.a]\nconcepts=['*']\n{flag} = true"));
         world.admit(&other_steps).expect(flag);

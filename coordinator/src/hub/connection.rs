@@ -265,6 +265,10 @@ impl Connection {
         });
         let Some(Some((job, attempt))) = running else { return };
         shared.remove_session(lease);
+        if failure.handed_back {
+            shared.give_back(job, lease).await;
+            return;
+        }
         let reason = match failure.reason.as_str() {
             "" => format!("worker {} gave no reason", self.worker_id),
             reason => format!("worker {}: {reason}", self.worker_id),

@@ -1,9 +1,9 @@
 //! The dispatcher: takes back expired leases, hands queued shards to workers, and tells workers
 //! when the nodes of their shards change.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use fairlead_common::ids::JobId;
+use fairlead_common::ids::{JobId, ShardId};
 use fairlead_proto::v1::{self, attach_response::Message};
 use tokio::sync::mpsc;
 
@@ -32,8 +32,9 @@ pub(super) async fn run(shared: Arc<Shared>) {
     let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
     let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
     let mut nodes = shared.registry.subscribe();
+    let mut stuck = Stuck::default();
     loop {
-        let wait = match tick(&shared).await {
+        let wait = match tick(&shared, &mut stuck).await {
             Ok(Some(retry)) => pause.min(retry),
             Ok(None) => pause,
             Err(error) => {
@@ -50,8 +51,19 @@ pub(super) async fn run(shared: Arc<Shared>) {
     }
 }
 
+/// Since when each queued shard is one that nobody can make; Unix milliseconds.
+#[derive(Default)]
+struct Stuck(BTreeMap<ShardId, i64>);
+
+impl Stuck {
+    /// How long `shard` has been stuck by `now`.
+    fn since(&mut self, shard: ShardId, now: i64) -> i64 {
+        now - *self.0.entry(shard).or_insert(now)
+    }
+}
+
 /// One round; returns when the next delayed shard is due.
-async fn tick(shared: &Arc<Shared>) -> Result<Option<Duration>> {
+async fn tick(shared: &Arc<Shared>, stuck: &mut Stuck) -> Result<Option<Duration>> {
     shared.registry.expire();
     let now = unix_ms();
     forget_stopped(shared, now);
@@ -60,11 +72,23 @@ async fn tick(shared: &Arc<Shared>) -> Result<Option<Duration>> {
     for shard in leased.iter().filter(|shard| shard.expires_unix_ms <= now) {
         expire(shared, shard).await;
     }
+    stuck
+        .0
+        .retain(|id, _| queue.iter().any(|shard| shard.ids().is_some_and(|(_, l)| l.shard == *id)));
     let due = queue.iter().map(|shard| shard.not_before_unix_ms).filter(|&at| at > now).min();
     queue.retain(|shard| shard.not_before_unix_ms <= now);
     if !shared.draining.is_cancelled() {
+        for shard in without_worker(shared, &queue) {
+            let Some((job, LeaseKey { shard: id, .. })) = shard.ids() else { continue };
+            let reason = format!(
+                "no attached worker has the generator `{}` with hash {}; start one with `fairlead \
+                 worker`",
+                shard.model, shard.model_hash
+            );
+            put_off(shared, stuck, job, id, reason).await?;
+        }
         for (shard, connection) in place(shared, &queue) {
-            deliver(shared, shard, connection).await?;
+            deliver(shared, stuck, shard, connection).await?;
         }
     }
     Ok(due.map(|at| Duration::from_millis(u64::try_from(at - now).unwrap_or_default())))
@@ -102,46 +126,66 @@ fn place<'a>(shared: &Shared, queue: &'a [ActiveShard]) -> Vec<(&'a ActiveShard,
             models: worker
                 .models
                 .iter()
-                .map(|model| ((model.name.as_str(), model.hash.as_str()), model.max_batch))
+                .map(|model| (model.name.as_str(), model.hash.as_str()))
                 .collect(),
             capacity: worker.capacity,
             leases: state.leases_of(**connection).count(),
         })
         .collect();
-    let waiting: Vec<_> = queue
-        .iter()
-        .map(|shard| Waiting { model: (&shard.model, &shard.model_hash), images: shard.images })
-        .collect();
+    let waiting: Vec<_> =
+        queue.iter().map(|shard| Waiting { model: (&shard.model, &shard.model_hash) }).collect();
     placement::place(&waiting, &workers)
         .into_iter()
         .map(|(shard, worker)| (&queue[shard], *takers[worker].0))
         .collect()
 }
 
-/// Hands one shard to one worker, or counts a delivery that cannot be made because a concept has
-/// no live node.
-async fn deliver(shared: &Arc<Shared>, shard: &ActiveShard, connection: u64) -> Result<()> {
+/// Queued shards whose generator no attached worker has.
+fn without_worker<'a>(shared: &Shared, queue: &'a [ActiveShard]) -> Vec<&'a ActiveShard> {
+    let state = shared.state.lock();
+    let has = |shard: &ActiveShard| {
+        let mut models = state.workers.values().flat_map(|worker| &worker.models);
+        models.any(|model| model.name == shard.model && model.hash == shard.model_hash)
+    };
+    queue.iter().filter(|shard| !has(shard)).collect()
+}
+
+/// Leaves a shard that nobody can make in the queue, or when it has been so for too long, fails it.
+async fn put_off(
+    shared: &Shared,
+    stuck: &mut Stuck,
+    job: JobId,
+    shard: ShardId,
+    reason: String,
+) -> Result<()> {
+    let retryable = stuck.since(shard, unix_ms()) < millis(shared.options.max_wait);
+    tracing::warn!(%job, %shard, reason, retryable, "shard cannot be handed out");
+    let failure = Failure { reason, retryable, delay_ms: shared.retry_delay_ms(1) };
+    match shared.apply(job, Transition::Postpone { shard, failure }).await {
+        // Cancelled in between.
+        Ok(_) | Err(StoreError::Refused(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Hands one shard to one worker, or puts it off because a concept has no live node.
+async fn deliver(
+    shared: &Arc<Shared>,
+    stuck: &mut Stuck,
+    shard: &ActiveShard,
+    connection: u64,
+) -> Result<()> {
     let Some((job_id, LeaseKey { shard: id, .. })) = shard.ids() else { return Ok(()) };
     let Some(job) = shared.store.get(job_id).await? else { return Ok(()) };
     let assignment = assign(shared, &job);
-    let transition = match assignment.unserved.first() {
-        Some(unserved) => {
-            let deliveries = job.shard(id).map(|shard| shard.lease.deliveries());
-            let delay_ms = shared.retry_delay_ms(deliveries.unwrap_or_default() + 1);
-            let reason = unserved.to_string();
-            tracing::warn!(job = %job_id, shard = %id, reason, "shard cannot be handed out");
-            let failure = Failure { reason, retryable: true, delay_ms };
-            Transition::Postpone { shard: id, failure }
-        }
-        None => {
-            let worker = shared.state.lock().workers.get(&connection).map(|w| w.id.clone());
-            let Some(worker) = worker else { return Ok(()) };
-            let ttl_ms = millis(shared.options.lease_ttl);
-            Transition::Grant { shard: id, worker, ttl_ms }
-        }
-    };
+    if let Some(unserved) = assignment.unserved.first() {
+        return put_off(shared, stuck, job_id, id, unserved.to_string()).await;
+    }
+    let worker = shared.state.lock().workers.get(&connection).map(|w| w.id.clone());
+    let Some(worker) = worker else { return Ok(()) };
+    let ttl_ms = millis(shared.options.lease_ttl);
     let _handover = shared.handover.lock().await;
-    match shared.apply(job_id, transition).await {
+    match shared.apply(job_id, Transition::Grant { shard: id, worker, ttl_ms }).await {
         Ok(applied) => {
             if let Effect::Granted { lease, attempt } = applied.effect {
                 let job = Arc::new(applied.record);
@@ -157,9 +201,9 @@ async fn deliver(shared: &Arc<Shared>, shard: &ActiveShard, connection: u64) -> 
 }
 
 fn assign(shared: &Shared, job: &JobRecord) -> routing::Assignment {
-    let (policy, key) = (job.policy(), job.calibration_key());
+    let (policy, run) = (job.policy(), job.run());
     let nodes = shared.registry.live();
-    routing::assign(&policy.concepts, &nodes, admission::calibration(&policy, &key))
+    routing::assign(&policy.concepts, &nodes, admission::calibration(&policy, &run))
 }
 
 /// A lease that was granted and not yet told to its worker.
@@ -257,8 +301,8 @@ fn update_nodes(shared: &Shared) {
         if covered == policy.concepts.len() && routing::still_live(&session.endpoints, &nodes) {
             continue;
         }
-        let key = session.job.calibration_key();
-        let need = admission::calibration(&policy, &key);
+        let run = session.job.run();
+        let need = admission::calibration(&policy, &run);
         let energies = routing::assign(&policy.concepts, &nodes, need).endpoints;
         if energies == session.endpoints {
             continue;

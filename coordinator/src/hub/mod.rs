@@ -41,6 +41,8 @@ pub(crate) struct HubOptions {
     pub(crate) lease_ttl: Duration,
     /// Wait before the second delivery of a failed shard; it doubles with each further one.
     pub(crate) retry_delay: Duration,
+    /// How long a shard may stay queued that nobody can make.
+    pub(crate) max_wait: Duration,
 }
 
 /// The hub; clones share it.
@@ -126,17 +128,22 @@ impl Hub {
     }
 
     /// Cancels a job: queued shards end now, workers are told to stop the running ones.
+    /// It is done whole even if the caller goes away meanwhile.
     pub(crate) async fn cancel(&self, job: JobId, reason: &str) -> Result<JobRecord> {
-        let _handover = self.shared.handover.lock().await;
-        let cancel = Transition::Cancel { reason: reason.to_owned() };
-        let applied = self.shared.apply(job, cancel).await?;
-        if let Effect::Cancelled { running } = applied.effect {
-            for lease in running {
-                self.shared.stop_session(lease, reason);
+        let (shared, reason) = (Arc::clone(&self.shared), reason.to_owned());
+        let cancelling = self.shared.tasks.spawn(async move {
+            let _handover = shared.handover.lock().await;
+            let cancel = Transition::Cancel { reason: reason.clone() };
+            let applied = shared.apply(job, cancel).await?;
+            if let Effect::Cancelled { running } = applied.effect {
+                for lease in running {
+                    shared.stop_session(lease, &reason);
+                }
             }
-        }
-        self.wake();
-        Ok(applied.record)
+            shared.wake.notify_one();
+            Ok(applied.record)
+        });
+        cancelling.await.expect("cancelling does not panic and is never aborted")
     }
 
     /// Hands out nothing more, waits up to `grace` for running shards, then ends all streams;
@@ -165,12 +172,15 @@ impl Shared {
         Ok(applied)
     }
 
-    /// Returns shards to the queue that an earlier process of this single coordinator held.
+    /// Returns shards to the queue that an earlier process of this single coordinator held. Each
+    /// counts as a delivery: what kills the process that runs it must not be run for ever.
     async fn recover(&self) -> Result<()> {
         let held = self.store.active().await?.into_iter().filter(|shard| shard.leased);
         let mut recovered = 0;
         for (job, lease) in held.filter_map(|shard| shard.ids()) {
-            self.apply(job, Transition::GiveBack { lease }).await?;
+            let reason = "the coordinator died while the shard ran".to_owned();
+            let failure = Failure { reason, retryable: true, delay_ms: 0 };
+            self.apply(job, Transition::Fail { lease, failure }).await?;
             recovered += 1;
         }
         if recovered > 0 {

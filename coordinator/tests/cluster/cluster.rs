@@ -46,6 +46,11 @@ pub(crate) fn options() -> CoordinatorOptions {
     }
 }
 
+/// The same, but what nobody can make fails at once.
+pub(crate) fn impatient() -> CoordinatorOptions {
+    CoordinatorOptions { max_wait: Duration::ZERO, ..options() }
+}
+
 pub(crate) fn policies(text: &str) -> CoordinatorOptions {
     CoordinatorOptions { policies: Policies::parse(text).expect("valid policies"), ..options() }
 }

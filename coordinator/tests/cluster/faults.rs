@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use fairlead_coordinator::CoordinatorOptions;
 use fairlead_proto::v1::{
-    self, CommitStatus, ImageStatus, JobState, attach_request::Message as Up,
+    self, CommitStatus, ImageStatus, JobState, ShardFailure, attach_request::Message as Up,
     attach_response::Message as Down,
 };
 use tonic::Code;
 
 use crate::{
-    cluster::{Cluster, assert_failed_naming, collect, options, spec, statuses},
+    cluster::{Cluster, assert_failed_naming, collect, impatient, options, spec, statuses},
     node::{Node, Script},
     worker::{Worker, hello, lease, model, released},
 };
@@ -66,6 +66,39 @@ async fn another_worker_finishes_what_a_lost_one_began() {
     assert_eq!(statuses(&job), [ImageStatus::Released; 2]);
     let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
     assert_eq!(record.worker_id, "other");
+}
+
+#[tokio::test]
+async fn a_job_whose_generator_is_gone_does_not_wait_for_ever() {
+    let cluster = Cluster::start(impatient()).await;
+    let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    worker.assignment().await;
+    drop(worker);
+    let job = cluster.finished(&job.job_id).await;
+    assert_failed_naming(&job, &["generator `sd`", "hash-of-sd"]);
+}
+
+#[tokio::test]
+async fn a_shard_that_is_handed_back_is_not_counted_against_it() {
+    let (cluster, _node) = start().await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    for _ in 0..10 {
+        let shard = worker.assignment().await;
+        assert_eq!(shard.attempt, 1);
+        let failure = ShardFailure {
+            lease: Some(lease(&shard)),
+            reason: "the worker is leaving".into(),
+            retryable: true,
+            handed_back: true,
+            ..Default::default()
+        };
+        worker.send(Up::Failure(failure)).await;
+    }
+    worker.complete_all();
+    assert_eq!(cluster.finished(&job.job_id).await.state(), JobState::Completed);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use fairlead_proto::v1::{
 use tonic::Code;
 
 use crate::{
-    cluster::{Cluster, assert_failed_naming, options, spec, statuses},
+    cluster::{Cluster, assert_failed_naming, impatient, options, spec, statuses},
     node::{Node, Script},
     worker::{Worker, lease, released},
 };
@@ -130,7 +130,7 @@ async fn a_node_that_dies_before_the_release_releases_nothing() {
 
 #[tokio::test]
 async fn a_node_that_leaves_before_the_release_releases_nothing() {
-    let cluster = Cluster::start(options()).await;
+    let cluster = Cluster::start(impatient()).await;
     let node = Node::start(&cluster, "leaver", &["axe"], Script::Closed).await;
     let mut worker = Worker::attach(&cluster, "w", 1).await;
     let job = cluster.submit(spec(1)).await.expect("valid");

@@ -75,6 +75,8 @@ pub(crate) fn describe(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
         calibrations: vec![CalibrationInfo {
             key: Some(key),
             id: "calibration-1".into(),
+            crops: 4,
+            window_start: 1.0,
             ..Default::default()
         }],
         ..Default::default()

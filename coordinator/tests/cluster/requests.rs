@@ -80,6 +80,15 @@ async fn a_cluster_without_workers_or_nodes_says_what_is_missing() {
 }
 
 #[tokio::test]
+async fn a_concept_whose_node_is_gone_stays_forbidden() {
+    let (cluster, _node, _worker) = start(options()).await;
+    let other = Node::start(&cluster, "other", &["pill"], Script::Closed).await;
+    cluster.submit(spec(1)).await.expect("both are served");
+    other.leave(&cluster).await;
+    assert_status(cluster.submit(spec(1)).await, Code::Unavailable, "concept `pill`");
+}
+
+#[tokio::test]
 async fn a_full_queue_refuses_and_recovers() {
     let (cluster, _node, mut worker) =
         start(CoordinatorOptions { max_queued: 2, ..options() }).await;

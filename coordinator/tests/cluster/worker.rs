@@ -151,7 +151,14 @@ impl Worker {
     pub(crate) async fn fail(&self, assignment: &ShardAssignment, reason: &str, retryable: bool) {
         let lease = Some(lease(assignment));
         let reason = reason.to_owned();
-        self.send(Up::Failure(ShardFailure { lease, reason, retryable, cancelled: false })).await;
+        self.send(Up::Failure(ShardFailure {
+            lease,
+            reason,
+            retryable,
+            cancelled: false,
+            handed_back: false,
+        }))
+        .await;
     }
 
     /// Completes whatever it is given, until its stream ends.

@@ -6,12 +6,20 @@
 //! values. A further benign image exchangeable with them stays at or below the gate with
 //! probability at least `1 - alpha`, for any number of concepts (split conformal prediction, Vovk
 //! et al. 2005; Lei et al. 2018, theorem 2.2).
+//!
+//! No deviation counts for less than their root mean square over concepts and bins. One gate serves
+//! all concepts, and scores have long tails: without the floor one odd picture of a concept that is
+//! otherwise very quiet has a `z` that raises the gate for all the others.
 
 use super::{BINS, Bin, Calibration, ConceptBins, FINISHED_BIN, FORMAT, Setup, time_bin};
 use crate::{concepts, gate::Level, random::SplitMix64};
 
-/// The hysteresis `h` that calibrations are made with.
+/// The least hysteresis `h`.
 pub const HYSTERESIS: f32 = 0.5;
+
+/// The hysteresis as a share of the gate, where that is more: long tails put the gate far from where
+/// most benign images score, and what has just fallen below it may still be well in view.
+const HYSTERESIS_SHARE: f32 = 1.0 / 3.0;
 
 /// Raw scores of one image's trajectory, concepts in the order of [`Recording::concepts`].
 #[derive(Debug, Clone, PartialEq)]
@@ -168,7 +176,7 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
         alpha,
         images: recording.images.len() as u32,
         gate,
-        hysteresis: HYSTERESIS,
+        hysteresis: HYSTERESIS.max(HYSTERESIS_SHARE * gate),
         concepts: recording.concepts.iter().zip(levels).map(named).collect(),
     }
     .seal())
@@ -240,7 +248,7 @@ fn shuffled(n: usize) -> Vec<usize> {
     order
 }
 
-/// Mean and standard deviation per concept and bin.
+/// Mean and standard deviation, not below the floor, per concept and bin.
 fn levels(recording: &Recording, images: &[usize]) -> Result<Vec<Vec<Option<Bin>>>, MakeError> {
     let mut values = vec![[const { Vec::new() }; BINS]; recording.concepts.len()];
     for &image in images {
@@ -250,7 +258,7 @@ fn levels(recording: &Recording, images: &[usize]) -> Result<Vec<Vec<Option<Bin>
             }
         }
     }
-    let level = |name: &str, bin: usize, scores: &[f32]| match scores {
+    let moments_of = |name: &str, bin: usize, scores: &[f32]| match scores {
         [] => Ok(None),
         [_] => Err(MakeError::ThinBin { bin, count: 1 }),
         [score, ..] => match moments(scores) {
@@ -261,9 +269,17 @@ fn levels(recording: &Recording, images: &[usize]) -> Result<Vec<Vec<Option<Bin>
         },
     };
     let concept = |((name, _), bins): (&(String, String), &[Vec<f32>; BINS])| {
-        bins.iter().enumerate().map(|(bin, scores)| level(name, bin, scores)).collect()
+        bins.iter().enumerate().map(|(bin, scores)| moments_of(name, bin, scores)).collect()
     };
-    recording.concepts.iter().zip(&values).map(concept).collect()
+    let mut levels =
+        recording.concepts.iter().zip(&values).map(concept).collect::<Result<Vec<Vec<_>>, _>>()?;
+    let filled = || levels.iter().flatten().flatten();
+    let square: f64 = filled().map(|bin| f64::from(bin.sd).powi(2)).sum();
+    let floor = (square / filled().count().max(1) as f64).sqrt() as f32;
+    for bin in levels.iter_mut().flatten().flatten() {
+        bin.sd = bin.sd.max(floor);
+    }
+    Ok(levels)
 }
 
 /// Mean and sample standard deviation (n - 1), summed in f64.

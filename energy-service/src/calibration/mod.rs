@@ -237,6 +237,9 @@ impl Calibration {
             alpha: self.alpha,
             gate: self.gate,
             images: self.images,
+            crops: self.setup.crops,
+            window_start: self.window.0,
+            window_end: self.window.1,
         }
     }
 }

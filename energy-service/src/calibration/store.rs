@@ -203,7 +203,10 @@ fn read(
     concepts: &[&ServedConcept],
     times: &[f32],
 ) -> (Vec<Vec<Level>>, Option<f32>) {
-    let mut outside = None;
+    let (start, end) = calibration.window;
+    // The finished image, at time 0, is scored whatever the window.
+    let mut outside =
+        times.iter().copied().find(|&time| time > 0.0 && !(end..=start).contains(&time));
     let mut level = |concept: &ServedConcept, time: f32| {
         let bins = calibration
             .concepts

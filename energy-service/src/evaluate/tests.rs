@@ -152,12 +152,15 @@ fn hysteresis_keeps_a_gate_open() {
 }
 
 #[test]
-fn a_held_gate_is_open_far_below_it_and_has_a_gradient() {
+fn a_held_gate_is_open_down_to_the_benign_mean_and_has_a_gradient() {
     let (scorer, _) = scorer();
     let mut batch = batch(&[[false; 3]], 1);
     let score = run(&*scorer, &batch)[0].concepts[0].score;
-    let level = Level { mean: score + 50.0, sd: 1.0, gate: 3.0, hysteresis: 0.5 };
-    for (before, open) in [(Before::Open, false), (Before::Held, true)] {
+    let level = |mean| Level { mean, sd: 1e-3, gate: 1e5, hysteresis: 0.5 };
+    let (above, below) = (level(score - 1.0), level(score + 1e-3));
+    for (level, before, open) in
+        [(above, Before::Open, false), (above, Before::Held, true), (below, Before::Held, false)]
+    {
         batch.samples[0].gates.as_mut().expect("gates")[0] = Gate { level, before };
         let out = run(&*scorer, &batch).remove(0);
         assert_eq!((out.concepts[0].open, out.gradient.is_some()), (open, open));

@@ -66,7 +66,8 @@ impl EngineHandle {
     }
 
     /// Makes a shard's images; see [`Engine::run`]. Shards are made one after the other in the order
-    /// of the calls. Dropping the future cancels the work.
+    /// of the calls. Dropping the future cancels the work, and so does `cancel`, at once for a shard that
+    /// waits and within a step for one that runs.
     ///
     /// # Errors
     /// Those of [`Engine::run`], or [`Error::EngineGone`].
@@ -80,10 +81,19 @@ impl EngineHandle {
         let gone = || Error::EngineGone { model: self.info.name.clone() };
         let (done, finished) = oneshot::channel();
         let cancel = cancel.child_token();
+        let stop = cancel.clone();
         let _stop = cancel.clone().drop_guard();
         let job = Job { shard, energy, observer, cancel, span: Span::current(), done };
-        self.jobs.send(job).await.map_err(|_| gone())?;
-        finished.await.map_err(|_| gone())?
+        // A shard that waits behind another need not wait to be cancelled.
+        tokio::select! {
+            sent = self.jobs.send(job) => sent.map_err(|_| gone())?,
+            () = stop.cancelled() => return Err(Error::Cancelled),
+        }
+        tokio::select! {
+            biased;
+            result = finished => result.map_err(|_| gone())?,
+            () = stop.cancelled() => Err(Error::Cancelled),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ pub(super) struct Track {
     /// Concepts whose gate was open at the last evaluation of this attempt.
     pub(super) open: BTreeSet<String>,
     /// Concepts that the final check found on an earlier attempt: where this image is heading is
-    /// known, so their gates stay open from the first step of the window.
+    /// known, so their gates are open from the first step of the window until nothing is left of them.
     pub(super) held: BTreeSet<String>,
     /// Sum over the attempt's steps of `rms(d) / rms(x0)`.
     pub(super) spent: f32,

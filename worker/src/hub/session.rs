@@ -33,6 +33,9 @@ use crate::energy::PoolOptions;
 /// Time for the last messages to leave after the drain's deadline.
 const FLUSH: Duration = Duration::from_secs(5);
 
+/// Why a draining worker takes nothing.
+pub(super) const LEAVING: &str = "the worker is leaving";
+
 /// How an attachment ended.
 pub(super) enum Ended {
     /// After the stop signal, with nothing left to do.
@@ -166,6 +169,7 @@ impl<'a> Session<'a> {
                     reason: cancel.reason,
                     retryable: false,
                     cancelled: true,
+                    handed_back: false,
                 }))?,
             },
             Reply::Renewed(renewed) => self.renewed(&renewed),
@@ -191,7 +195,7 @@ impl<'a> Session<'a> {
         let engine = self.hub.engines.iter().find(|engine| engine.info().name == model);
         let full = self.held.len() >= self.hub.options.capacity as usize;
         let refusal = match engine {
-            _ if self.draining => "the worker is leaving".to_owned(),
+            _ if self.draining => LEAVING.to_owned(),
             _ if full && !self.held.contains_key(&lease.shard_id) => {
                 format!("the worker holds {} shards, all it takes", self.held.len())
             }
@@ -201,8 +205,13 @@ impl<'a> Session<'a> {
                 return Ok(());
             }
         };
-        let failure =
-            ShardFailure { lease: Some(lease), reason: refusal, retryable: true, cancelled: false };
+        let failure = ShardFailure {
+            lease: Some(lease),
+            reason: refusal,
+            retryable: true,
+            cancelled: false,
+            handed_back: self.draining,
+        };
         Ok(self.outbox.control(Message::Failure(failure))?)
     }
 

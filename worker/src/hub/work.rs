@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::outbox::Outbox;
+use super::{outbox::Outbox, session::LEAVING};
 use crate::{
     Shard,
     energy::{EnergyPool, PoolOptions},
@@ -111,17 +111,20 @@ impl Work {
 
     /// Reports why there is no result, unless the lease is lost.
     async fn fail(&self, error: &Error) -> bool {
-        let (reason, retryable, cancelled) = match (error, self.control.stopped()) {
+        let stopped = self.control.stopped();
+        let (cancelled, handed_back) = (
+            matches!(stopped, Some(Stop::Cancelled(_))),
+            matches!(stopped, Some(Stop::HandedBack)),
+        );
+        let (reason, retryable) = match (error, stopped) {
             (_, Some(Stop::Lost)) => return false,
-            (_, Some(Stop::Cancelled(reason))) => (reason, false, true),
-            (_, Some(Stop::HandedBack)) => {
-                ("the worker is leaving and hands the shard back".to_owned(), true, false)
-            }
-            (error, None) => (error.to_string(), error.retryable(), false),
+            (_, Some(Stop::Cancelled(reason))) => (reason, false),
+            (_, Some(Stop::HandedBack)) => (LEAVING.to_owned(), true),
+            (error, None) => (error.to_string(), error.retryable()),
         };
         tracing::warn!(shard = %self.lease.shard_id, retryable, cancelled, "shard failed: {reason}");
         let lease = Some(self.lease.clone());
-        let failure = ShardFailure { lease, reason, retryable, cancelled };
+        let failure = ShardFailure { lease, reason, retryable, cancelled, handed_back };
         let _ = self.outbox.result(Message::Failure(failure)).await;
         false
     }

@@ -61,6 +61,21 @@ fn at_most_alpha_of_exchangeable_images_is_touched() {
 }
 
 #[test]
+fn a_quiet_concept_does_not_raise_the_gate_of_the_others() {
+    let loud = recording(images(200, 3, 5), 3);
+    let mut quiet = loud.clone();
+    for (i, image) in quiet.images.iter_mut().enumerate() {
+        let scores = image.steps.iter_mut().map(|step| &mut step.scores);
+        for scores in scores.chain([&mut image.finished]) {
+            // One concept hardly moves, but for one picture in fifty.
+            scores[2] *= if i % 50 == 0 { 0.3 } else { 0.003 };
+        }
+    }
+    let gate = |recording| make(recording, 0.01).expect("made").gate;
+    assert!(gate(&quiet) < 1.5 * gate(&loud), "{} {}", gate(&quiet), gate(&loud));
+}
+
+#[test]
 fn the_gate_is_the_conformal_order_statistic() {
     let recording = recording(images(200, 3, 5), 3);
     let made = make(&recording, 0.05).expect("made");
