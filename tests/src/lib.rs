@@ -61,8 +61,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Starts a coordinator with `policies` (TOML).
-    pub async fn with_policies(policies: &str) -> Result<Self> {
+    /// Starts a coordinator with `policies` (TOML) and further `arguments`.
+    pub async fn with_policies(policies: &str, arguments: &[&str]) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("policies.toml");
         std::fs::write(&file, policies)?;
@@ -71,7 +71,8 @@ impl Sandbox {
             .args(["coordinator", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(folder.path().join("data"))
             .arg("--policies")
-            .arg(file);
+            .arg(file)
+            .args(arguments);
         let mut sandbox = Self { folder, processes: Vec::new(), address: String::new() };
         sandbox.address = sandbox.spawn("coordinator", coordinator).await?;
         Ok(sandbox)
@@ -80,7 +81,7 @@ impl Sandbox {
     /// A coordinator with the embedded policies, an energy node "energy" and a worker "worker".
     pub async fn emojiland() -> Result<Self> {
         let policies = std::fs::read_to_string(asset("policies.toml"))?;
-        let mut sandbox = Self::with_policies(&policies).await?;
+        let mut sandbox = Self::with_policies(&policies, &[]).await?;
         sandbox.energy("energy").await?;
         sandbox.worker("worker").await?;
         sandbox.ready().await?;

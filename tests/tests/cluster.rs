@@ -22,7 +22,12 @@ fn policies() -> Result<String> {
 }
 
 async fn sandbox() -> Result<Sandbox> {
-    let mut sandbox = Sandbox::with_policies(&policies()?).await?;
+    sandbox_with(&[]).await
+}
+
+/// Further arguments of the coordinator.
+async fn sandbox_with(arguments: &[&str]) -> Result<Sandbox> {
+    let mut sandbox = Sandbox::with_policies(&policies()?, arguments).await?;
     sandbox.energy("energy").await?;
     sandbox.worker("worker").await?;
     sandbox.ready().await?;
@@ -87,7 +92,8 @@ async fn a_target_is_steered_and_images_do_not_depend_on_sharding() -> Result<()
 
 #[tokio::test]
 async fn an_energy_node_gone_mid_job_releases_nothing() -> Result<()> {
-    let mut sandbox = sandbox().await?;
+    // No other node will come: there is nothing to wait for.
+    let mut sandbox = sandbox_with(&["--max-wait", "1ms"]).await?;
     let long = JobSpec {
         steps: Some(500),
         policy: "lenient".into(),
@@ -208,7 +214,7 @@ async fn bad_requests_say_what_where_and_what_to_do() -> Result<()> {
 #[tokio::test]
 async fn a_long_prompt_is_encoded_in_chunks_and_the_answer_says_so() -> Result<()> {
     let sandbox = sandbox().await?;
-    let prompt = "a cat on a blue background, ".repeat(250);
+    let prompt = "a cat on a blue background, ".repeat(90);
     let job = sandbox.finish(&sandbox.submit(spec(&prompt, 1)).await?).await?;
     assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
     let notice = job.notices.first().context("a notice about the prompt")?;
@@ -218,7 +224,7 @@ async fn a_long_prompt_is_encoded_in_chunks_and_the_answer_says_so() -> Result<(
 
 #[tokio::test]
 async fn without_an_energy_node_nothing_is_admitted() -> Result<()> {
-    let mut sandbox = Sandbox::with_policies(&policies()?).await?;
+    let mut sandbox = Sandbox::with_policies(&policies()?, &[]).await?;
     sandbox.worker("worker").await?;
     let submit = async {
         loop {
