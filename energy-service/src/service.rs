@@ -135,12 +135,13 @@ impl Node {
         let (height, width) = (self.scorer.height, self.scorer.width);
         let pixels = preprocess::clean_estimates(request.pixels.as_ref(), images, height, width)?;
         let times = request.samples.iter().map(|sample| sample.time).collect::<Vec<_>>();
-        let levels = if request.scores_only {
-            None
-        } else {
-            let key = request.calibration.as_ref();
-            let fallback = request.allow_calibration_fallback;
-            Some(self.levels(&indices, &times, key, crops, fallback)?)
+        let key = request.calibration.as_ref();
+        let fallback = request.allow_calibration_fallback && !request.scores_only;
+        let levels = self.levels(&indices, &times, key, crops, fallback);
+        // Who only observes needs no calibration, and sees z and gate where there is one.
+        let (levels, standing) = match request.scores_only {
+            true => (None, levels.ok()),
+            false => (Some(levels?), None),
         };
         let concepts = self.asked(&indices);
         let samples = request.samples.iter().enumerate().map(|(image, context)| {
@@ -155,7 +156,8 @@ impl Node {
             crops,
             gradient: !request.scores_only,
         };
-        let evaluations = self.score(batch).await?;
+        let mut evaluations = self.score(batch).await?;
+        stand(&mut evaluations, standing);
         let gradient = gradient(&evaluations, height, width);
         let (calibration_id, calibration_fallback) = origin(levels);
         Ok(v1::EvaluateResponse {
@@ -172,12 +174,12 @@ impl Node {
     ) -> Result<v1::CheckResponse, RequestError> {
         let indices = self.served.resolve(&request.concepts)?;
         let crops = self.crops(request.crops)?;
-        let levels = if request.scores_only {
-            None
-        } else {
-            let key = request.calibration.as_ref();
-            let fallback = request.allow_calibration_fallback;
-            Some(self.levels(&indices, &[0.0], key, crops, fallback)?)
+        let key = request.calibration.as_ref();
+        let fallback = request.allow_calibration_fallback && !request.scores_only;
+        let levels = self.levels(&indices, &[0.0], key, crops, fallback);
+        let (levels, standing) = match request.scores_only {
+            true => (None, levels.ok()),
+            false => (Some(levels?), None),
         };
         let (height, width) = (self.scorer.height, self.scorer.width);
         // Decoding a large image takes a while: not on the async threads.
@@ -194,7 +196,8 @@ impl Node {
             crops,
             gradient: false,
         };
-        let evaluations = self.score(batch).await?;
+        let mut evaluations = self.score(batch).await?;
+        stand(&mut evaluations, standing);
         let [evaluation] = evaluations.as_slice() else {
             return Err(RequestError::Stopped("one image went in, others came out".to_owned()));
         };
@@ -282,6 +285,16 @@ fn before(context: &v1::SampleContext, concept: &String) -> Before {
 fn gates(levels: &[Level], before: impl Fn(usize) -> Before) -> Vec<Gate> {
     let gate = |(k, &level)| Gate { level, before: before(k) };
     levels.iter().enumerate().map(gate).collect()
+}
+
+/// Fills in where raw scores stand under `levels`; no gate opens by it.
+fn stand(evaluations: &mut [Evaluation], levels: Option<Levels>) {
+    let levels = levels.into_iter().flat_map(|levels| levels.levels);
+    for (evaluation, levels) in evaluations.iter_mut().zip(levels) {
+        for (scored, level) in evaluation.concepts.iter_mut().zip(levels) {
+            (scored.z, scored.gate) = (level.z(scored.score), level.gate);
+        }
+    }
 }
 
 fn origin(levels: Option<Levels>) -> (String, String) {

@@ -34,7 +34,7 @@ const SIDE: usize = 160;
 const GAP: i32 = 12;
 const CURVE: i32 = 96;
 /// Excess over the gate (z - q) at the ends of the curve's axis.
-const RANGE: (f32, f32) = (-8.0, 8.0);
+const RANGE: (f32, f32) = (-12.0, 12.0);
 
 const PAPER: Rgb888 = Rgb888::new(250, 250, 248);
 const INK: Rgb888 = Rgb888::new(30, 30, 36);

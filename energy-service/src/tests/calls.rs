@@ -184,6 +184,20 @@ async fn a_missing_calibration_is_replaced_only_if_allowed_and_then_named() {
 }
 
 #[tokio::test]
+async fn who_observes_sees_where_scores_stand_and_opens_nothing() {
+    let (_folder, mut node, _) = TestNode::calibrated().await;
+    let mut request = node.request(&[axe()]).await;
+    let gated = node.evaluate(request.clone()).await.expect("evaluated").samples.remove(0).scores;
+    assert!(gated[0].open);
+    request.scores_only = true;
+    let raw = node.evaluate(request).await.expect("evaluated");
+    assert!(raw.gradient.is_none());
+    for (raw, gated) in raw.samples[0].scores.iter().zip(&gated) {
+        assert_eq!((raw.z, raw.gate, raw.open), (gated.z, gated.gate, false));
+    }
+}
+
+#[tokio::test]
 async fn a_broken_model_releases_nothing() {
     let (_folder, mut node, probe) = TestNode::calibrated().await;
     for (fault, part) in [
