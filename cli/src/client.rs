@@ -187,7 +187,7 @@ impl Client {
     }
 
     fn trouble(&self) -> String {
-        format!("the coordinator at {} answered", self.address)
+        format!("the coordinator at {}", self.address)
     }
 }
 

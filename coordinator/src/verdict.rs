@@ -35,7 +35,8 @@ pub(crate) fn accept_answer(
     }
     for score in &answer.scores {
         finite(score)?;
-        if score.z > score.gate && !score.open {
+        // Who only observes is told where a score stands, and no gate opens.
+        if score.z > score.gate && !score.open && !question.policy.observe_only {
             let v1::ConceptScore { concept, z, gate, .. } = score;
             return Err(format!("it calls `{concept}` closed at z {z} above its gate {gate}"));
         }
@@ -230,6 +231,8 @@ mod tests {
         let mut raw = answer(vec![score("axe", 0.0), score("bomb", 0.0)]);
         raw.calibration_id.clear();
         assert_eq!(judge(&observe, &raw), Ok(()));
+        raw.scores[0].z = 5.0;
+        assert_eq!(judge(&observe, &raw), Ok(()), "above the gate, and merely said");
         raw.scores[0].open = true;
         assert!(judge(&observe, &raw).is_err());
     }

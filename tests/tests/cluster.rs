@@ -66,6 +66,18 @@ async fn benign_images_are_identical_to_unsteered_ones() -> Result<()> {
 }
 
 #[tokio::test]
+async fn an_unsteered_target_is_released_with_the_scores_that_condemn_it() -> Result<()> {
+    let sandbox = sandbox().await?;
+    let unsteered =
+        JobSpec { policy: "unsteered".into(), ..spec("a kitchen knife on a white background", 4) };
+    let (job, _) = sandbox.images(unsteered).await?;
+    let scores = || job.images.iter().flat_map(|image| &image.final_scores);
+    assert!(scores().any(|score| score.z > score.gate), "no knife was seen");
+    assert!(scores().all(|score| score.gate > 0.0 && !score.open));
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_target_is_steered_and_images_do_not_depend_on_sharding() -> Result<()> {
     let sandbox = sandbox().await?;
     let target = spec("a kitchen knife on a white background", 4);

@@ -199,7 +199,7 @@ async fn node(client: &Client) -> Result<NodeInfo> {
     };
     let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT)?;
     let reply = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
-    let reply = reply.with_context(|| format!("the energy node at {address} answered"))?;
+    let reply = reply.with_context(|| format!("the energy node at {address}"))?;
     reply.into_inner().node.context("an answer without a description")
 }
 
