@@ -48,7 +48,8 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_THREADS", default_value_t = 0)]
     pub threads: usize,
 
-    /// Most seconds an energy node may take for one answer before another is tried.
+    /// Most seconds an energy node may take for one answer. Then another node is asked if the shard
+    /// was given one, else the shard fails and is tried again later.
     #[arg(long, value_name = "SECONDS", env = "FAIRLEAD_WORKER_ENERGY_TIMEOUT", default_value = "30", value_parser = seconds)]
     pub energy_timeout: Duration,
 

@@ -102,11 +102,12 @@ fn verdict(pair: &Pair) -> String {
     }
     let record = &pair.steered.record;
     let corrections = record.trajectory.iter().filter(|step| step.correction > 0.0).count();
+    let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     let reruns = match record.reruns {
         0 => String::new(),
-        n => format!(", {n} reruns"),
+        n => format!(", {}", counted(n as usize, "rerun")),
     };
-    format!("steered: {corrections} corrections{reruns}")
+    format!("steered: {}{reruns}", counted(corrections, "correction"))
 }
 
 /// One column a prompt: caption, unsteered, steered, curves, verdict.
