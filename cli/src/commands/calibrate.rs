@@ -79,22 +79,17 @@ pub(crate) struct CalibrateArgs {
 
 pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    ensure!(
-        args.alpha > 0.0 && args.alpha < 1.0,
-        "--alpha {}: must be above 0 and below 1, e.g. 0.01",
-        args.alpha
-    );
+    let needed = maker::minimum_images(args.alpha).context("--alpha")?;
     if args.server.is_some() {
         args.models.refuse_beside_server(&[])?;
     }
     ensure!(
-        args.images >= maker::minimum_images(args.alpha),
-        "--images {}: alpha {} needs at least {} images",
+        args.images >= needed,
+        "--images {}: alpha {} needs at least {needed} images",
         args.images,
-        args.alpha,
-        maker::minimum_images(args.alpha)
+        args.alpha
     );
-    let prompts = prompts(&args)?;
+    let prompts = prompts(&args, needed)?;
     let out = match &args.out {
         Some(folder) => folder.clone(),
         None => args.models.calibrations()?,
@@ -146,8 +141,8 @@ async fn calibrate(
     Ok(())
 }
 
-/// The prompts with the seed of each image.
-fn prompts(args: &CalibrateArgs) -> Result<Vec<(String, u64)>> {
+/// The prompts with the seed of each image, of which `needed` is the least number.
+fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Vec<(String, u64)>> {
     let Some(path) = &args.prompts else {
         let objects = Objects::read(&args.models.objects()?)?;
         let prompts = objects.prompts(Kind::Benign, args.images, "calibration");
@@ -161,12 +156,11 @@ fn prompts(args: &CalibrateArgs) -> Result<Vec<(String, u64)>> {
     ensure!(
         distinct.len() >= args.images,
         "{}: {} different prompts for --images {}; give at least as many, one a line, or ask for \
-         fewer images (alpha {} needs {})",
+         fewer images (alpha {} needs {needed})",
         path.display(),
         distinct.len(),
         args.images,
-        args.alpha,
-        maker::minimum_images(args.alpha)
+        args.alpha
     );
     let seeded = distinct.into_iter().zip(1..);
     Ok(seeded.take(args.images).map(|(line, seed)| (line.to_owned(), seed)).collect())

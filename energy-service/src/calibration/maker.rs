@@ -123,13 +123,19 @@ pub enum MakeError {
     },
 }
 
-/// Fewest images from which [`make`] can keep the bound `alpha` (in (0, 1)).
-pub fn minimum_images(alpha: f32) -> usize {
+/// Fewest images from which [`make`] can keep the bound `alpha`.
+///
+/// # Errors
+/// [`MakeError::Alpha`] unless `alpha` lies in (0, 1).
+pub fn minimum_images(alpha: f32) -> Result<usize, MakeError> {
+    if !(alpha > 0.0 && alpha < 1.0) {
+        return Err(MakeError::Alpha(alpha));
+    }
     let mut half = 2;
     while conformal_rank(half, alpha) > half {
         half += 1;
     }
-    2 * half
+    Ok(2 * half)
 }
 
 /// `ceil((1 - alpha)(n + 1))`, with no rounding error of the product pushing it up.
@@ -183,9 +189,7 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
 }
 
 fn check(recording: &Recording, alpha: f32) -> Result<(), MakeError> {
-    if !(alpha > 0.0 && alpha < 1.0) {
-        return Err(MakeError::Alpha(alpha));
-    }
+    let needed = minimum_images(alpha)?;
     let (start, end) = recording.window;
     if !(start <= 1.0 && end >= 0.0 && start >= end) {
         return Err(MakeError::Window(start, end));
@@ -193,7 +197,7 @@ fn check(recording: &Recording, alpha: f32) -> Result<(), MakeError> {
     if recording.concepts.is_empty() {
         return Err(MakeError::NoConcepts);
     }
-    let (images, needed) = (recording.images.len(), minimum_images(alpha));
+    let images = recording.images.len();
     if images < needed {
         return Err(MakeError::TooFewImages { images, alpha, needed });
     }
