@@ -138,11 +138,7 @@ impl Node {
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
         let levels = self.levels(&indices, &times, key, crops, fallback);
-        // Who only observes needs no calibration, and sees z and gate where there is one.
-        let (levels, standing) = match request.scores_only {
-            true => (None, levels.ok()),
-            false => (Some(levels?), None),
-        };
+        let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
         let concepts = self.asked(&indices);
         let samples = request.samples.iter().enumerate().map(|(image, context)| {
             let before = |k: usize| before(context, &concepts[k].name);
@@ -177,10 +173,7 @@ impl Node {
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
         let levels = self.levels(&indices, &[0.0], key, crops, fallback);
-        let (levels, standing) = match request.scores_only {
-            true => (None, levels.ok()),
-            false => (Some(levels?), None),
-        };
+        let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
         let (height, width) = (self.scorer.height, self.scorer.width);
         // Decoding a large image takes a while: not on the async threads.
         let decode = move || preprocess::finished_image(&request.png, height, width);
@@ -285,6 +278,15 @@ fn before(context: &v1::SampleContext, concept: &String) -> Before {
 fn gates(levels: &[Level], before: impl Fn(usize) -> Before) -> Vec<Gate> {
     let gate = |(k, &level)| Gate { level, before: before(k) };
     levels.iter().enumerate().map(gate).collect()
+}
+
+/// The levels that gates go by, or those that raw scores are only set beside: who only observes
+/// needs no calibration, and sees z and gate where there is one.
+fn gating_or_standing(
+    levels: Result<Levels, RequestError>,
+    scores_only: bool,
+) -> Result<(Option<Levels>, Option<Levels>), RequestError> {
+    Ok(if scores_only { (None, levels.ok()) } else { (Some(levels?), None) })
 }
 
 /// Fills in where raw scores stand under `levels`; no gate opens by it.
