@@ -1,7 +1,11 @@
 //! The dispatcher: takes back expired leases, hands queued shards to workers, and tells workers
 //! when the nodes of their shards change.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use fairlead_common::ids::{JobId, ShardId};
 use fairlead_proto::v1::{self, attach_response::Message};
@@ -60,6 +64,16 @@ impl Stuck {
     fn since(&mut self, shard: ShardId, now: i64) -> i64 {
         now - *self.0.entry(shard).or_insert(now)
     }
+
+    /// Forgets what is no longer in `queue`.
+    fn forget_all_but(&mut self, queue: &[ActiveShard]) {
+        if self.0.is_empty() {
+            return;
+        }
+        let queued: BTreeSet<ShardId> =
+            queue.iter().filter_map(ActiveShard::ids).map(|(_, lease)| lease.shard).collect();
+        self.0.retain(|shard, _| queued.contains(shard));
+    }
 }
 
 /// One round; returns when the next delayed shard is due.
@@ -72,9 +86,7 @@ async fn tick(shared: &Arc<Shared>, stuck: &mut Stuck) -> Result<Option<Duration
     for shard in leased.iter().filter(|shard| shard.expires_unix_ms <= now) {
         expire(shared, shard).await;
     }
-    stuck
-        .0
-        .retain(|id, _| queue.iter().any(|shard| shard.ids().is_some_and(|(_, l)| l.shard == *id)));
+    stuck.forget_all_but(&queue);
     let due = queue.iter().map(|shard| shard.not_before_unix_ms).filter(|&at| at > now).min();
     queue.retain(|shard| shard.not_before_unix_ms <= now);
     if !shared.draining.is_cancelled() {
