@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import shutil
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers, normalizers, Regex
 from transformers import CLIPTokenizer
@@ -49,6 +50,13 @@ def train(work):
     settings |= dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, do_lower_case=True,
                      clean_up_tokenization_spaces=True, errors="replace", add_prefix_space=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def restore(work, folder):
+    """Copies the tokenizer of a published model."""
+    (work / "tokenizer").mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, work / "tokenizer" / name)
 
 
 def load(work):
