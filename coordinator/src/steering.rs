@@ -18,6 +18,7 @@ pub(crate) struct SteeringFile {
     cap: Option<f32>,
     crops: Option<u32>,
     probe_period: Option<u32>,
+    rerun_factor: Option<f32>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -46,6 +47,7 @@ impl From<SteeringFile> for SteeringParams {
             cap: file.cap,
             crops: file.crops,
             probe_period: file.probe_period,
+            rerun_factor: file.rerun_factor,
         }
     }
 }
@@ -73,6 +75,7 @@ pub(crate) fn resolve(
         cap: over.cap.or(policy.cap).or(Some(3.0)),
         crops: over.crops.or(policy.crops).or(Some(4)),
         probe_period: over.probe_period.or(policy.probe_period).or(Some(1)),
+        rerun_factor: over.rerun_factor.or(policy.rerun_factor).or(Some(2.0)),
     };
     check(&resolved)?;
     Ok(resolved)
@@ -105,7 +108,8 @@ fn check(params: &SteeringParams) -> Result<(), String> {
     between("smoothing", params.smoothing(), 0.0..=2.0)?;
     positive("cap", params.cap(), 100.0)?;
     between("crops", params.crops(), 1..=8)?;
-    between("probe_period", params.probe_period(), 1..=4)
+    between("probe_period", params.probe_period(), 1..=4)?;
+    between("rerun_factor", params.rerun_factor(), 1.0..=4.0)
 }
 
 fn between<T: PartialOrd + std::fmt::Display>(
@@ -149,7 +153,7 @@ mod tests {
     #[test]
     fn values_out_of_range_are_named_with_their_range() {
         type Set = fn(&mut SteeringParams);
-        let cases: [(Set, &str); 10] = [
+        let cases: [(Set, &str); 11] = [
             (|p| p.eta = Some(0.0), "eta is 0; it must be above 0 and at most 2"),
             (|p| p.eta = Some(f32::NAN), "eta is NaN"),
             (|p| p.window_start = Some(1.5), "window_start is 1.5; it must be from 0 to 1"),
@@ -159,6 +163,7 @@ mod tests {
             (|p| p.cap = Some(f32::INFINITY), "cap is inf"),
             (|p| p.crops = Some(9), "crops is 9; it must be from 1 to 8"),
             (|p| p.probe_period = Some(0), "probe_period is 0"),
+            (|p| p.rerun_factor = Some(0.5), "rerun_factor is 0.5; it must be from 1 to 4"),
             (|p| p.mode = 9, "mode 9 is unknown"),
         ];
         for (change, expected) in cases {

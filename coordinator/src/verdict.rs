@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fairlead_proto::v1::{self, ImageStatus};
 
-/// Most reruns at a higher eta.
+/// Most reruns.
 const MAX_RERUNS: u32 = 2;
 /// Most text entries (nodes, calibrations, notices) taken from a worker, and their length.
 const MAX_ENTRIES: usize = 64;

@@ -119,6 +119,9 @@ pub(crate) struct SteeringArgs {
     /// Steps between evaluations while all gates are closed, 1 to 4.
     #[arg(long)]
     probe_period: Option<u32>,
+    /// Factor on strength and bound of each rerun of an image that was not steered clear, 1 to 4.
+    #[arg(long)]
+    rerun_factor: Option<f32>,
 }
 
 /// The method's modes B, A and C.
@@ -148,6 +151,7 @@ impl SteeringArgs {
             cap: self.cap,
             crops: self.crops,
             probe_period: self.probe_period,
+            rerun_factor: self.rerun_factor,
         };
         (params != SteeringParams::default()).then_some(params)
     }

@@ -29,7 +29,7 @@ use crate::{
 use conditioning::Conditioning;
 use track::Track;
 
-/// Reruns of an image that the final check flags: at 2 eta, then at 4 eta.
+/// Reruns of an image that was not steered clear.
 const MAX_RERUNS: u32 = 2;
 
 /// Where the engine's results go while it works. Implementations return at once.

@@ -14,7 +14,7 @@ use crate::{
     energy::{Answer, is_open},
     error::{Error, Result},
     sampler::Step,
-    steering::{Push, correct, smooth},
+    steering::{Knobs, Push, correct, smooth},
 };
 
 /// What all nodes together say about one image.
@@ -61,7 +61,7 @@ impl<'a> Run<'a> {
                     }
                 }
             }
-            let has_budget = |i: usize| knobs.cap * strength(&moments[i]) > tracks[i].spent;
+            let has_budget = |i: usize| knobs.cap * strength(&moments[i], &knobs) > tracks[i].spent;
             let rows: Vec<usize> = (0..due.len())
                 .filter(|&row| !opinions[row].open.is_empty() && has_budget(due[row]))
                 .collect();
@@ -148,7 +148,7 @@ impl<'a> Run<'a> {
                 what: "a gate is open but the gradient on the latent is zero",
             });
         }
-        let strength = strength(moment);
+        let strength = strength(moment, &knobs);
         let push = Push {
             eta: knobs.eta * strength,
             amplitude,
@@ -174,8 +174,9 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A rerun pushes twice as hard as the attempt before it, and may push twice as far: under the same
-/// cap it would only spend it earlier, on the noisiest steps, where a correction counts least.
-fn strength(moment: &Moment) -> f32 {
-    f32::from(1u8 << moment.report.attempt)
+/// What multiplies eta and cap at this attempt. A rerun that pushes harder may push as much further:
+/// under the same cap it would only spend it earlier, on the noisiest steps, where a correction
+/// counts least.
+fn strength(moment: &Moment, knobs: &Knobs) -> f32 {
+    knobs.rerun_factor.powi(moment.report.attempt as i32)
 }

@@ -34,6 +34,8 @@ pub struct Knobs {
     pub crops: u32,
     /// Steps between two questions while every gate is closed, 1 to 4.
     pub probe_period: u32,
+    /// Factor on `eta` and `cap` of each rerun over the attempt before it, 1 to 4.
+    pub rerun_factor: f32,
 }
 
 impl Knobs {
@@ -69,6 +71,12 @@ impl Knobs {
             cap: within("steering.cap", params.cap.unwrap_or(3.0), 0.0, f32::MAX)?,
             crops: count("steering.crops", params.crops, 4, 8)?,
             probe_period: count("steering.probe_period", params.probe_period, 1, 4)?,
+            rerun_factor: within(
+                "steering.rerun_factor",
+                params.rerun_factor.unwrap_or(2.0),
+                1.0,
+                4.0,
+            )?,
         })
     }
 }
@@ -98,6 +106,7 @@ mod tests {
         assert_eq!((knobs.mode, knobs.eta, knobs.cap), (Mode::HoldNoise, 0.3, 3.0));
         assert_eq!(knobs.window, Window { start: 1.0, end: 0.6 });
         assert_eq!((knobs.inner_iterations, knobs.crops, knobs.probe_period), (1, 4, 1));
+        assert_eq!(knobs.rerun_factor, 2.0);
         let params = SteeringParams { mode: SteeringMode::ShiftState.into(), ..Default::default() };
         assert_eq!(Knobs::from_params(&params).expect("valid").eta, 0.15);
     }
@@ -126,6 +135,10 @@ mod tests {
                 "steering.probe_period",
             ),
             (SteeringParams { crops: Some(9), ..Default::default() }, "steering.crops"),
+            (
+                SteeringParams { rerun_factor: Some(0.9), ..Default::default() },
+                "steering.rerun_factor",
+            ),
         ];
         for (params, name) in bad {
             match Knobs::from_params(&params) {
