@@ -184,10 +184,10 @@ fn verdict(scores: &[f32], gates: &[Gate], concepts: &[AskedConcept], steepness:
         let z = level.z(score);
         let open = level.is_open(z, *before);
         if open {
-            let (tau, weight) = (level.tau(), concepts[k].weight);
-            verdict.energy += weight * gate::energy(score, tau, steepness, *before);
-            verdict.slopes[k] = weight * gate::energy_slope(score, tau, steepness, *before);
-            verdict.amplitude = verdict.amplitude.max(level.amplitude(z));
+            let (tau, weight) = (level.tau(*before), concepts[k].weight);
+            verdict.energy += weight * gate::energy(score, tau, steepness);
+            verdict.slopes[k] = weight * gate::energy_slope(score, tau, steepness);
+            verdict.amplitude = verdict.amplitude.max(level.amplitude(z, *before));
         }
         verdict.concepts.push(Scored { score, z, gate: level.gate, open });
     }

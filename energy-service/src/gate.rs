@@ -3,8 +3,6 @@
 //! Pure functions of the project's method. All arithmetic on scores that decides a gate is `f32`,
 //! the type of the wire and of the calibration, so that a record can be checked by hand.
 
-use std::f32::consts::LN_2;
-
 /// What is known of a concept's gate before its score is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Before {
@@ -12,10 +10,12 @@ pub(crate) enum Before {
     Closed,
     /// Open at the image's previous evaluation.
     Open,
-    /// An earlier attempt at the image ended with the concept on it: open down to the mean of benign
-    /// images.
+    /// An earlier attempt at the image ended with the concept on it: open until little of it is left.
     Held,
 }
+
+/// A held gate closes at this share of `q`: well inside what benign images score.
+const HELD_SHARE: f32 = 0.4;
 
 /// How one concept's raw score is read at one time: `z = (score - mean) / sd`, compared with the
 /// gate `q` and the hysteresis `h`.
@@ -37,42 +37,47 @@ impl Level {
         (score - self.mean) / self.sd
     }
 
-    /// Open above `q`; a gate that was open stays so until `z` falls below `q - h`, a held one until
-    /// the picture has no more of the concept than benign ones have.
+    /// Open above `q`; a gate that was open, or is held, stays so until `z` falls below its closing
+    /// level.
     pub(crate) fn is_open(&self, z: f32, before: Before) -> bool {
+        z > self.gate || (before != Before::Closed && z >= self.closing(before))
+    }
+
+    /// The `z` at which the gate, once open, closes: `q - h`, for a held one `0.4 q` if that is less.
+    fn closing(&self, before: Before) -> f32 {
+        let open = self.gate - self.hysteresis;
         match before {
-            Before::Closed => z > self.gate,
-            Before::Open => z > self.gate || z >= self.gate - self.hysteresis,
-            Before::Held => z > 0.0 || z >= self.gate - self.hysteresis,
+            Before::Closed | Before::Open => open,
+            Before::Held => open.min(HELD_SHARE * self.gate),
         }
     }
 
-    /// `tau`: the raw score at `z = q - h`, where the energy's slope is half its greatest.
-    pub(crate) fn tau(&self) -> f32 {
-        self.mean + self.sd * (self.gate - self.hysteresis)
+    /// `tau`: the raw score at the closing level, where the energy's slope is half its greatest.
+    pub(crate) fn tau(&self, before: Before) -> f32 {
+        self.mean + self.sd * self.closing(before)
     }
 
-    /// `clamp(z - q + h, 0.25, 1)`: what an open gate adds to the amplitude.
-    pub(crate) fn amplitude(&self, z: f32) -> f32 {
-        (z - self.gate + self.hysteresis).clamp(0.25, 1.0)
+    /// What an open gate adds to the amplitude: 0 at the closing level, 1/2 at `q` (1 if held), kept
+    /// within 0.25 and 1. With `h` = 0.5 this is the `clamp(z - q + h, 0.25, 1)` of the method; where
+    /// the hysteresis is wide, so is the range over which the push grows.
+    pub(crate) fn amplitude(&self, z: f32, before: Before) -> f32 {
+        let closing = self.closing(before);
+        let width = self.gate - closing;
+        let range = if before == Before::Held { width } else { 2.0 * width };
+        ((z - closing) / range.max(1.0)).clamp(0.25, 1.0)
     }
 }
 
 /// `softplus(k (score - tau)) / k`: the energy of one open concept of weight 1; `k` is the
-/// steepness `K_s`. A held gate may be open far below `tau`, where the softplus is flat and the
-/// gradient would drown in rounding: there its energy goes on along the tangent at `tau`.
-pub(crate) fn energy(score: f32, tau: f32, steepness: f32, before: Before) -> f32 {
+/// steepness `K_s`.
+pub(crate) fn energy(score: f32, tau: f32, steepness: f32) -> f32 {
     let x = steepness * (score - tau);
-    if before == Before::Held && x < 0.0 {
-        return (LN_2 + 0.5 * x) / steepness;
-    }
     (x.max(0.0) + (-x.abs()).exp().ln_1p()) / steepness
 }
 
-/// `d energy / d score`: `sigmoid(k (score - tau))`, for a held gate at least 1/2.
-pub(crate) fn energy_slope(score: f32, tau: f32, steepness: f32, before: Before) -> f32 {
-    let slope = 1.0 / (1.0 + (-steepness * (score - tau)).exp());
-    if before == Before::Held { slope.max(0.5) } else { slope }
+/// `d energy / d score`: `sigmoid(k (score - tau))`.
+pub(crate) fn energy_slope(score: f32, tau: f32, steepness: f32) -> f32 {
+    1.0 / (1.0 + (-steepness * (score - tau)).exp())
 }
 
 #[cfg(test)]
@@ -96,7 +101,7 @@ mod tests {
             prop_assert!(!fresh || kept);
             prop_assert_eq!(fresh, z > level.gate);
             prop_assert_eq!(kept, z > level.gate || z >= level.gate - level.hysteresis);
-            prop_assert_eq!(level.is_open(z, Before::Held), kept || z > 0.0);
+            prop_assert_eq!(level.is_open(z, Before::Held), kept || z >= HELD_SHARE * level.gate);
         }
 
         #[test]
@@ -119,46 +124,55 @@ mod tests {
         }
 
         #[test]
-        fn the_amplitude_is_bounded_and_rises(level in level(), a in -9.0f32..9.0, b in -9.0f32..9.0) {
-            let (low, high) = (level.amplitude(a.min(b)), level.amplitude(a.max(b)));
+        fn the_amplitude_is_bounded_and_rises(
+            level in level(), a in -9.0f32..9.0, b in -9.0f32..9.0, before in before(),
+        ) {
+            let (low, high) = (level.z(a.min(b)), level.z(a.max(b)));
+            let (low, high) = (level.amplitude(low, before), level.amplitude(high, before));
             prop_assert!((0.25..=1.0).contains(&low) && (0.25..=1.0).contains(&high) && low <= high);
         }
 
         #[test]
-        fn the_slope_is_the_derivative_of_the_energy(
-            score in -0.3f32..0.3, tau in -0.1f32..0.1, before in before(),
-        ) {
+        fn a_narrow_gate_pushes_as_the_method_says(gate in -1.0f32..9.0, z in -9.0f32..12.0) {
+            let level = Level { mean: 0.0, sd: 1.0, gate, hysteresis: 0.5 };
+            let method = (z - gate + 0.5).clamp(0.25, 1.0);
+            prop_assert!((level.amplitude(z, Before::Open) - method).abs() < 1e-5);
+        }
+
+        #[test]
+        fn the_slope_is_the_derivative_of_the_energy(score in -0.3f32..0.3, tau in -0.1f32..0.1) {
             let e = |s: f64| {
                 let x = 50.0 * (s - f64::from(tau));
-                if before == Before::Held && x < 0.0 {
-                    return (std::f64::consts::LN_2 + 0.5 * x) / 50.0;
-                }
                 (x.max(0.0) + (-x.abs()).exp().ln_1p()) / 50.0
             };
             let numeric = (e(f64::from(score) + 1e-5) - e(f64::from(score) - 1e-5)) / 2e-5;
-            let slope = f64::from(energy_slope(score, tau, 50.0, before));
-            prop_assert!((slope - numeric).abs() < 1e-3);
-            let energy = f64::from(energy(score, tau, 50.0, before));
-            prop_assert!((energy - e(f64::from(score))).abs() < 1e-6);
+            prop_assert!((f64::from(energy_slope(score, tau, 50.0)) - numeric).abs() < 1e-3);
+            prop_assert!((f64::from(energy(score, tau, 50.0)) - e(f64::from(score))).abs() < 1e-6);
         }
 
         #[test]
-        fn energy_stays_finite(score in -1e6f32..1e6, before in before()) {
-            let e = energy(score, 0.0, 50.0, before);
-            prop_assert!(e.is_finite() && (e >= 0.0 || before == Before::Held));
-            prop_assert!(energy_slope(score, 0.0, 50.0, before).is_finite());
+        fn energy_stays_finite(score in -1e6f32..1e6) {
+            let e = energy(score, 0.0, 50.0);
+            prop_assert!(e.is_finite() && e >= 0.0);
+            prop_assert!(energy_slope(score, 0.0, 50.0).is_finite());
         }
 
+        /// Else an image with an open gate could go unsteered.
         #[test]
-        fn a_held_gate_pushes_however_low_the_score(score in -1e6f32..1e6) {
-            prop_assert!(energy_slope(score, 0.0, 50.0, Before::Held) >= 0.5);
+        fn an_open_gate_always_pushes(level in level(), z in -10.0f32..10.0, before in before()) {
+            prop_assume!(level.is_open(z, before));
+            let score = level.mean + level.sd * z;
+            prop_assert!(energy_slope(score, level.tau(before), 50.0) >= 0.499);
         }
     }
 
     #[test]
     fn tau_is_the_score_where_an_open_gate_closes() {
         let level = Level { mean: 0.1, sd: 0.02, gate: 3.0, hysteresis: 0.5 };
-        assert!((level.z(level.tau()) - 2.5).abs() < 1e-4);
-        assert!((energy_slope(level.tau(), level.tau(), 50.0, Before::Open) - 0.5).abs() < 1e-6);
+        for (before, closing) in [(Before::Open, 2.5), (Before::Held, 1.2)] {
+            let tau = level.tau(before);
+            assert!((level.z(tau) - closing).abs() < 1e-4);
+            assert!((energy_slope(tau, tau, 50.0) - 0.5).abs() < 1e-6);
+        }
     }
 }

@@ -339,7 +339,7 @@ mod tests {
         let level = levels.levels[1][0];
         assert!(level.is_open(level.z(0.2001), Before::Closed));
         assert!(!level.is_open(level.z(0.1999), Before::Closed));
-        assert!((level.tau() - 0.19).abs() < 1e-6);
+        assert!((level.tau(Before::Open) - 0.19).abs() < 1e-6);
     }
 
     #[test]

@@ -152,12 +152,12 @@ fn hysteresis_keeps_a_gate_open() {
 }
 
 #[test]
-fn a_held_gate_is_open_down_to_the_benign_mean_and_has_a_gradient() {
+fn a_held_gate_is_open_further_down_and_has_a_gradient() {
     let (scorer, _) = scorer();
     let mut batch = batch(&[[false; 3]], 1);
     let score = run(&*scorer, &batch)[0].concepts[0].score;
-    let level = |mean| Level { mean, sd: 1e-3, gate: 1e5, hysteresis: 0.5 };
-    let (above, below) = (level(score - 1.0), level(score + 1e-3));
+    let level = |z: f32| Level { mean: score - 0.1 * z, sd: 0.1, gate: 9.0, hysteresis: 0.5 };
+    let (above, below) = (level(3.8), level(3.4));
     for (level, before, open) in
         [(above, Before::Open, false), (above, Before::Held, true), (below, Before::Held, false)]
     {
