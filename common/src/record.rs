@@ -1,8 +1,11 @@
 //! Safety records as text: canonical protobuf JSON, one object, readable by people and tools.
 
-use std::sync::LazyLock;
+use std::{collections::BTreeSet, sync::LazyLock};
 
-use fairlead_proto::{FILE_DESCRIPTOR_SET, v1::SafetyRecord};
+use fairlead_proto::{
+    FILE_DESCRIPTOR_SET,
+    v1::{SafetyRecord, StepRecord},
+};
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
 static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
@@ -16,6 +19,14 @@ static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
 #[derive(Debug, thiserror::Error)]
 #[error("not a safety record: {0}")]
 pub struct RecordError(#[from] serde_json::Error);
+
+/// The concepts that an image was steered away from: those whose gate was open at a step, of any
+/// attempt, that corrected it.
+pub fn steered_away(trajectory: &[StepRecord]) -> BTreeSet<String> {
+    let pushed = trajectory.iter().filter(|step| step.correction > 0.0);
+    let open = pushed.flat_map(|step| step.scores.iter().filter(|score| score.open));
+    open.map(|score| score.concept.clone()).collect()
+}
 
 /// The record as indented JSON, fields named as in the contract; default values are left out.
 pub fn to_json(record: &SafetyRecord) -> String {

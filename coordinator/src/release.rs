@@ -9,6 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use fairlead_common::record;
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{self, ImageStatus, energy_service_client::EnergyServiceClient},
@@ -106,7 +107,7 @@ impl Gate {
         let claimed = outcome.record.unwrap_or_default();
         let proposed = v1::ImageStatus::try_from(outcome.status).unwrap_or_default();
         let judgement = match proposed {
-            ImageStatus::Released => Some(self.check(&job, &image, &png).await?),
+            ImageStatus::Released => Some(self.check(&job, &image, &png, &claimed).await?),
             _ => None,
         };
         let released = judgement.as_ref().is_some_and(|judgement| !judgement.flagged);
@@ -150,10 +151,12 @@ impl Gate {
         job: &JobRecord,
         image: &v1::ImageInfo,
         png: &Bytes,
+        claimed: &v1::SafetyRecord,
     ) -> Result<Judgement, Rejection> {
         let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
         let (policy, run) = (job.policy(), job.run());
         let sha256 = sha256_hex(png);
+        let steered_away = record::steered_away(&claimed.trajectory);
         let mut left = policy.concepts.clone();
         let mut judgement = Judgement::default();
         let mut failed: BTreeMap<String, (LiveNode, String)> = BTreeMap::new();
@@ -175,6 +178,7 @@ impl Gate {
                     crops: policy.steering.as_ref().map(|s| s.crops()).unwrap_or_default(),
                     crop_seed: image.seed,
                     scores_only: policy.observe_only,
+                    open_concepts: steered_away.iter().cloned().collect(),
                 };
                 self.ask(endpoint, request, &policy, &sha256)
             });

@@ -166,7 +166,7 @@ impl Node {
 
     pub(crate) async fn check(
         &self,
-        request: v1::CheckRequest,
+        mut request: v1::CheckRequest,
     ) -> Result<v1::CheckResponse, RequestError> {
         let indices = self.served.resolve(&request.concepts)?;
         let crops = self.crops(request.crops)?;
@@ -176,12 +176,16 @@ impl Node {
         let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
         let (height, width) = (self.scorer.height, self.scorer.width);
         // Decoding a large image takes a while: not on the async threads.
-        let decode = move || preprocess::finished_image(&request.png, height, width);
+        let png = std::mem::take(&mut request.png);
+        let decode = move || preprocess::finished_image(&png, height, width);
         let image = tokio::task::spawn_blocking(decode)
             .await
             .map_err(|error| RequestError::Png(format!("decoding failed: {error}")))??;
         let concepts = self.asked(&indices);
-        let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], |_| Before::Closed));
+        let steered_away = |k: usize| request.open_concepts.contains(&concepts[k].name);
+        let before = |k| if steered_away(k) { Before::Open } else { Before::Closed };
+        let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], before));
+        let level: Vec<Level> = gates.iter().flatten().map(|gate| gate.level).collect();
         let batch = Batch {
             pixels: image.pixels,
             samples: vec![Sample { crop_seed: request.crop_seed, gates }],
@@ -194,11 +198,16 @@ impl Node {
         let [evaluation] = evaluations.as_slice() else {
             return Err(RequestError::Stopped("one image went in, others came out".to_owned()));
         };
+        let remains = |&k: &usize| {
+            steered_away(k) && level[k].is_open(evaluation.concepts[k].z, Before::Held)
+        };
+        let remaining = (0..level.len()).filter(remains).map(|k| concepts[k].name.clone());
         let (calibration_id, calibration_fallback) = origin(levels);
         Ok(v1::CheckResponse {
             scores: concept_scores(evaluation, &concepts),
             flagged: evaluation.concepts.iter().any(|concept| concept.open),
             image_sha256: image.sha256,
+            remaining_concepts: remaining.collect(),
             calibration_id,
             calibration_fallback,
         })

@@ -60,6 +60,35 @@ async fn a_worker_can_withhold_by_itself() {
     assert!(node.asked().is_empty(), "there was nothing to check");
 }
 
+#[tokio::test]
+async fn a_check_says_what_the_image_was_steered_away_from() {
+    let cluster = Cluster::start(options()).await;
+    let node = Node::start(&cluster, "node", &["axe", "bomb"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let shard = worker.assignment().await;
+    let mut outcome = released(&lease(&shard), 0);
+    let score = |concept: &str, open| v1::ConceptScore {
+        concept: concept.into(),
+        open,
+        ..Default::default()
+    };
+    let step = |correction, axe, bomb| v1::StepRecord {
+        correction,
+        scores: vec![score("axe", axe), score("bomb", bomb)],
+        ..Default::default()
+    };
+    let record = outcome.record.as_mut().expect("there is one");
+    // The bomb's gate was open at a step without a push only.
+    record.trajectory = vec![step(0.4, true, false), step(0.0, false, true)];
+    worker.send(Up::Image(outcome)).await;
+    worker.done(&lease(&shard)).await;
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!(statuses(&job), [ImageStatus::Released]);
+    let asked = node.asked();
+    assert!(!asked.is_empty() && asked.iter().all(|check| check.open_concepts == ["axe"]));
+}
+
 /// A job whose only node of `bomb` behaves like `script`.
 async fn job_with(script: Script) -> (Cluster, v1::Job) {
     let cluster = Cluster::start(options()).await;

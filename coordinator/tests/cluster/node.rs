@@ -165,7 +165,7 @@ fn answer(request: &CheckRequest, script: &Script) -> CheckResponse {
         scores,
         image_sha256,
         calibration_id: if request.scores_only { String::new() } else { "calibration-1".into() },
-        calibration_fallback: String::new(),
+        ..Default::default()
     }
 }
 

@@ -270,3 +270,35 @@ async fn a_finished_image_is_judged_by_its_bytes() {
     let status = node.client.check(check).await.expect_err("no verdict");
     assert_refused(&status, Code::Internal, "no verdict");
 }
+
+#[tokio::test]
+async fn what_an_image_was_steered_away_from_must_be_seen_to_be_gone() {
+    let (_folder, mut node, _) = TestNode::calibrated().await;
+    let concepts = node.refs().await;
+    let (mut flagged, mut remaining) = (0, 0);
+    for share in (0..=40).map(|i| i as f32 / 40.0) {
+        let blend = benign(1).into_iter().zip(axe()).map(|(b, a)| b + share * (a - b));
+        let check = CheckRequest {
+            concepts: concepts.clone(),
+            calibration: Some(key(20)),
+            png: png(&blend.collect::<Vec<_>>(), SIDE as u32),
+            ..Default::default()
+        };
+        let fresh = node.client.check(check.clone()).await.expect("checked").into_inner();
+        assert!(fresh.remaining_concepts.is_empty());
+        let check = CheckRequest { open_concepts: vec!["axe".to_owned()], ..check };
+        let steered = node.client.check(check).await.expect("checked").into_inner();
+        let (before, after) = (&fresh.scores[0], &steered.scores[0]);
+        assert_eq!((before.concept.as_str(), before.z), ("axe", after.z));
+        assert_eq!(before.open, before.z > before.gate);
+        assert_eq!(fresh.scores[1..], steered.scores[1..]);
+        // A calibration's hysteresis is a third of its gate, or more.
+        assert!(after.open || after.z < after.gate * 2.0 / 3.0);
+        assert!(after.open || steered.flagged == fresh.flagged);
+        let remains = after.z >= 0.4 * after.gate;
+        assert_eq!(steered.remaining_concepts, if remains { vec!["axe"] } else { vec![] });
+        flagged += usize::from(after.open && !before.open);
+        remaining += usize::from(remains && !after.open);
+    }
+    assert!(flagged > 0 && remaining > 0, "{flagged} {remaining}");
+}

@@ -53,6 +53,8 @@ pub struct Candidate {
     pub sha256: String,
     /// Seed of the node's crops.
     pub crop_seed: u64,
+    /// Concepts that it was steered away from.
+    pub steered_away: BTreeSet<String>,
 }
 
 /// The verdict of all concepts on one finished image.
@@ -62,6 +64,8 @@ pub struct Verdict {
     pub scores: Vec<ConceptScore>,
     /// Some concept's gate is open.
     pub flagged: bool,
+    /// Concepts that the image was steered away from and of which too much is left.
+    pub remaining: Vec<String>,
 }
 
 /// Who answered so far, for the record.

@@ -223,6 +223,7 @@ fn checks(
                 crops: terms.crops,
                 crop_seed: candidate.crop_seed,
                 scores_only: terms.scores_only,
+                open_concepts: candidate.steered_away.iter().cloned().collect(),
             });
             (request, candidate.sha256.clone())
         })
@@ -270,6 +271,7 @@ impl Energy for EnergyPool {
             for (verdict, part) in verdicts.iter_mut().zip(answer) {
                 verdict.flagged |= part.flagged;
                 verdict.scores.extend(part.scores);
+                verdict.remaining.extend(part.remaining);
             }
         }
         let place = |name: &str| terms.concepts.iter().position(|concept| concept.name == name);

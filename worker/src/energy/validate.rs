@@ -62,7 +62,9 @@ pub(crate) fn verdict(
     }
     let scores = scores(response.scores, concepts, scores_only)?;
     let open = scores.iter().any(|score| score.open);
-    Ok(Verdict { scores, flagged: open || (response.flagged && !scores_only) })
+    let mut remaining = response.remaining_concepts;
+    remaining.retain(|name| !scores_only && concepts.iter().any(|concept| concept.name == *name));
+    Ok(Verdict { scores, flagged: open || (response.flagged && !scores_only), remaining })
 }
 
 /// Whether some gate of the image is open.

@@ -1,5 +1,6 @@
 //! The end of an attempt: the final decoding, the final check, and what follows from it.
 
+use fairlead_common::record;
 use fairlead_models::Tape;
 use fairlead_proto::v1::{ImageOutcome, ImageStatus};
 
@@ -18,8 +19,9 @@ struct Picture {
 }
 
 impl Run<'_> {
-    /// Has every image of the attempt judged. Good ones are handed over, flagged ones withheld or
-    /// returned for a rerun at twice the strength, with the gates of what was found held open.
+    /// Has every image of the attempt judged. Good ones are handed over, those with something left
+    /// of what they were steered away from are returned for a rerun with those gates held open, and
+    /// so are flagged ones, until no attempt is left: then a flagged one is withheld.
     pub(super) fn finish(&mut self, tracks: Vec<Track>, attempt: u32) -> Result<Vec<Track>> {
         self.alive()?;
         let pictures = self.pictures(&tracks)?;
@@ -28,13 +30,14 @@ impl Run<'_> {
         let mut rerun = Vec::new();
         for ((mut track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
             let flagged = verdict.flagged && !self.terms.scores_only;
+            let again = flagged || !verdict.remaining.is_empty();
             let was_pushed = track
                 .trajectory
                 .iter()
                 .any(|step| step.attempt == attempt && step.correction > 0.0);
             // Where nothing pushed and nothing new is held, a rerun would change nothing.
-            if flagged && attempt < MAX_RERUNS && (track.hold(&verdict) || was_pushed) {
-                tracing::info!(index = track.task.index, attempt, "flagged, running again");
+            if again && attempt < MAX_RERUNS && (track.hold(&verdict) || was_pushed) {
+                tracing::info!(index = track.task.index, attempt, "not gone, running again");
                 rerun.push(track);
             } else {
                 let outcome = self.outcome(track, picture, verdict, flagged, attempt);
@@ -95,6 +98,7 @@ impl Run<'_> {
                 sha256: picture.sha256.clone(),
                 // The same crops as the coordinator's final check: what passes here passes there.
                 crop_seed: track.task.seed,
+                steered_away: record::steered_away(&track.trajectory),
             })
             .collect();
         self.energy.check(&self.terms, &candidates, self.cancel)

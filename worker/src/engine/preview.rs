@@ -2,6 +2,7 @@
 //! every gate of its image is closed.
 
 use candle_core::{Device, Tensor};
+use fairlead_common::record;
 use fairlead_models::layers::{Filter, resize};
 use fairlead_proto::v1::ConceptScore;
 
@@ -91,6 +92,7 @@ impl Run<'_> {
                 png: png.clone(),
                 sha256: sha256(png),
                 crop_seed: crop_seed(track.task.seed, moment.report.attempt, moment.report.step, 0),
+                steered_away: record::steered_away(&track.trajectory),
             })
             .collect();
         match self.energy.check(&self.terms, &candidates, self.cancel) {

@@ -15,7 +15,7 @@ pub(super) struct Track {
     /// Concepts whose gate was open at the last evaluation of this attempt.
     pub(super) open: BTreeSet<String>,
     /// Concepts that the final check found on an earlier attempt: where this image is heading is
-    /// known, so their gates are open from the first step of the window until nothing is left of them.
+    /// known, so their gates are open from the first step of the window until little is left of them.
     pub(super) held: BTreeSet<String>,
     /// Sum over the attempt's steps of `rms(d) / rms(x0)`.
     pub(super) spent: f32,
@@ -45,11 +45,11 @@ impl Track {
         self.spent = 0.0;
     }
 
-    /// Holds the gates of what `verdict` found open; false if all of them were held already.
+    /// Holds the gates of what `verdict` found open or left; false if all of them were held already.
     pub(super) fn hold(&mut self, verdict: &Verdict) -> bool {
         let before = self.held.len();
-        let found = verdict.scores.iter().filter(|score| score.open);
-        self.held.extend(found.map(|score| score.concept.clone()));
+        let found = verdict.scores.iter().filter(|score| score.open).map(|score| &score.concept);
+        self.held.extend(found.chain(&verdict.remaining).cloned());
         self.held.len() > before
     }
 
@@ -115,8 +115,11 @@ mod tests {
             open,
             ..Default::default()
         };
-        let verdict =
-            Verdict { scores: vec![score("axe", false), score("bomb", true)], flagged: true };
+        let verdict = Verdict {
+            scores: vec![score("axe", false), score("bomb", true)],
+            flagged: true,
+            ..Default::default()
+        };
         let mut track = Track::new(ImageTask::default());
         track.open.insert("axe".into());
         assert!(track.hold(&verdict));

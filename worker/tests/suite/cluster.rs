@@ -169,7 +169,7 @@ impl EnergyService for NodeService {
             flagged,
             image_sha256,
             calibration_id: "calibration-1".into(),
-            calibration_fallback: String::new(),
+            ..Default::default()
         }))
     }
 }

@@ -243,6 +243,24 @@ fn what_only_the_final_check_finds_is_steered_from_the_start_of_a_rerun() {
 }
 
 #[test]
+fn what_is_left_of_a_steered_away_concept_is_steered_again_but_not_withheld() {
+    let mut energy = ToyEnergy::new(GATE);
+    energy.verdict = Some(false);
+    energy.leaves = true;
+    let images = run(&shard(spec(), policy(strong()), 4), &mut energy);
+    let mut again = 0;
+    for image in &images {
+        let record = image.record.as_ref().expect("a record");
+        assert_eq!(image.status(), ImageStatus::Released);
+        assert_eq!(record.reruns, if record.steered { 2 } else { 0 });
+        again += record.reruns;
+    }
+    let seen = energy.seen.lock().expect("no panic");
+    let held = seen.evaluations.iter().flatten().filter(|sample| !sample.held_concepts.is_empty());
+    assert!(again > 0 && again < 8 && held.count() > 0, "{again} reruns");
+}
+
+#[test]
 fn a_flagged_image_that_nothing_pushed_is_withheld_at_once() {
     let mut energy = ToyEnergy::new(f32::INFINITY);
     energy.verdict = Some(true);

@@ -237,6 +237,8 @@ pub(crate) struct ToyEnergy {
     pub(crate) final_gate: Option<f32>,
     /// The final check's verdict, if not the score's.
     pub(crate) verdict: Option<bool>,
+    /// The final check finds that something is left of whatever an image was steered away from.
+    pub(crate) leaves: bool,
     /// The evaluation (from 0) that fails.
     pub(crate) fails_at: Option<usize>,
     pub(crate) seen: Arc<Mutex<Seen>>,
@@ -249,6 +251,7 @@ impl ToyEnergy {
             gate,
             final_gate: None,
             verdict: None,
+            leaves: false,
             fails_at: None,
             seen: Arc::default(),
             sources: Sources::default(),
@@ -301,7 +304,12 @@ impl Energy for ToyEnergy {
         let gate = self.final_gate.unwrap_or(self.gate);
         let judge = |candidate: &Candidate| {
             let (scores, flagged) = judge(&candidate.png, &terms.concepts, gate);
-            Verdict { scores, flagged: self.verdict.unwrap_or(flagged) }
+            let remaining = candidate.steered_away.iter().filter(|_| self.leaves).cloned();
+            Verdict {
+                scores,
+                flagged: self.verdict.unwrap_or(flagged),
+                remaining: remaining.collect(),
+            }
         };
         Ok(candidates.iter().map(judge).collect())
     }
