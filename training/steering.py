@@ -19,7 +19,8 @@ from data import label_matrix
 from sd import Sampler
 from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
 
-BINS, HYSTERESIS, SHARPNESS, CAP = 10, 0.5, 50.0, 10.0
+BINS, SHARPNESS, CAP = 10, 50.0, 10.0
+LEAST_HYSTERESIS, HYSTERESIS_SHARE, HELD_LEVEL = 0.5, 1 / 3, 0.4
 SMALLEST_CROP = 0.6
 STRENGTHS, HELD_SHARE = [0.3, 0.6, 1.0], 0.5
 POOL_KINDS = ("target", "pair", "benign", "pair", "benign")
@@ -50,19 +51,33 @@ class Energy:
 
 
 class Gate:
-    """Opens where a concept's normalised score passes the benign quantile; closes below it less the hysteresis."""
+    """Opens where a concept's normalised score passes the benign quantile; closes below it less the hysteresis.
+
+    A held gate closes lower still.
+    """
 
     def __init__(self, records, alpha=0.01):
         half = len(records) // 2
         self.mean, self.deviation = records[:half].mean(0), records[:half].std(0) + 1e-6
         largest = ((records[half:] - self.mean) / self.deviation).nan_to_num(-9).amax((1, 2)).sort().values
         self.limit = largest[min(len(largest), math.ceil((1 - alpha) * (len(largest) + 1))) - 1]
+        self.hysteresis = max(LEAST_HYSTERESIS, HYSTERESIS_SHARE * self.limit.item())
 
     def normalise(self, score, t):
         return (score - self.mean[t * BINS // 1000]) / self.deviation[t * BINS // 1000]
 
-    def threshold(self, t):
-        return self.mean[t * BINS // 1000] + (self.limit - HYSTERESIS) * self.deviation[t * BINS // 1000]
+    def closing(self, held):
+        """Normalised scores at which open gates close, of the shape of `held`."""
+        level = self.limit - self.hysteresis
+        return torch.where(held, torch.minimum(level, HELD_LEVEL * self.limit), level)
+
+    def amplitude(self, z, held):
+        closing = self.closing(held)
+        width = (self.limit - closing) * torch.where(held, 1.0, 2.0)
+        return ((z - closing) / width.clamp(min=1)).clamp(0.25, 1)
+
+    def threshold(self, t, held):
+        return self.mean[t * BINS // 1000] + self.closing(held) * self.deviation[t * BINS // 1000]
 
 
 def record_scores(sampler, energy, prompts, seeds, steps, guidance, end=0):
@@ -97,12 +112,12 @@ def rms(x):
 
 
 class Steering:
-    """One batch's shift of the state (mode C); remembers which gates are open. Those of `held` [n, 20] always are."""
+    """One batch's shift of the state (mode C); remembers which gates are open. Those of `held` [n, 20] begin open."""
 
     def __init__(self, sampler, energy, gate, end, eta, sigma, held):
         self.sampler, self.energy, self.gate = sampler, energy, gate
         self.eta, self.end, self.sigma, self.held = eta, end, sigma, held
-        self.open, self.spent, self.touched = held, torch.zeros(len(held), 1, 1, 1), held.any(1)
+        self.open, self.spent, self.touched = held, torch.zeros(len(held), 1, 1, 1), torch.zeros(len(held), dtype=torch.bool)
 
     def window(self, t):
         into = (t - self.end) / (0.2 * (1000 - self.end))
@@ -116,15 +131,15 @@ class Steering:
             images = self.sampler.decode(latent)
             score = self.energy.scores(images)
             z = self.gate.normalise(score.detach(), t)
-            self.open = self.held | torch.where(self.open, z > self.gate.limit - HYSTERESIS, z > self.gate.limit)
+            known = self.open | self.held
+            self.open = (z > self.gate.limit) | (known & (z >= self.gate.closing(self.held)))
             self.touched = self.touched | self.open.any(1)
             if not self.open.any():
                 return None
-            x = SHARPNESS * (score - self.gate.threshold(t))
-            excess = torch.where(self.held & (x < 0), math.log(2) + 0.5 * x, F.softplus(x)) / SHARPNESS
+            excess = F.softplus(SHARPNESS * (score - self.gate.threshold(t, self.held))) / SHARPNESS
             gradient, = torch.autograd.grad((excess * self.open).sum(), latent)
         gradient = smooth(gradient, self.sigma)
-        amount = torch.where(self.open, (z - self.gate.limit + HYSTERESIS).clamp(0.25, 1), 0).amax(1).view(-1, 1, 1, 1)
+        amount = torch.where(self.open, self.gate.amplitude(z, self.held), 0).amax(1).view(-1, 1, 1, 1)
         step = torch.minimum(self.eta * amount * self.window(t), CAP - self.spent)
         self.spent = self.spent + step
         return -step * rms(clean) * gradient / (rms(gradient) + 1e-8)
@@ -206,6 +221,6 @@ def collect(bench, count, seed, steered, views):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, pool=2240, views=8, steered=0.0, seed=10, crops=4, calibration=400, end=400, guidance=4.5)
+    args = arguments(__doc__, pool=2240, views=8, steered=0.0, seed=10, crops=4, calibration=400, end=200, guidance=4.5)
     bench = Bench(args.work, args.crops, args.calibration, guidance=args.guidance, end=args.end)
     torch.save(collect(bench, args.pool, args.seed, args.steered, args.views), args.work / f"pool-{args.seed}.pt")
