@@ -66,7 +66,7 @@ pub(crate) struct CalibrateArgs {
     #[arg(long, default_value_t = 1.0)]
     window_start: f32,
     /// End of the window; policies may steer in a part of it.
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(long, default_value_t = 0.02)]
     window_end: f32,
     /// Benign prompts, one a line and each used once; the more different ones, the better the bound
     /// holds. Default: prompts about Emojiland's permitted objects.
