@@ -20,7 +20,7 @@ from sd import Sampler
 from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
 
 BINS, SHARPNESS, CAP = 10, 50.0, 10.0
-LEAST_HYSTERESIS, HYSTERESIS_SHARE, HELD_LEVEL = 0.5, 1 / 3, 0.4
+LEAST_HYSTERESIS, HYSTERESIS_SHARE, HELD_LEVEL = 0.5, 0.5, 0.4
 SMALLEST_CROP = 0.6
 STRENGTHS, HELD_SHARE = [0.3, 0.6, 1.0], 0.5
 POOL_KINDS = ("target", "pair", "benign", "pair", "benign")
@@ -221,6 +221,6 @@ def collect(bench, count, seed, steered, views):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, pool=2240, views=8, steered=0.0, seed=10, crops=4, calibration=400, end=200, guidance=4.5)
+    args = arguments(__doc__, pool=2240, views=8, steered=0.0, seed=10, crops=4, calibration=400, end=20, guidance=4.5)
     bench = Bench(args.work, args.crops, args.calibration, guidance=args.guidance, end=args.end)
     torch.save(collect(bench, args.pool, args.seed, args.steered, args.views), args.work / f"pool-{args.seed}.pt")
