@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+DEVICE = torch.device(os.environ.get("EMOJILAND_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+ATTENTION = "eager" if DEVICE.type == "cpu" else "sdpa"  # the fused backward is slow on CPUs
+torch.set_float32_matmul_precision("high")
 CHECKPOINT_SECONDS = 120
 AVERAGE_STEPS = 16
 LONGEST_STEP = 20.0  # seconds; more than that between two steps is a pause, not training
@@ -28,11 +31,21 @@ def arguments(doc, **options):
     return args
 
 
+def autocast():
+    """bf16 where it is safe: every network here trains and samples under it."""
+    return torch.autocast(DEVICE.type, torch.bfloat16)
+
+
 def save_atomically(value, path):
     """Writes beside the target and renames, so that a kill leaves the old file or the new one."""
     part = path.with_suffix(".part")
     torch.save(value, part)
     part.replace(path)
+
+
+def done_mark(path):
+    """The empty file that says that a checkpoint's training is over."""
+    return path.with_suffix(".done")
 
 
 class Training:
@@ -48,13 +61,14 @@ class Training:
         self.rank, self.peers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.peers > 1:
             dist.init_process_group("gloo")
-        self.modules = torch.nn.ModuleDict(modules)
+        self.modules = torch.nn.ModuleDict(modules).to(DEVICE)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay, betas=betas, fused=True)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds, self.cpu, self.history = 0, 0.0, 0.0, []
+        done_mark(path).unlink(missing_ok=True)
         if path.exists():
-            self._resume(torch.load(path, weights_only=True))
+            self._resume(torch.load(path, weights_only=True, map_location=DEVICE))
         self.saved, self.mark, self.cpu_mark = time.monotonic(), time.monotonic(), time.process_time()
 
     def _resume(self, state):
@@ -93,12 +107,18 @@ class Training:
                 self._average()
             if now - self.saved > CHECKPOINT_SECONDS:
                 self.save()
+        self.finish()
+
+    def finish(self):
+        """Saves, and marks the checkpoint as one that others may use."""
         self.save()
+        if self.rank == 0:
+            done_mark(self.path).touch()
 
     @torch.no_grad()
     def _average(self):
         """Averages the weights and the clock over all processes."""
-        flat = torch.cat([*(p.flatten() for p in self.parameters), torch.tensor([self.seconds])])
+        flat = torch.cat([*(p.flatten() for p in self.parameters), torch.tensor([self.seconds], device=DEVICE)])
         dist.all_reduce(flat)
         *values, clock = (flat / self.peers).split([p.numel() for p in self.parameters] + [1])
         for parameter, value in zip(self.parameters, values):
@@ -115,9 +135,9 @@ class Training:
         self.step += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self.parameters, 1 - min(self.ema_decay, self.step / (self.step + 20)))
-        self.history.append({"loss": float(loss.detach()), **{k: float(torch.as_tensor(v).detach()) for k, v in figures.items()}})
+        self.history.append({"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}})
         if self.step % 100 == 0 and self.rank == 0:
-            mean = {k: np.mean([h[k] for h in self.history if k in h]) for k in self.history[-1]}
+            mean = {k: torch.stack([h[k] for h in self.history]).mean().item() for k in self.history[-1]}
             text = " ".join(f"{k} {v:.4f}" for k, v in mean.items())
             print(f"{self.step} {self.seconds / 60:.1f} min {text}", flush=True)
             self.history = []
@@ -125,8 +145,8 @@ class Training:
 
 def load_average(path, **modules):
     """Loads the averaged weights of a checkpoint into `modules`, frozen and in evaluation mode."""
-    state = torch.load(path, weights_only=True)
-    everything = torch.nn.ModuleDict(modules)
+    state = torch.load(path, weights_only=True, map_location=DEVICE)
+    everything = torch.nn.ModuleDict(modules).to(DEVICE)
     with torch.no_grad():
         for parameter, value in zip(everything.parameters(), state["ema"]):
             parameter.copy_(value)
@@ -145,7 +165,7 @@ def auroc(scores, positive):
 def contact_sheet(images, path, columns=16, scale=4):
     """Writes images [n, 3, 32, 32] in [-1, 1] as one PNG, enlarged by nearest neighbour."""
     from PIL import Image
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
     side, rows = 32 * scale + 2, -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side))
     for i, image in enumerate(pixels):

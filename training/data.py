@@ -8,7 +8,6 @@ import tarfile
 from functools import cache
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 from common import arguments
@@ -64,8 +63,19 @@ def svg(data, key):
 
 @cache
 def sprite(work, name, obj):
+    import resvg_py  # which the machines that train on carried sprites need not have
+
     png = resvg_py.svg_to_bytes(svg_string=svg(icons(work, name), obj.replace(" ", "-")), width=96, height=96)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def sprites(work):
+    """Writes every sprite as an array [sets, objects, 96, 96, 4]: what `render.py` needs on another machine."""
+    path = work / "sprites.npz"
+    if not path.exists():
+        square = (96, 96)
+        stacked = np.stack([[np.asarray(sprite(work, name, obj).resize(square)) for obj in OBJECTS] for name in PACKAGES])
+        np.savez_compressed(path, sprites=stacked)
 
 
 def placement(count, index, free, rng):
@@ -130,5 +140,6 @@ def label_matrix(objects):
 if __name__ == "__main__":
     work = arguments(__doc__).work
     fetch(work)
+    sprites(work)
     for name in SPLITS:
         print(name, scenes(work, name)["pixels"].shape, flush=True)

@@ -1,12 +1,18 @@
-"""Trains the judge: a plain CNN that names the objects of a scene. It measures; its gradient is never used."""
+"""Trains the judge: a plain CNN that names the objects of a scene. It measures; its gradient is never used.
+
+The labeller is the same network trained apart from it: it labels what the energies are trained on, so that the judge
+has no part in them.
+"""
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import augment
-from common import Training, arguments, auroc, load_average
+import vae as autoencoder
+from common import DEVICE, Training, arguments, auroc, autocast, load_average
 from data import as_tensor, label_matrix, scenes
+from render import Renderer, draw_contents
 from words import OBJECTS
 
 CHANNELS, GROUPS = [32, 64, 128], 8
@@ -40,65 +46,54 @@ class Judge(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def build():
-    torch.manual_seed(7)
+def build(name="judge"):
+    torch.manual_seed(7 if name == "judge" else 17)
     return Judge().to(memory_format=LAST)
 
 
-def load(work):
-    judge = build()
-    load_average(work / "judge.pt", judge=judge)
+def load(work, name="judge"):
+    judge = build(name)
+    load_average(work / f"{name}.pt", judge=judge)
     return judge
 
 
 def logits(judge, images):
     with torch.no_grad():
-        return torch.cat([judge(x) for x in images.clamp(-1, 1).split(500)])
+        return torch.cat([judge(x.to(DEVICE)) for x in images.clamp(-1, 1).split(500)])
 
 
 @torch.no_grad()
-def reconstructions(work):
-    """Decoded latents of the judge's scenes, slightly noised as a generator's are; empty before the VAE exists."""
-    if not (work / "vae.pt").exists():
-        return np.zeros((0, 32, 32, 3), np.uint8)
-    path = work / "reconstructions-judge.npy"
-    if not path.exists():
-        import vae as autoencoder
-        vae, parts = autoencoder.load(work), []
-        torch.manual_seed(8)
-        for x in as_tensor(scenes(work, "judge")["pixels"]).split(250):
-            z = vae.encode(x).latent_dist.mean
-            y = vae.decode(z + 0.3 * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)).sample
-            parts.append(((y.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy())
-        np.save(path, np.concatenate(parts))
-    return np.load(path)
+def as_generated(vae, images):
+    """Decoded noisy latents: how the generators' pictures differ from scenes."""
+    z = vae.encode(images).latent_dist.mean
+    return vae.decode(z + 0.3 * torch.rand(len(z), 1, 1, 1, device=DEVICE) * torch.randn_like(z)).sample
 
 
-def training_set(work):
-    fixed, free = scenes(work, "judge"), scenes(work, "judge-free")
-    decoded = reconstructions(work)
-    pixels = np.concatenate([fixed["pixels"], free["pixels"], decoded])
-    objects = np.concatenate([fixed["objects"], free["objects"], fixed["objects"][:len(decoded)]])
-    return pixels, label_matrix(objects)
-
-
-def train(work, minutes, batch=128):
-    judge = build()
-    pixels, labels = training_set(work)
-    training = Training(work / "judge.pt", {"judge": judge}, minutes, lr=2e-3, ema=0.998, weight_decay=0.02)
-    for _ in training.steps():
-        index = np.random.randint(0, len(pixels), batch)
-        images = augment.noise(augment.colour(augment.blur(augment.warp(as_tensor(pixels[index])), 1.0, 0.3)), 0.15)
-        with torch.autocast("cpu", torch.bfloat16):
+def train(work, name, minutes, batch, decoded):
+    """Scenes of both layouts; the first `decoded` share of each batch of the generators' layout goes through the autoencoder."""
+    judge, renderer = build(name), Renderer(work)
+    vae = autoencoder.load(work) if decoded else None
+    training = Training(work / f"{name}.pt", {"judge": judge}, minutes, lr=2e-3, ema=0.998, weight_decay=0.02)
+    for seed in training.steps():
+        rng, parts, truth = np.random.default_rng(seed), [], []
+        for free in (False, True):
+            objects, backgrounds = draw_contents(batch // 2, free, rng)
+            parts.append(renderer.draw(objects, backgrounds, 3, free))
+            truth.append(label_matrix(objects))
+        cut = int(batch * decoded)
+        if cut:
+            parts[0][:cut] = as_generated(vae, parts[0][:cut])
+        images, labels = torch.cat(parts), torch.cat(truth).to(DEVICE)
+        images = augment.noise(augment.colour(augment.blur(augment.warp(images), 1.0, 0.3)), 0.15)
+        with autocast():
             output = judge(images.clamp(-1, 1).contiguous(memory_format=LAST))
-        loss = F.binary_cross_entropy_with_logits(output.float(), labels[index], reduction="sum") / batch
-        training.update(loss)
+        training.update(F.binary_cross_entropy_with_logits(output.float(), labels, reduction="sum") / batch)
 
 
 def thresholds(judge, work):
     """Per object, the probability in [0.3, 0.7] with the fewest errors on scenes set aside for it."""
     split = scenes(work, "tuning")
-    probability = logits(judge, as_tensor(split["pixels"])).sigmoid()
+    probability = logits(judge, as_tensor(split["pixels"])).sigmoid().cpu()
     truth = label_matrix(split["objects"]).bool()
     grid = torch.linspace(0.3, 0.7, 41)
     errors = torch.stack([((probability >= t) != truth).sum(0) for t in grid]).float()
@@ -108,16 +103,16 @@ def thresholds(judge, work):
 
 def found(judge, images, limits):
     """0/1 tensor [n, 60]: which objects the judge finds in images in [-1, 1]."""
-    return logits(judge, images).sigmoid() >= limits
+    return logits(judge, images).sigmoid().cpu() >= limits
 
 
-def report(work):
-    judge = load(work)
+def report(work, name="judge"):
+    judge = load(work, name)
     limits = thresholds(judge, work)
     split = scenes(work, "heldout")
     images, truth = as_tensor(split["pixels"]), label_matrix(split["objects"]).bool()
     guess = found(judge, images, limits)
-    scores = logits(judge, images).numpy()
+    scores = logits(judge, images).cpu().numpy()
     areas = [auroc(scores[:, k], truth[:, k].numpy()) for k in range(len(OBJECTS))]
     return {
         "scenes with every label right": (guess == truth).all(1).float().mean().item(),
@@ -128,6 +123,7 @@ def report(work):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, minutes=14.0)
-    train(args.work, args.minutes)
-    print(report(args.work))
+    args = arguments(__doc__, name="judge", minutes=14.0, batch=128, decoded=0.25)
+    train(args.work, args.name, args.minutes, args.batch, args.decoded)
+    if (args.work / "scenes-heldout.npz").exists():
+        print(report(args.work, args.name))

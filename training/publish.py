@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import clip
 import judge
 import sd
+import sd3
+import siglip
 import tokenizer as bpe
 import vae as autoencoder
 from common import arguments
@@ -44,8 +46,33 @@ def publish_sd(work, folder):
     copy_tokenizer(work, folder / "tokenizer")
 
 
+def publish_sd3(work, folder):
+    transformer, texts = sd3.load(work)
+    shift, scale = sd3.latent_statistics(work)
+    vae = autoencoder.load(work).to(memory_format=torch.contiguous_format)
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    tokens = bpe.load(work)
+    pipeline = StableDiffusion3Pipeline(
+        vae=vae.half(), transformer=transformer.half(), scheduler=sd3.scheduler(), text_encoder=texts[0].half(), tokenizer=tokens,
+        text_encoder_2=texts[1].half(), tokenizer_2=tokens, text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(folder / name)
+        copy_tokenizer(work, folder / name)
+
+
+def publish_siglip(work, folder):
+    siglip.Tower(work).load(work).model.half().save_pretrained(folder)
+    for file in sorted((work / "tokenizer-siglip").iterdir()):
+        shutil.copy(file, folder / file.name)
+    write_json(dict(
+        image_processor_type="SiglipImageProcessor", size={"height": 32, "width": 32}, do_resize=True, do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, resample=3, do_convert_rgb=True, image_mean=siglip.MEAN,
+        image_std=siglip.STD), folder / "preprocessor_config.json")
+
+
 def publish_clip(work, folder):
-    clip.load(work).half().save_pretrained(folder)
+    clip.Tower(work).load(work).model.half().save_pretrained(folder)
     copy_tokenizer(work, folder)
     write_json(dict(
         image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
@@ -84,10 +111,10 @@ def replace_folder(folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
-PUBLISHERS = {"sd": publish_sd, "clip": publish_clip, "judge": publish_judge}
+PUBLISHERS = {"sd": publish_sd, "sd3": publish_sd3, "siglip": publish_siglip, "clip": publish_clip, "judge": publish_judge}
 
 if __name__ == "__main__":
-    args = arguments(__doc__, assets=str(Path(__file__).parent.parent / "assets"), only="sd,clip,judge")
+    args = arguments(__doc__, assets=str(Path(__file__).parent.parent / "assets"), only="sd,sd3,clip,siglip,judge")
     assets = Path(args.assets)
     assets.mkdir(exist_ok=True)
     publish_objects(assets)

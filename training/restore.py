@@ -2,18 +2,22 @@
 
 The optimiser begins anew. `--energy-minutes` says how much of the energy's budget counts as spent.
 """
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 import clip
+import energy
 import judge
 import sd
 import tokenizer as bpe
 import vae as autoencoder
-from common import Training, arguments
-from data import as_tensor, label_matrix, scenes
+from common import DEVICE, Training, arguments
+from data import label_matrix
+from render import Renderer, draw_contents
 
 
 def checkpoint(work, name, minutes, **modules):
@@ -24,16 +28,16 @@ def checkpoint(work, name, minutes, **modules):
         return
     training = Training(path, modules, minutes=1.0, lr=0.0)
     training.seconds = 60 * minutes
-    training.save()
+    training.finish()
 
 
-def fitted_bias(work, model):
-    """The bias of the energy's sigmoid loss, which no published file holds: where its mean is the share of positives."""
-    tokens, split = bpe.load(work), scenes(work, "tuning")
-    text = clip.embed_texts(model, bpe.encode(tokens, clip.OBJECTS + clip.ANCHORS))
-    images = clip.embed_images(model, as_tensor(split["pixels"][:1000]))
-    logits = model.logit_scale.exp() * clip.scores(images, text[:len(clip.OBJECTS)], text[len(clip.OBJECTS):])
-    wanted, low, high = label_matrix(split["objects"][:1000]).mean(), -50.0, 50.0
+def fitted_bias(work, tower):
+    """The bias of the sigmoid loss, which a CLIPModel's file does not hold: where its mean is the share of positives."""
+    text = tower.embed_texts(tower.encode(energy.OBJECTS + energy.ANCHORS).to(DEVICE))
+    objects, backgrounds = draw_contents(1000, False, np.random.default_rng(7))
+    images = tower.embed_images(Renderer(work).draw(objects, backgrounds, 3, False))
+    logits = tower.model.logit_scale.exp() * energy.scores(images, text[:len(energy.OBJECTS)], text[len(energy.OBJECTS):])
+    wanted, low, high = label_matrix(objects).mean(), -50.0, 50.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if (logits + middle).sigmoid().mean() < wanted else (low, middle)
@@ -49,16 +53,19 @@ def published(model, folder, prefix=""):
 
 @torch.no_grad()
 def restore(work, assets, energy_minutes):
-    generator, energy = assets / "emojiland-sd", assets / "emojiland-clip"
-    bpe.restore(work, energy)
+    generator = assets / "emojiland-sd"
+    bpe.restore(work, assets / "emojiland-clip")
+    scale = json.loads((generator / "vae" / "config.json").read_text())["scaling_factor"]
+    (work / "sd-scale.txt").write_text(f"{scale:.5f}")
     unet, text = sd.build()
     checkpoint(work, "vae", 10.0, vae=published(autoencoder.build(), generator / "vae"))
     checkpoint(work, "sd", 25.0, unet=published(unet, generator / "unet"),
                text=published(text, generator / "text_encoder", "text_model."))
     checkpoint(work, "judge", 7.0, judge=published(judge.build(), assets / "emojiland-judge"))
-    model, bias = published(clip.build(), energy), clip.Bias()
-    bias.value.fill_(fitted_bias(work, model))
-    checkpoint(work, "clip", energy_minutes, clip=model, bias=bias)
+    tower = clip.Tower(work)
+    published(tower.model, assets / "emojiland-clip").to(DEVICE)
+    tower.modules["bias"].value.fill_(fitted_bias(work, tower))
+    checkpoint(work, "clip", energy_minutes, **tower.modules)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import tokenizer as bpe
 import vae as autoencoder
-from common import Training, arguments, contact_sheet, load_average
+from common import ATTENTION, DEVICE, Training, arguments, autocast, contact_sheet, load_average
 from data import scenes
 from words import BACKGROUNDS, OBJECTS, TARGETS, article, caption
 
@@ -26,12 +26,13 @@ def build():
     config = CLIPTextConfig(
         vocab_size=bpe.VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=bpe.LENGTH, projection_dim=128, hidden_act="quick_gelu", **marks)
-    text = CLIPTextModel._from_config(config, attn_implementation="eager")
+    text = CLIPTextModel._from_config(config, attn_implementation=ATTENTION)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
-    unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow on CPUs
+    if ATTENTION == "eager":
+        unet.set_attn_processor(AttnProcessor())
     return unet, text
 
 
@@ -47,7 +48,11 @@ def load(work):
 
 
 def scaling_factor(work):
-    return round(1 / autoencoder.latents(work).float().std().item(), 5)
+    """One over the latents' deviation, kept in a file: the trained UNet depends on it."""
+    path = work / "sd-scale.txt"
+    if not path.exists():
+        path.write_text(f"{1 / autoencoder.latents(work).float().std().item():.5f}")
+    return float(path.read_text())
 
 
 def captions(split, index, rng):
@@ -60,16 +65,16 @@ def train(work, minutes, batch):
     tokens, split = bpe.load(work), scenes(work, "generator")
     latents, scale = autoencoder.latents(work), scaling_factor(work)
     print("scaling factor", scale, flush=True)
-    alphas, blank = scheduler().alphas_cumprod, bpe.encode(bpe.load(work), [""])
+    alphas, blank = scheduler().alphas_cumprod.to(DEVICE), bpe.encode(bpe.load(work), [""])
     training = Training(work / "sd.pt", {"unet": unet, "text": text}, minutes, lr=1.5e-3, ema=0.997, weight_decay=0.0)
     for seed in training.steps():
         index = np.random.randint(0, len(latents), batch)
         ids = bpe.encode(tokens, captions(split, index, random.Random(seed)))
-        ids = torch.where(torch.rand(batch, 1) < DROPPED, blank, ids)
-        clean, noise = latents[index].float() * scale, torch.randn(batch, 8, 8, 8)
-        t = torch.randint(0, len(alphas), (batch,))
+        ids = torch.where(torch.rand(batch, 1) < DROPPED, blank, ids).to(DEVICE)
+        clean, noise = latents[index].float().to(DEVICE) * scale, torch.randn(batch, 8, 8, 8, device=DEVICE)
+        t = torch.randint(0, len(alphas), (batch,), device=DEVICE)
         a = alphas[t].view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             states = text(input_ids=ids).last_hidden_state
             output = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, encoder_hidden_states=states).sample
         error = (output.float() - noise).square().mean((1, 2, 3))
@@ -83,7 +88,7 @@ class Sampler:
     def __init__(self, work):
         self.unet, self.text = load(work)
         self.vae, self.tokens, self.scale = autoencoder.load(work), bpe.load(work), scaling_factor(work)
-        self.alphas = scheduler().alphas_cumprod
+        self.alphas = scheduler().alphas_cumprod.tolist()
 
     def decode(self, latent):
         return self.vae.decode(latent / self.scale).sample.float()
@@ -91,17 +96,17 @@ class Sampler:
     @torch.no_grad()
     def sample(self, prompts, seeds, steps=25, guidance=4.5, correct=None):
         """Images in [-1, 1]. `correct(t, clean estimate)` returns what is added to the next state, or None."""
-        states, blank = (self.text(input_ids=bpe.encode(self.tokens, p)).last_hidden_state for p in (prompts, [""]))
+        states, blank = (self.text(input_ids=bpe.encode(self.tokens, p).to(DEVICE)).last_hidden_state for p in (prompts, [""]))
         states = torch.cat([states, blank.expand_as(states)])
-        x = torch.stack([torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        x = torch.stack([torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(DEVICE)
         stride = 1000 // steps
         for t in range((steps - 1) * stride + 1, 0, -stride):
             a, a_next = self.alphas[t], self.alphas[max(t - stride, 0)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 asked, free = self.unet(torch.cat([x, x]), t, encoder_hidden_states=states).sample.float().chunk(2)
             noise = free + guidance * (asked - free)
-            clean = (x - (1 - a).sqrt() * noise) / a.sqrt()
-            x = a_next.sqrt() * clean + (1 - a_next).sqrt() * noise
+            clean = (x - (1 - a) ** 0.5 * noise) / a ** 0.5
+            x = a_next ** 0.5 * clean + (1 - a_next) ** 0.5 * noise
             change = correct(t, clean) if correct else None
             if change is not None:
                 x = x + change

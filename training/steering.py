@@ -1,70 +1,47 @@
-"""Steering in torch, as the workers do it in Rust, to collect what the energy sees while it steers.
+"""Steering in torch, as the workers do it in Rust, to show the energies what they see while they steer.
 
-Writes clean estimates of N trajectories, some steered, labelled with the judge's help: the training set of the
-energy's next round (see clip.py). How well steering works is measured by `fairlead evaluate`, not here.
+`Pool` runs the generators, some of the time steered by the energies under training, and keeps decoded clean
+estimates with labels by the labeller (judge.py). How well steering works is measured by `fairlead evaluate`.
 """
 import math
 import random
-from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import clip
 import judge
-import tokenizer as bpe
-from common import arguments
+import sd
+import sd3
+from common import DEVICE, done_mark
 from data import label_matrix
-from sd import Sampler
+from energy import Scorer
 from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
 
 BINS, SHARPNESS, CAP = 10, 50.0, 10.0
 LEAST_HYSTERESIS, HYSTERESIS_SHARE, HELD_LEVEL = 0.5, 0.5, 0.4
-SMALLEST_CROP = 0.6
-STRENGTHS, HELD_SHARE = [0.3, 0.6, 1.0], 0.5
-POOL_KINDS = ("target", "pair", "benign", "pair", "benign")
-
-
-class Energy:
-    """Scores of the twenty targets, averaged over the picture and a few crops of it."""
-
-    def __init__(self, work, crops=4):
-        self.model = clip.load(work)
-        self.texts, self.anchors = clip.target_texts(self.model, bpe.load(work))
-        self.crops, self.random = crops, random.Random(0)
-
-    def windows(self):
-        """The whole picture, then random windows of 60-100 % of each side, anew at each call."""
-        yield 0, 0, 32, 32
-        for _ in range(self.crops - 1):
-            height, width = (round(32 * self.random.uniform(SMALLEST_CROP, 1)) for _ in range(2))
-            yield self.random.randint(0, 32 - height), self.random.randint(0, 32 - width), height, width
-
-    def scores(self, images):
-        total = 0
-        for top, left, height, width in self.windows():
-            part = images[:, :, top:top + height, left:left + width]
-            part = part if height == width == 32 else F.interpolate(part, size=32, mode="bilinear", antialias=True)
-            total = total + clip.scores(clip.embed_images(self.model, part), self.texts, self.anchors)
-        return total / self.crops
+STEPS, GUIDANCE, WINDOW_END, ALPHA = 25, 4.5, 20, 0.02
+WEAKEST, STRONGEST, HELD_SHARE = 0.2, 1.0, 0.5
+KINDS = ("target", "pair", "benign", "pair", "benign")
+SAMPLERS = {"sd": sd.Sampler, "sd3": sd3.Sampler}
 
 
 class Gate:
     """Opens where a concept's normalised score passes the benign quantile; closes below it less the hysteresis.
 
-    A held gate closes lower still.
+    A held gate closes lower still. `records` [n, 10, 20]: scores of benign trajectories, NaN where there is none.
     """
 
-    def __init__(self, records, alpha=0.01):
+    def __init__(self, records, alpha=ALPHA):
         half = len(records) // 2
         self.mean, self.deviation = records[:half].mean(0), records[:half].std(0) + 1e-6
         largest = ((records[half:] - self.mean) / self.deviation).nan_to_num(-9).amax((1, 2)).sort().values
         self.limit = largest[min(len(largest), math.ceil((1 - alpha) * (len(largest) + 1))) - 1]
-        self.hysteresis = max(LEAST_HYSTERESIS, HYSTERESIS_SHARE * self.limit.item())
+        self.hysteresis = (HYSTERESIS_SHARE * self.limit).clamp(min=LEAST_HYSTERESIS)
 
     def normalise(self, score, t):
-        return (score - self.mean[t * BINS // 1000]) / self.deviation[t * BINS // 1000]
+        return (score - self.mean[time_bin(t)]) / self.deviation[time_bin(t)]
 
     def closing(self, held):
         """Normalised scores at which open gates close, of the shape of `held`."""
@@ -77,32 +54,33 @@ class Gate:
         return ((z - closing) / width.clamp(min=1)).clamp(0.25, 1)
 
     def threshold(self, t, held):
-        return self.mean[t * BINS // 1000] + self.closing(held) * self.deviation[t * BINS // 1000]
+        return self.mean[time_bin(t)] + self.closing(held) * self.deviation[time_bin(t)]
 
 
-def record_scores(sampler, energy, prompts, seeds, steps, guidance, end=0):
-    """Largest score per image, time bin and target along unsteered trajectories: [n, 10, 20], NaN where none."""
-    parts = []
-    for i in range(0, len(prompts), 64):
-        chunk = prompts[i:i + 64]
-        record = torch.full((len(chunk), BINS, len(TARGETS)), -torch.inf)
+def time_bin(t):
+    """The bin of t, from 1 to 1000."""
+    return min(BINS - 1, t * BINS // 1000)
 
-        def observe(t, clean):
-            if t > end:
-                with torch.autocast("cpu", torch.bfloat16):
-                    score = energy.scores(sampler.decode(clean)).float()
-                record[:, t * BINS // 1000] = torch.maximum(record[:, t * BINS // 1000], score)
 
-        sampler.sample(chunk, seeds[i:i + 64], steps, guidance, observe)
-        parts.append(record)
-    record = torch.cat(parts)
-    return torch.where(record.isfinite(), record, torch.nan)
+class Record:
+    """The largest score per image, time bin and target along trajectories: [n, 10, 20], NaN where there is none."""
+
+    def __init__(self, scorer, count):
+        self.scorer, self.values = scorer, torch.full((count, BINS, len(TARGETS)), -torch.inf, device=DEVICE)
+
+    @torch.no_grad()
+    def add(self, t, images):
+        b = time_bin(t)
+        self.values[:, b] = torch.maximum(self.values[:, b], self.scorer(images).float())
+
+    def finish(self):
+        return torch.where(self.values.isfinite(), self.values, torch.nan)
 
 
 def smooth(gradient, sigma):
     if sigma == 0:
         return gradient
-    kernel = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)
+    kernel = torch.exp(-0.5 * (torch.arange(-2, 3, device=gradient.device) / sigma) ** 2)
     kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(gradient.shape[1], 1, 5, 5)
     return F.conv2d(F.pad(gradient, (2,) * 4, mode="replicate"), kernel, groups=gradient.shape[1])
 
@@ -112,43 +90,50 @@ def rms(x):
 
 
 class Steering:
-    """One batch's shift of the state (mode C); remembers which gates are open. Those of `held` [n, 20] begin open."""
+    """One batch's shift of the state (mode C) by several energies, each with its gate; remembers which gates are open.
 
-    def __init__(self, sampler, energy, gate, end, eta, sigma, held):
-        self.sampler, self.energy, self.gate = sampler, energy, gate
-        self.eta, self.end, self.sigma, self.held = eta, end, sigma, held
-        self.open, self.spent, self.touched = held, torch.zeros(len(held), 1, 1, 1), torch.zeros(len(held), dtype=torch.bool)
+    Gates of `held` [n, 20] begin open; `eta` [n] is the strength of each image.
+    """
+
+    def __init__(self, sampler, energies, eta, sigma, held):
+        self.sampler, self.energies, self.sigma, self.held = sampler, energies, sigma, held
+        self.eta = eta.view(-1, 1, 1, 1)
+        self.open = [held for _ in energies]
+        self.spent, self.touched = torch.zeros_like(self.eta), torch.zeros(len(held), dtype=torch.bool, device=DEVICE)
 
     def window(self, t):
-        into = (t - self.end) / (0.2 * (1000 - self.end))
+        into = (t - WINDOW_END) / (0.2 * (1000 - WINDOW_END))
         return 0.5 - 0.5 * math.cos(math.pi * min(1, max(0, into)))
 
+    def energy(self, k, images, t):
+        """The energy of energy node `k` and the strength [n] its open gates ask for."""
+        scorer, gate = self.energies[k]
+        score = scorer(images)
+        z = gate.normalise(score.detach(), t)
+        self.open[k] = (z > gate.limit) | ((self.open[k] | self.held) & (z >= gate.closing(self.held)))
+        excess = F.softplus(SHARPNESS * (score - gate.threshold(t, self.held))) / SHARPNESS
+        return (excess * self.open[k]).sum(), torch.where(self.open[k], gate.amplitude(z, self.held), 0).amax(1)
+
     def __call__(self, t, clean):
-        if t <= self.end:
+        if t <= WINDOW_END:
             return None
         with torch.enable_grad():
             latent = clean.detach().requires_grad_(True)
             images = self.sampler.decode(latent)
-            score = self.energy.scores(images)
-            z = self.gate.normalise(score.detach(), t)
-            known = self.open | self.held
-            self.open = (z > self.gate.limit) | (known & (z >= self.gate.closing(self.held)))
-            self.touched = self.touched | self.open.any(1)
-            if not self.open.any():
-                return None
-            excess = F.softplus(SHARPNESS * (score - self.gate.threshold(t, self.held))) / SHARPNESS
-            gradient, = torch.autograd.grad((excess * self.open).sum(), latent)
+            parts = [self.energy(k, images, t) for k in range(len(self.energies))]
+            gradient, = torch.autograd.grad(sum(e for e, _ in parts), latent)
+        amount = torch.stack([a for _, a in parts]).amax(0)
+        self.touched = self.touched | (amount > 0)
         gradient = smooth(gradient, self.sigma)
-        amount = torch.where(self.open, self.gate.amplitude(z, self.held), 0).amax(1).view(-1, 1, 1, 1)
-        step = torch.minimum(self.eta * amount * self.window(t), CAP - self.spent)
+        step = torch.minimum(self.eta * amount.view(-1, 1, 1, 1) * self.window(t), CAP - self.spent)
         self.spent = self.spent + step
         return -step * rms(clean) * gradient / (rms(gradient) + 1e-8)
 
 
-def prompts(kind, count, seed):
-    """Prompts of a kind ("target", "pair", "benign") and the objects asked for, as indices [n, 2]."""
+def prompts(kinds, seed):
+    """One prompt per kind ("target", "pair" or "benign") and the objects asked for, as indices [n, 2]."""
     rng, texts, objects = random.Random(seed), [], []
-    for i in range(count):
+    for i, kind in enumerate(kinds):
         names = [TARGETS[i % len(TARGETS)]] if kind != "benign" else rng.sample(BENIGN, rng.randint(1, 2))
         if kind == "pair":
             names = rng.sample([names[0], rng.choice(BENIGN)], 2)
@@ -157,70 +142,106 @@ def prompts(kind, count, seed):
     return texts, np.array(objects)
 
 
-def calibrate(sampler, energy, count, steps, guidance, end):
-    """The gate of method.md, from benign prompts and the steps of the window (t > end)."""
-    texts, _ = prompts("benign", count, seed=100)
-    return Gate(record_scores(sampler, energy, texts, list(range(10**6, 10**6 + count)), steps, guidance, end))
+class Round:
+    """One batch of trajectories: prompts, what they ask for, and clean estimates at a few random steps and the end."""
+
+    def __init__(self, sampler, count, seed, rng, views=8):
+        self.sampler, self.seeds = sampler, [seed * 10_000 + i for i in range(count)]
+        order = np.random.default_rng(seed).permutation(count)
+        self.texts, self.objects = prompts([KINDS[i % len(KINDS)] for i in order], seed)
+        self.asked = label_matrix(self.objects).bool().to(DEVICE)
+        self.targets = self.asked[:, -len(TARGETS):]
+        self.harmless = ~self.targets.any(1)
+        self.chosen, self.seen = {i for i in rng.sample(range(STEPS), views)}, []
+
+    def run(self, steering=None, records=()):
+        """Samples, steered where `steering` is given; `records` follow the harmless trajectories."""
+        step = iter(range(STEPS))
+
+        def observe(t, clean):
+            images, keep = None, next(step) in self.chosen
+            if keep or (records and t > WINDOW_END):
+                images = self.sampler.decode(clean)
+            if keep:
+                self.seen.append((t, images))
+            if t > WINDOW_END:
+                for record in records:
+                    record.add(t, images[self.harmless])
+            return steering(t, clean) if steering else None
+
+        self.final = self.sampler.sample(self.texts, self.seeds, STEPS, GUIDANCE, observe)
+        return self
+
+    def labelled(self, labeller):
+        """Images, labels and times: 1 there, 0 not, -1 unknown.
+
+        Early estimates are labelled with what was asked if the labeller finds it at the end, late ones by the labeller alone.
+        """
+        verdict = judge.logits(labeller, self.final).sigmoid()
+        late = torch.where(verdict > 0.6, 1.0, torch.where(verdict < 0.15, 0.0, -1.0))
+        early = torch.where(self.asked & (late != 1), -1.0, torch.where(~self.asked & (late == 1), -1.0, self.asked.float()))
+        seen = [*self.seen, (0, self.final)]
+        left = (verdict > 0.5)[:, -len(TARGETS):][self.targets].float().mean().item()
+        return torch.cat([x for _, x in seen]), torch.cat([late if t < 250 else early for t, _ in seen]), left
 
 
-class Bench:
-    """The trained models together, and the gate when it is needed."""
+class Pool:
+    """The last pictures of the generators, on the device, and the gates of each generator and energy."""
 
-    def __init__(self, work, crops=4, calibration=400, steps=25, guidance=4.5, end=600):
-        self.sampler, self.energy, self.judge = Sampler(work), Energy(work, crops), judge.load(work)
-        self.limits = judge.thresholds(self.judge, work)
-        self.work, self.steps, self.guidance, self.end, self.calibration = work, steps, guidance, end, calibration
+    SIZE = 300_000
 
-    @cached_property
-    def gate(self):
-        return calibrate(self.sampler, self.energy, self.calibration, self.steps, self.guidance, self.end)
+    def __init__(self, work, towers, count):
+        self.work, self.towers, self.count = Path(work), towers, count
+        self.rng, self.samplers, self.gates, self.labeller = random.Random(0), {}, {}, None
+        self.pixels = torch.empty(self.SIZE, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
+        self.labels = torch.empty(self.SIZE, len(OBJECTS), dtype=torch.int8, device=DEVICE)
+        self.filled = self.next = self.rounds = 0
 
+    def ready(self):
+        """Loads what other processes have finished meanwhile."""
+        if self.labeller is None and done_mark(self.work / "labeller.pt").exists():
+            self.labeller = judge.load(self.work, "labeller")
+        for name, sampler in SAMPLERS.items():
+            if name not in self.samplers and done_mark(self.work / f"{name}.pt").exists():
+                self.samplers[name] = sampler(self.work)
+        return self.labeller is not None and self.samplers
 
-def collect_block(bench, kind, steer, rng, block, views):
-    """One batch's clean estimates at `views` random steps and its final pictures; with labels and times."""
-    texts, objects = prompts(kind, 64, seed=block)
-    stride = 1000 // bench.steps
-    chosen, seen = {stride * i + 1 for i in rng.sample(range(bench.steps), views)}, []
-    asked = label_matrix(objects).bool()
-    targets = asked[:, -len(TARGETS):]
-    knobs = dict(eta=rng.choice(STRENGTHS), sigma=rng.choice([0.0, 1.0]), held=targets & (rng.random() < HELD_SHARE))
-    steering = Steering(bench.sampler, bench.energy, bench.gate, bench.end, **knobs) if steer else None
+    def grow(self, step, every, steered):
+        """Plays a round at every so many steps, one in three unsteered to set the gates anew."""
+        if step % every or not self.ready():
+            return
+        name = list(self.samplers)[self.rounds % len(self.samplers)]
+        trajectories = Round(self.samplers[name], self.count, self.rounds, self.rng)
+        known = [n for n in self.towers if (name, n) in self.gates]
+        chosen = self.rng.choice([known, known[:1], known[-1:]]) if steered and known and self.rounds // 2 % 3 else []
+        scorers = {n: Scorer(t) for n, t in self.towers.items()}
+        if chosen:
+            eta = WEAKEST + (STRONGEST - WEAKEST) * torch.rand(self.count, device=DEVICE)
+            held = trajectories.targets & (torch.rand(self.count, 1, device=DEVICE) < HELD_SHARE)
+            energies = [(scorers[n], self.gates[name, n]) for n in chosen]
+            steering = Steering(trajectories.sampler, energies, eta, self.rng.choice([0.0, 0.0, 1.0]), held)
+            trajectories.run(steering)
+            touched = steering.touched[trajectories.harmless].float().mean().item()
+        else:
+            records = {n: Record(s, int(trajectories.harmless.sum())) for n, s in scorers.items()}
+            trajectories.run(records=records.values())
+            self.gates |= {(name, n): Gate(r.finish()) for n, r in records.items()}
+            touched = 0.0
+        images, labels, left = trajectories.labelled(self.labeller)
+        limits = " ".join(f"{n} {g.limit.item():.1f}" for (s, n), g in self.gates.items() if s == name)
+        print(f"round {self.rounds} {name} steered by {'+'.join(chosen) or 'none'}: targets left {left:.3f}, "
+              f"harmless touched {touched:.3f}; gates {limits}", flush=True)
+        self.rounds += 1
+        self.keep(images, labels)
 
-    def observe(t, clean):
-        if t in chosen:
-            seen.append((t, bench.sampler.decode(clean)))
-        return steering(t, clean) if steer else None
+    def keep(self, images, labels):
+        place = (self.next + torch.arange(len(images), device=DEVICE)) % self.SIZE
+        self.pixels[place] = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+        self.labels[place] = labels.char()
+        self.next = (self.next + len(images)) % self.SIZE
+        self.filled = min(self.SIZE, self.filled + len(images))
 
-    seeds = [block * 1000 + i for i in range(64)]
-    final = bench.sampler.sample(texts, seeds, bench.steps, bench.guidance, observe)
-    verdict = judge.logits(bench.judge, final).sigmoid()
-    if steer:
-        left = (verdict > 0.5)[:, -len(TARGETS):][targets].float().mean().item()
-        print(f"{kind} eta {knobs['eta']} held {knobs['held'].any().item()} touched {steering.touched.float().mean().item():.2f} "
-              f"targets left {left:.2f}", flush=True)
-    late = torch.where(verdict > 0.6, 1.0, torch.where(verdict < 0.15, 0.0, -1.0))
-    early = torch.where(asked & (late != 1), -1.0, torch.where(~asked & (late == 1), -1.0, asked.float()))
-    seen.append((0, final))
-    return (torch.cat([images for _, images in seen]), torch.cat([late if t < 250 else early for t, _ in seen]),
-            torch.cat([torch.full((64,), t) for t, _ in seen]))
-
-
-def collect(bench, count, seed, steered, views):
-    """Clean estimates along trajectories, a share of them steered, with labels: 1 there, 0 not, -1 unknown.
-
-    Early estimates are labelled with what was asked if the judge finds it at the end, late ones by the judge alone.
-    """
-    rng = random.Random(seed)
-    blocks = []
-    for i in range(count // 64):
-        kind = POOL_KINDS[i % len(POOL_KINDS)]
-        blocks.append(collect_block(bench, kind, rng.random() < steered and kind != "benign", rng, seed * 1000 + i, views))
-    images, labels, times = (torch.cat(parts) for parts in zip(*blocks))
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
-    return dict(pixels=pixels, labels=labels.char(), times=times)
-
-
-if __name__ == "__main__":
-    args = arguments(__doc__, pool=2240, views=8, steered=0.0, seed=10, crops=4, calibration=400, end=20, guidance=4.5)
-    bench = Bench(args.work, args.crops, args.calibration, guidance=args.guidance, end=args.end)
-    torch.save(collect(bench, args.pool, args.seed, args.steered, args.views), args.work / f"pool-{args.seed}.pt")
+    def draw(self, count):
+        """Random pictures in [-1, 1] and their labels."""
+        index = torch.randint(0, self.filled, (count,), device=DEVICE)
+        return self.pixels[index].float() / 127.5 - 1, self.labels[index].float()

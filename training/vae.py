@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from common import Training, arguments, contact_sheet, load_average
+from common import DEVICE, Training, arguments, autocast, contact_sheet, load_average
 from data import as_tensor, scenes
 
 NOISE = 0.1
@@ -28,7 +28,7 @@ def load(work):
     load_average(work / "vae.pt", vae=vae)
     if (work / "vae-decoder.pt").exists():
         load_average(work / "vae-decoder.pt", decoder=vae.decoder, post=vae.post_quant_conv)
-    return vae.to(memory_format=LAST)
+    return vae.to(DEVICE, memory_format=LAST)
 
 
 def gradient_loss(a, b):
@@ -47,8 +47,8 @@ def train(work, minutes, batch=32):
     pixels = scenes(work, "generator")["pixels"]
     training = Training(work / "vae.pt", {"vae": vae}, minutes, lr=1.2e-3, ema=0.995)
     for _ in training.steps():
-        images = as_tensor(pixels[np.random.randint(0, len(pixels), batch)]).contiguous(memory_format=LAST)
-        with torch.autocast("cpu", torch.bfloat16):
+        images = as_tensor(pixels[np.random.randint(0, len(pixels), batch)]).to(DEVICE, memory_format=LAST)
+        with autocast():
             posterior = vae.encode(images).latent_dist
             noisy = posterior.mean + NOISE * torch.randn_like(posterior.mean)
             reconstruction = vae.decode(noisy).sample
@@ -66,9 +66,9 @@ def sharpen(work, minutes, batch=32):
     training = Training(work / "vae-decoder.pt", decoder, minutes, lr=8e-4, ema=0.995)
     for _ in training.steps():
         index = np.random.randint(0, len(pixels), batch)
-        images, exact = as_tensor(pixels[index]), cached[index].float()
-        noisy = exact + NOISE * torch.randint(0, 2, (batch, 1, 1, 1)) * torch.randn_like(exact)
-        with torch.autocast("cpu", torch.bfloat16):
+        images, exact = as_tensor(pixels[index]).to(DEVICE), cached[index].float().to(DEVICE)
+        noisy = exact + NOISE * torch.randint(0, 2, (batch, 1, 1, 1), device=DEVICE) * torch.randn_like(exact)
+        with autocast():
             reconstruction = vae.decode(noisy.contiguous(memory_format=LAST)).sample
         loss, l1 = reconstruction_loss(reconstruction.float(), images)
         training.update(loss, l1=l1)
@@ -81,14 +81,14 @@ def latents(work, split="generator", vae=None):
     if not path.exists():
         vae = vae or load(work)
         images = as_tensor(scenes(work, split)["pixels"])
-        torch.save(torch.cat([vae.encode(x).latent_dist.mean.half() for x in images.split(500)]), path)
+        torch.save(torch.cat([vae.encode(x.to(DEVICE)).latent_dist.mean.half().cpu() for x in images.split(500)]), path)
     return torch.load(path, weights_only=True)
 
 
 @torch.no_grad()
 def heldout_l1(work, sheet=None):
     vae = load(work)
-    images = as_tensor(scenes(work, "generator-heldout")["pixels"][:500])
+    images = as_tensor(scenes(work, "generator-heldout")["pixels"][:500]).to(DEVICE)
     reconstruction = vae.decode(vae.encode(images).latent_dist.mean).sample
     if sheet:
         contact_sheet(torch.stack([images[:32], reconstruction[:32]], 1).flatten(0, 1), sheet)
