@@ -82,7 +82,15 @@ def train(work, minutes, batch):
         training.update((error * (MOST_SIGNAL / ratio).clamp(max=1)).mean(), error=error.mean())
 
 
-class Sampler:
+class Batched:
+    """For samplers: as many prompts as there are, a batch at a time."""
+
+    def many(self, prompts, seeds, batch=64, **options):
+        chunks = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
+        return torch.cat([self.sample(prompts[c], seeds[c], **options) for c in chunks])
+
+
+class Sampler(Batched):
     """DDIM with classifier-free guidance over the trained generator; `correct` may change each step (steering.py)."""
 
     def __init__(self, work):
@@ -112,13 +120,14 @@ class Sampler:
                 x = x + change
         return self.decode(x)
 
-    def many(self, prompts, seeds, batch=64, **options):
-        chunks = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
-        return torch.cat([self.sample(prompts[c], seeds[c], **options) for c in chunks])
+
+def draw_sheet(sampler, work, name):
+    """Draws every object, and pairs, in one picture; the first process alone does it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        contact_sheet(sampler(work).many(SHEET, list(range(len(SHEET)))), work / name)
 
 
 if __name__ == "__main__":
     args = arguments(__doc__, minutes=100.0, batch=128)
     train(args.work, args.minutes, args.batch)
-    if int(os.environ.get("RANK", 0)) == 0:
-        contact_sheet(Sampler(args.work).many(SHEET, list(range(len(SHEET)))), args.work / "sd.png")
+    draw_sheet(Sampler, args.work, "sd.png")

@@ -1,7 +1,6 @@
 """Trains the flow generator: a Stable Diffusion 3 transformer and its two CLIP text encoders, together, on fresh scenes."""
 import json
 import math
-import os
 import random
 
 import numpy as np
@@ -13,9 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import tokenizer as bpe
 import vae as autoencoder
-from common import ATTENTION, DEVICE, Training, arguments, autocast, contact_sheet, load_average
+from common import ATTENTION, DEVICE, Training, arguments, autocast, load_average
 from render import Renderer, draw_contents
-from sd import SHEET
+from sd import Batched, draw_sheet
 from words import BACKGROUNDS, OBJECTS, caption
 
 DROPPED = 0.1
@@ -127,7 +126,7 @@ def draw_sigma(n):
 
 def train(work, minutes, batch, lr, workers):
     transformer, texts = build()
-    vae, renderer = autoencoder.load(work).to(DEVICE), Renderer(work)
+    vae, renderer = autoencoder.load(work), Renderer(work)
     shift, scale = latent_statistics(work, vae, renderer)
     training = Training(work / "sd3.pt", {"transformer": transformer, "texts": texts}, minutes, lr=lr, warmup=300, ema=0.998, weight_decay=0.01)
     batches = iter(DataLoader(Captions(work, batch), batch_size=None, num_workers=workers, pin_memory=DEVICE.type == "cuda"))
@@ -143,12 +142,12 @@ def train(work, minutes, batch, lr, workers):
         training.update((velocity.float() - (noise - clean)).square().mean())
 
 
-class Sampler:
+class Sampler(Batched):
     """Flow matching by Euler steps with classifier-free guidance; `correct` may change each step (steering.py)."""
 
     def __init__(self, work):
         self.transformer, self.texts = load(work)
-        self.vae, self.tokens = autoencoder.load(work).to(DEVICE), bpe.load(work)
+        self.vae, self.tokens = autoencoder.load(work), bpe.load(work)
         self.shift, self.scale = latent_statistics(work)
 
     def decode(self, latent):
@@ -174,13 +173,8 @@ class Sampler:
                 x = x + change
         return self.decode(x)
 
-    def many(self, prompts, seeds, batch=64, **options):
-        chunks = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
-        return torch.cat([self.sample(prompts[c], seeds[c], **options) for c in chunks])
-
 
 if __name__ == "__main__":
     args = arguments(__doc__, minutes=100.0, batch=128, lr=1e-3, workers=0)
     train(args.work, args.minutes, args.batch, args.lr, args.workers)
-    if int(os.environ.get("RANK", 0)) == 0:
-        contact_sheet(Sampler(args.work).many(SHEET, list(range(len(SHEET)))), args.work / "sd3.png")
+    draw_sheet(Sampler, args.work, "sd3.png")
