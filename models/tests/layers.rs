@@ -12,7 +12,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use fairlead_models::layers::{
     Activation, Attention, Conv2d, Conv2dConfig, Filter, GroupNorm, LayerNorm, Linear, Padding,
-    UpsampleNearest2x, composed_of_candle_ops, resize, resize_backward,
+    UpsampleNearest2x, add_scaled, composed_of_candle_ops, resize, resize_backward, scale_backward,
+    scale_shift,
 };
 use fairlead_models::{Error, Tape};
 
@@ -59,15 +60,44 @@ macro_rules! unary {
     }};
 }
 
-fn attention(causal: bool, d: usize) -> Run {
-    let layer = Attention::new((d as f64).powf(-0.5));
-    let layer = if causal { layer.causal() } else { layer };
+fn attention(d: usize, adjust: impl Fn(Attention) -> Attention) -> Run {
+    let layer = adjust(Attention::new((d as f64).powf(-0.5)));
     Box::new(move |x: &[Tensor], dy: &Tensor| {
         let mut tape = Tape::recording();
         let y = layer.forward(&x[0], &x[1], &x[2], &mut tape).unwrap();
         let (dq, dk, dv) = layer.backward(dy, &mut tape).unwrap();
         assert!(tape.is_empty());
         (y, vec![dq, dk, dv])
+    })
+}
+
+/// One row per sample: the rows as they are, or the first of them for a batch of another size.
+fn per_sample(rows: &Tensor, samples: usize) -> Tensor {
+    if rows.dim(0).unwrap() == samples {
+        return rows.clone();
+    }
+    rows.narrow(0, 0, 1).unwrap().repeat((samples, 1)).unwrap()
+}
+
+fn scaling_and_shifting(factor: Tensor, shift: Tensor) -> Run {
+    Box::new(move |x: &[Tensor], dy: &Tensor| {
+        let (mut tape, b) = (Tape::recording(), dy.dim(0).unwrap());
+        let (factor, shift) = (per_sample(&factor, b), per_sample(&shift, b));
+        let y = scale_shift(&x[0], &factor, &shift, &mut tape).unwrap();
+        let dx = scale_backward(dy, &mut tape).unwrap();
+        assert!(tape.is_empty());
+        (y, vec![dx])
+    })
+}
+
+fn adding_scaled(factor: Tensor) -> Run {
+    Box::new(move |x: &[Tensor], dy: &Tensor| {
+        let mut tape = Tape::recording();
+        let factor = per_sample(&factor, dy.dim(0).unwrap());
+        let y = add_scaled(&x[0], &x[1], &factor, &mut tape).unwrap();
+        let dx = scale_backward(dy, &mut tape).unwrap();
+        assert!(tape.is_empty());
+        (y, vec![dy.clone(), dx])
     })
 }
 
@@ -164,7 +194,24 @@ fn other_cases(golden: &mut Golden, cases: &mut Vec<Case>) {
         ("attention_causal_long", true, 16),
         ("attention_one", false, 3),
     ] {
-        cases.push(case(golden, name, &["q", "k", "v"], attention(causal, d)));
+        let run = attention(d, |layer| if causal { layer.causal() } else { layer });
+        cases.push(case(golden, name, &["q", "k", "v"], run));
+    }
+    for (name, times) in [("attention_repeating", 6), ("attention_repeating_long", 256)] {
+        let run = attention(8, |layer| layer.repeating_last(times));
+        cases.push(case(golden, name, &["q", "k", "v"], run));
+    }
+    for name in ["rms_norm_heads", "rms_norm_odd"] {
+        let (weight, _) = weights(golden, name);
+        cases.push(case(golden, name, &["x"], unary!(LayerNorm::rms(weight, 1e-6).unwrap())));
+    }
+    for name in ["scale_shift_tokens", "scale_shift_odd"] {
+        let (factor, shift) = weights(golden, name);
+        cases.push(case(golden, name, &["x"], scaling_and_shifting(factor, shift.unwrap())));
+    }
+    for name in ["add_scaled_tokens", "add_scaled_odd"] {
+        let (factor, _) = weights(golden, name);
+        cases.push(case(golden, name, &["base", "x"], adding_scaled(factor)));
     }
     for (name, kind) in [
         ("gelu_erf", Activation::GeluErf),
@@ -330,8 +377,14 @@ fn larger_cases() -> Vec<Larger> {
         ("layer norm", vec![2, 200, 40], vec![2, 200, 40], 1, {
             unary!(LayerNorm::new(noise(&[40], 7), noise(&[40], 8), 1e-5).unwrap())
         }),
-        ("attention", vec![2, 2, 300, 24], vec![2, 2, 300, 24], 3, attention(false, 24)),
-        ("causal attention", vec![1, 2, 530, 20], vec![1, 2, 530, 20], 3, attention(true, 20)),
+        ("attention", vec![2, 2, 300, 24], vec![2, 2, 300, 24], 3, attention(24, |layer| layer)),
+        (
+            "causal attention",
+            vec![1, 2, 530, 20],
+            vec![1, 2, 530, 20],
+            3,
+            attention(20, Attention::causal),
+        ),
         ("upsample", vec![2, 3, 70, 90], vec![2, 3, 140, 180], 1, unary!(UpsampleNearest2x)),
         ("silu", vec![2, 3, 70, 90], vec![2, 3, 70, 90], 1, unary!(Activation::Silu)),
     ]

@@ -28,6 +28,8 @@ pub(crate) struct Shape {
     pub(crate) scale: f32,
     /// Whether query `i` sees keys `0..=i` only.
     pub(crate) causal: bool,
+    /// Added to every query's scaled score of the last key.
+    pub(crate) last: f32,
 }
 
 /// A matrix `[rows, d]` per head as a right factor, in panels over its rows' width or, transposed, over
@@ -114,6 +116,7 @@ pub(crate) fn attention(
                     scores,
                     BLOCK,
                 );
+                s.add_to_last(scores, rows, (block, columns), BLOCK);
                 let visible = |row: usize| s.visible(first + row, block, columns);
                 softmax.add(scores, rows, columns, s.scale, visible, y, s.d);
                 let p = Lhs { data: scores, row: BLOCK, col: 1 };
@@ -134,6 +137,16 @@ impl Shape {
     fn blocks(self, end: usize) -> impl Iterator<Item = (usize, usize)> {
         let keys = if self.causal { end.min(self.m) } else { self.m };
         (0..keys).step_by(BLOCK).map(move |first| (first, BLOCK.min(keys - first)))
+    }
+
+    /// Adds `last` to the scores, not scaled yet, of the last key if it is among these.
+    fn add_to_last(self, scores: &mut [f32], rows: usize, keys: (usize, usize), stride: usize) {
+        let (first, count) = keys;
+        if self.last != 0.0 && first + count == self.m {
+            for row in scores.chunks_mut(stride).take(rows) {
+                row[count - 1] += self.last / self.scale;
+            }
+        }
     }
 
     /// How many of the `columns` keys from `block` on a query sees.
@@ -283,6 +296,7 @@ impl Parts<'_> {
             let a = Lhs { data: &x[at * s.d..][..rows * s.d], row: s.d, col: 1 };
             gemm(size, a, b.columns_from(head, key), Start::Zero, out, stride);
         }
+        s.add_to_last(p, rows, (key, columns), stride);
         let lines = p.chunks_mut(stride).zip(ds.chunks_mut(stride)).take(rows);
         for (row, (p, ds)) in lines.enumerate() {
             let seen = s.visible(query + row, key, columns);

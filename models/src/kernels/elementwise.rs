@@ -159,6 +159,59 @@ pub(crate) fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
     );
 }
 
+/// Rows of one width that samples hold so many of each, and one factor per sample and column.
+#[derive(Clone, Copy)]
+pub(crate) struct PerSample<'a> {
+    /// `[samples, d]`
+    pub(crate) factor: &'a [f32],
+    /// Width of a row.
+    pub(crate) d: usize,
+    /// Rows of a sample.
+    pub(crate) rows: usize,
+}
+
+impl PerSample<'_> {
+    /// Runs `f(y, index of the row, factors of its sample)` on every row of `y`.
+    fn for_rows(self, y: &mut [f32], f: impl Fn(&mut [f32], usize, &[f32], usize) + Sync) {
+        let together = CHUNK.div_ceil(self.d);
+        y.par_chunks_mut(together * self.d).enumerate().for_each(|(chunk, y)| {
+            for (i, y) in y.chunks_exact_mut(self.d).enumerate() {
+                let row = chunk * together + i;
+                let at = row / self.rows * self.d;
+                f(y, row * self.d, &self.factor[at..][..self.d], at);
+            }
+        });
+    }
+}
+
+/// `y = x factor + shift`, with `shift` `[samples, d]`.
+pub(crate) fn scale_shift(x: &[f32], by: PerSample<'_>, shift: &[f32], y: &mut [f32]) {
+    by.for_rows(y, |y, row, factor, sample| {
+        let shift = &shift[sample..][..by.d];
+        for (((y, x), factor), shift) in y.iter_mut().zip(&x[row..]).zip(factor).zip(shift) {
+            *y = x * factor + shift;
+        }
+    });
+}
+
+/// `y = x factor`.
+pub(crate) fn scale(x: &[f32], by: PerSample<'_>, y: &mut [f32]) {
+    by.for_rows(y, |y, row, factor, _| {
+        for ((y, x), factor) in y.iter_mut().zip(&x[row..]).zip(factor) {
+            *y = x * factor;
+        }
+    });
+}
+
+/// `y = base + x factor`.
+pub(crate) fn add_scaled(base: &[f32], x: &[f32], by: PerSample<'_>, y: &mut [f32]) {
+    by.for_rows(y, |y, row, factor, _| {
+        for (((y, base), x), factor) in y.iter_mut().zip(&base[row..]).zip(&x[row..]).zip(factor) {
+            *y = base + x * factor;
+        }
+    });
+}
+
 /// Every pixel of `x` (rows of `w`) twice in both directions.
 pub(crate) fn upsample2x(x: &[f32], w: usize, y: &mut [f32]) {
     let rows = CHUNK.div_ceil(4 * w);

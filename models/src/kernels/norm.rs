@@ -1,4 +1,4 @@
-//! Group normalisation (with SiLU) and layer normalisation.
+//! Group normalisation (with SiLU), layer and root-mean-square normalisation.
 
 use rayon::prelude::*;
 
@@ -184,22 +184,33 @@ pub(crate) fn group_norm_backward(
     );
 }
 
+/// What happens to each row of a layer or root-mean-square normalisation.
+#[derive(Clone, Copy)]
+pub(crate) struct RowNorm<'a> {
+    /// `[d]` each.
+    pub(crate) affine: Affine<'a>,
+    /// Added to the mean square.
+    pub(crate) eps: f64,
+    /// Whether the mean is taken away first.
+    pub(crate) centred: bool,
+}
+
 dispatch! {
-    fn rows(x: &[f32], affine: Affine<'_>, eps: f64, stats: (&mut [f32], &mut [f32]), y: &mut [f32]) = rows_body;
+    fn rows(x: &[f32], norm: RowNorm<'_>, stats: (&mut [f32], &mut [f32]), y: &mut [f32]) = rows_body;
 }
 
 #[inline(always)]
-fn rows_body(
-    x: &[f32],
-    affine: Affine<'_>,
-    eps: f64,
-    stats: (&mut [f32], &mut [f32]),
-    y: &mut [f32],
-) {
+fn rows_body(x: &[f32], norm: RowNorm<'_>, stats: (&mut [f32], &mut [f32]), y: &mut [f32]) {
+    let RowNorm { affine, eps, centred } = norm;
     let d = affine.weight.len();
     let stats = stats.0.iter_mut().zip(stats.1);
     for ((x, y), out) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats) {
-        let (mean, rstd) = statistics(x, eps);
+        let (mean, rstd) = if centred {
+            statistics(x, eps)
+        } else {
+            let square = lane_sum(d, |i| x[i] * x[i]) / d as f64;
+            (0.0, (1.0 / (square + eps).sqrt()) as f32)
+        };
         (*out.0, *out.1) = (mean, rstd);
         for (((y, x), weight), bias) in y.iter_mut().zip(x).zip(affine.weight).zip(affine.bias) {
             *y = (x - mean) * rstd * weight + bias;
@@ -208,38 +219,39 @@ fn rows_body(
 }
 
 /// `y` of the shape of `x` `[rows, d]`; `means` and `rstds` are `[rows]`.
-pub(crate) fn layer_norm(
+pub(crate) fn row_norm(
     x: &[f32],
-    affine: Affine<'_>,
-    eps: f64,
+    norm: RowNorm<'_>,
     (means, rstds): (&mut [f32], &mut [f32]),
     y: &mut [f32],
 ) {
-    let d = affine.weight.len();
+    let d = norm.affine.weight.len();
     let n = CHUNK.div_ceil(d);
     y.par_chunks_mut(n * d)
         .zip(x.par_chunks(n * d))
         .zip(means.par_chunks_mut(n).zip(rstds.par_chunks_mut(n)))
-        .for_each(|((y, x), stats)| rows(x, affine, eps, stats, y));
+        .for_each(|((y, x), stats)| rows(x, norm, stats, y));
 }
 
 dispatch! {
-    fn rows_backward(dy: &[f32], x: &[f32], weight: &[f32], stats: (&[f32], &[f32]), dx: &mut [f32]) = rows_backward_body;
+    fn rows_backward(dy: &[f32], x: &[f32], norm: RowNorm<'_>, stats: (&[f32], &[f32]), dx: &mut [f32]) = rows_backward_body;
 }
 
 #[inline(always)]
 fn rows_backward_body(
     dy: &[f32],
     x: &[f32],
-    weight: &[f32],
+    norm: RowNorm<'_>,
     stats: (&[f32], &[f32]),
     dx: &mut [f32],
 ) {
+    let weight = norm.affine.weight;
     let d = weight.len();
     let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
     for (((dx, x), dy), (mean, rstd)) in rows.zip(stats.0.iter().zip(stats.1)) {
         let normal = |i: usize| (x[i] - mean) * rstd;
-        let sum = (lane_sum(d, |i| dy[i] * weight[i]) / d as f64) as f32;
+        let sum =
+            if norm.centred { (lane_sum(d, |i| dy[i] * weight[i]) / d as f64) as f32 } else { 0.0 };
         let along = (lane_sum(d, |i| dy[i] * weight[i] * normal(i)) / d as f64) as f32;
         for (i, dx) in dx.iter_mut().enumerate() {
             *dx = rstd * (dy[i] * weight[i] - sum - normal(i) * along);
@@ -247,18 +259,18 @@ fn rows_backward_body(
     }
 }
 
-/// The input gradient of [`layer_norm`].
-pub(crate) fn layer_norm_backward(
+/// The input gradient of [`row_norm`].
+pub(crate) fn row_norm_backward(
     dy: &[f32],
     x: &[f32],
-    weight: &[f32],
+    norm: RowNorm<'_>,
     (means, rstds): (&[f32], &[f32]),
     dx: &mut [f32],
 ) {
-    let d = weight.len();
+    let d = norm.affine.weight.len();
     let n = CHUNK.div_ceil(d);
     dx.par_chunks_mut(n * d)
         .zip(x.par_chunks(n * d).zip(dy.par_chunks(n * d)))
         .zip(means.par_chunks(n).zip(rstds.par_chunks(n)))
-        .for_each(|((dx, (x, dy)), stats)| rows_backward(dy, x, weight, stats, dx));
+        .for_each(|((dx, (x, dy)), stats)| rows_backward(dy, x, norm, stats, dx));
 }

@@ -13,17 +13,26 @@ use crate::{Error, Result, Tape};
 pub struct Attention {
     scale: f64,
     causal: bool,
+    /// Added to the last key's score.
+    last: f64,
 }
 
 impl Attention {
     /// Attention with scores multiplied by `scale`, usually `1 / sqrt(d)`.
     pub fn new(scale: f64) -> Self {
-        Self { scale, causal: false }
+        Self { scale, causal: false, last: 0.0 }
     }
 
     /// The same, where query `i` sees the keys `0..=i` only.
     pub fn causal(mut self) -> Self {
         self.causal = true;
+        self
+    }
+
+    /// The same, where the last key and value stand for `times` equal ones: its score grows by
+    /// `ln(times)`, which is what as many terms add to the softmax.
+    pub fn repeating_last(mut self, times: usize) -> Self {
+        self.last = (times as f64).ln();
         self
     }
 
@@ -38,7 +47,7 @@ impl Attention {
         let (y, log_sums) = if use_kernels(q.device()) {
             self.forward_on_cpu(q, k, v)?
         } else {
-            composed::attention(q, k, v, self.scale, self.causal)?
+            composed::attention(q, k, v, self.scores())?
         };
         for t in [q, k, v, &y, &log_sums] {
             tape.push(t);
@@ -62,13 +71,17 @@ impl Attention {
         if use_kernels(dy.device()) {
             return self.backward_on_cpu(&dy.contiguous()?, [&q, &k, &v, &y, &log_sums]);
         }
-        composed::attention_backward(dy, [&q, &k, &v, &y, &log_sums], self.scale, self.causal)
+        composed::attention_backward(dy, [&q, &k, &v, &y, &log_sums], self.scores())
+    }
+
+    fn scores(&self) -> composed::Scores {
+        composed::Scores { scale: self.scale, causal: self.causal, last: self.last }
     }
 
     fn shape(&self, q: &Tensor, k: &Tensor) -> Result<Shape> {
         let (b, heads, n, d) = q.dims4()?;
-        let (m, scale) = (k.dim(2)?, self.scale as f32);
-        Ok(Shape { heads: b * heads, n, m, d, scale, causal: self.causal })
+        let (m, scale, last) = (k.dim(2)?, self.scale as f32, self.last as f32);
+        Ok(Shape { heads: b * heads, n, m, d, scale, causal: self.causal, last })
     }
 
     fn forward_on_cpu(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {

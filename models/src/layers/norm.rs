@@ -1,10 +1,10 @@
 //! Normalisations.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use super::cpu::{build, floats, tensor};
 use super::{composed, use_kernels};
-use crate::kernels::norm::{self as kernel, Affine, Groups};
+use crate::kernels::norm::{self as kernel, Affine, Groups, RowNorm};
 use crate::{Error, Result, Tape};
 
 /// Group normalisation over `[b, c, ..]`, optionally followed by SiLU in the same pass.
@@ -115,12 +115,14 @@ impl GroupNorm {
     }
 }
 
-/// Layer normalisation over the last dimension.
+/// Normalisation over the last dimension: layer norm, or with [`LayerNorm::rms`] its relative that takes no
+/// mean away.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
     eps: f64,
+    centred: bool,
 }
 
 impl LayerNorm {
@@ -131,7 +133,26 @@ impl LayerNorm {
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
         super::expect("LayerNorm weight", &weight, 1, "[d]")?;
         super::expect_bias("LayerNorm bias", Some(&bias), weight.dims1()?)?;
-        Ok(Self { weight: weight.contiguous()?, bias: bias.contiguous()?, eps })
+        let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
+        Ok(Self { weight, bias, eps, centred: true })
+    }
+
+    /// A layer without weight and bias over `d` values.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn plain(d: usize, eps: f64, device: &Device) -> Result<Self> {
+        let weight = Tensor::ones(d, DType::F32, device)?;
+        Self::new(weight.clone(), weight.zeros_like()?, eps)
+    }
+
+    /// Root-mean-square normalisation (Zhang and Sennrich 2019): `x weight / sqrt(mean(x^2) + eps)`.
+    ///
+    /// # Errors
+    /// When the weight is not `f32` `[d]`.
+    pub fn rms(weight: Tensor, eps: f64) -> Result<Self> {
+        let bias = weight.zeros_like()?;
+        Ok(Self { centred: false, ..Self::new(weight, bias, eps)? })
     }
 
     /// `[.., d]` -> the same shape. Saves the input and the statistics of each row.
@@ -144,7 +165,7 @@ impl LayerNorm {
         let (y, stats) = if use_kernels(x.device()) {
             self.forward_on_cpu(x)?
         } else {
-            composed::layer_norm(x, &self.weight, &self.bias, self.eps)?
+            composed::row_norm(x, self.composed())?
         };
         tape.push(x);
         tape.push(&stats);
@@ -161,23 +182,32 @@ impl LayerNorm {
         same_shape("LayerNorm::backward", dy, &x)?;
         if use_kernels(dy.device()) {
             let dy = dy.contiguous()?;
-            let (dys, xs, weight, stats) =
-                (floats(&dy)?, floats(&x)?, floats(&self.weight)?, floats(&stats)?);
+            let (dys, xs, stats) = (floats(&dy)?, floats(&x)?, floats(&stats)?);
+            let (weight, bias) = (floats(&self.weight)?, floats(&self.bias)?);
             let split = stats.split_at(stats.len() / 2);
             return build(x.shape(), |dx| {
-                kernel::layer_norm_backward(&dys, &xs, &weight, split, dx)
+                kernel::row_norm_backward(&dys, &xs, self.kernel(&weight, &bias), split, dx)
             });
         }
-        composed::layer_norm_backward(dy, &x, &stats, &self.weight)
+        composed::row_norm_backward(dy, &x, &stats, self.composed())
+    }
+
+    fn kernel<'a>(&self, weight: &'a [f32], bias: &'a [f32]) -> RowNorm<'a> {
+        RowNorm { affine: Affine { weight, bias }, eps: self.eps, centred: self.centred }
+    }
+
+    fn composed(&self) -> composed::RowNorm<'_> {
+        let Self { weight, bias, eps, centred } = self;
+        composed::RowNorm { weight, bias, eps: *eps, centred: *centred }
     }
 
     fn forward_on_cpu(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let (weight, bias, values) = (floats(&self.weight)?, floats(&self.bias)?, floats(x)?);
-        let affine = Affine { weight: &weight, bias: &bias };
+        let norm = self.kernel(&weight, &bias);
         let rows = x.elem_count() / weight.len();
         let mut stats = vec![0f32; 2 * rows];
         let split = stats.split_at_mut(rows);
-        let y = build(x.shape(), |y| kernel::layer_norm(&values, affine, self.eps, split, y))?;
+        let y = build(x.shape(), |y| kernel::row_norm(&values, norm, split, y))?;
         Ok((y, tensor(stats, (2, rows))?))
     }
 

@@ -95,13 +95,31 @@ def layer_norm(case, shape):
     record(case, {"x": f32(*shape, scale=2.0) - 0.5}, apply, weight=weight, bias=bias)
 
 
+def rms_norm(case, shape):
+    weight = f32(shape[-1]) + 1
+    record(case, {"x": f32(*shape, scale=2.0) - 0.5}, lambda x: F.rms_norm(x, shape[-1:], weight, 1e-6), weight=weight)
+
+
 layer_norm("layer_norm_tokens", (2, 5, 48))
 layer_norm("layer_norm_odd", (3, 17))
 
 
-def attention(case, b, heads, n, m, d, causal=False):
+
+def modulation(case, b, n, d):
+    factor, shift = f32(b, d), f32(b, d)
+    record(f"scale_shift_{case}", {"x": f32(b, n, d)}, lambda x: x * factor[:, None] + shift[:, None],
+           weight=factor, bias=shift)
+    record(f"add_scaled_{case}", {"base": f32(b, n, d), "x": f32(b, n, d)}, lambda base, x: base + x * factor[:, None],
+           weight=factor)
+
+
+
+def attention(case, b, heads, n, m, d, causal=False, repeats=1):
     inputs = {"q": f32(b, heads, n, d), "k": f32(b, heads, m, d), "v": f32(b, heads, m, d)}
-    record(case, inputs, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    # The last key and value stand `repeats` times.
+    index = torch.tensor(list(range(m)) + [m - 1] * (repeats - 1))
+    record(case, inputs,
+           lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, index], v[:, :, index], is_causal=causal))
 
 
 attention("attention_small", 2, 3, 7, 7, 8)
@@ -133,5 +151,12 @@ for mode in ["bicubic", "bilinear"]:
     resize(f"resize_{mode}_mixed", mode, (1, 2, 13, 9), 7, 20)
     resize(f"resize_{mode}_pixel", mode, (1, 1, 1, 1), 3, 2)
     resize(f"resize_{mode}_same", mode, (1, 1, 6, 5), 6, 5)
+
+rms_norm("rms_norm_heads", (2, 3, 5, 24))
+rms_norm("rms_norm_odd", (3, 17))
+modulation("tokens", 2, 5, 24)
+modulation("odd", 2, 7, 17)
+attention("attention_repeating", 2, 2, 70, 41, 8, repeats=6)
+attention("attention_repeating_long", 1, 1, 30, 300, 8, repeats=256)
 
 save_file(out, Path(__file__).with_name("layers.safetensors"))

@@ -12,15 +12,14 @@ pub(in crate::layers) fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    scale: f64,
-    causal: bool,
+    how: Scores,
 ) -> Result<(Tensor, Tensor)> {
     let n = q.dim(2)?;
     let (kt, v) = (k.transpose(2, 3)?.contiguous()?, v.contiguous()?);
     let (mut outputs, mut log_sums) = (Vec::new(), Vec::new());
     for start in (0..n).step_by(BLOCK) {
         let rows = BLOCK.min(n - start);
-        let scores = scores(&q.narrow(2, start, rows)?, &kt, scale, causal.then_some(start))?;
+        let scores = how.of(&q.narrow(2, start, rows)?, &kt, start)?;
         let log_sum = scores.log_sum_exp(D::Minus1)?;
         let p = scores.broadcast_sub(&log_sum.unsqueeze(D::Minus1)?)?.exp()?;
         outputs.push(p.matmul(&v)?);
@@ -33,8 +32,7 @@ pub(in crate::layers) fn attention(
 pub(in crate::layers) fn attention_backward(
     dy: &Tensor,
     [q, k, v, y, log_sums]: [&Tensor; 5],
-    scale: f64,
-    causal: bool,
+    how: Scores,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let n = q.dim(2)?;
     let k = k.contiguous()?;
@@ -44,24 +42,42 @@ pub(in crate::layers) fn attention_backward(
         let rows = BLOCK.min(n - start);
         let block = |t: &Tensor| t.narrow(2, start, rows)?.contiguous();
         let (q, dy, y) = (block(q)?, block(dy)?, block(y)?);
-        let scores = scores(&q, &kt, scale, causal.then_some(start))?;
+        let scores = how.of(&q, &kt, start)?;
         let p = scores.broadcast_sub(&block(log_sums)?.unsqueeze(D::Minus1)?)?.exp()?;
         dv = (dv + p.transpose(2, 3)?.contiguous()?.matmul(&dy)?)?;
         let centre = (&dy * &y)?.sum_keepdim(D::Minus1)?;
-        let ds = ((dy.matmul(&vt)?.broadcast_sub(&centre)? * p)? * scale)?;
+        let ds = ((dy.matmul(&vt)?.broadcast_sub(&centre)? * p)? * how.scale)?;
         dq.push(ds.matmul(&k)?);
         dk = (dk + ds.transpose(2, 3)?.contiguous()?.matmul(&q)?)?;
     }
     Ok((Tensor::cat(&dq, 2)?, dk, dv))
 }
 
-/// Scaled scores of a block of queries; with `causal`, keys after the query are at minus infinity.
-fn scores(q: &Tensor, kt: &Tensor, scale: f64, causal: Option<usize>) -> Result<Tensor> {
-    let scores = (q.contiguous()?.matmul(kt)? * scale)?;
-    let Some(start) = causal else { return Ok(scores) };
-    let (rows, m) = (q.dim(2)?, kt.dim(3)?);
-    let mask: Vec<f32> = (0..rows * m)
-        .map(|i| if i % m > start + i / m { f32::NEG_INFINITY } else { 0.0 })
-        .collect();
-    Ok(scores.broadcast_add(&Tensor::from_vec(mask, (rows, m), q.device())?)?)
+/// How scores are made of queries and keys.
+#[derive(Clone, Copy)]
+pub(in crate::layers) struct Scores {
+    /// Factor of the products.
+    pub(in crate::layers) scale: f64,
+    /// Whether keys after the query are at minus infinity.
+    pub(in crate::layers) causal: bool,
+    /// Added to the last key's.
+    pub(in crate::layers) last: f64,
+}
+
+impl Scores {
+    /// The scores of a block of queries, the first of which is query `start`.
+    fn of(self, q: &Tensor, kt: &Tensor, start: usize) -> Result<Tensor> {
+        let scores = (q.contiguous()?.matmul(kt)? * self.scale)?;
+        if !self.causal && self.last == 0.0 {
+            return Ok(scores);
+        }
+        let (rows, m) = (q.dim(2)?, kt.dim(3)?);
+        let bias = |i: usize| match i % m {
+            key if self.causal && key > start + i / m => f32::NEG_INFINITY,
+            key if key + 1 == m => self.last as f32,
+            _ => 0.0,
+        };
+        let bias: Vec<f32> = (0..rows * m).map(bias).collect();
+        Ok(scores.broadcast_add(&Tensor::from_vec(bias, (rows, m), q.device())?)?)
+    }
 }

@@ -7,6 +7,6 @@ mod conv;
 mod norm;
 
 pub(super) use activation::{activation, activation_slope};
-pub(super) use attention::{attention, attention_backward};
+pub(super) use attention::{Scores, attention, attention_backward};
 pub(super) use conv::{conv2d, conv2d_backward, linear, upsample2x, upsample2x_backward};
-pub(super) use norm::{group_norm, group_norm_backward, layer_norm, layer_norm_backward};
+pub(super) use norm::{RowNorm, group_norm, group_norm_backward, row_norm, row_norm_backward};

@@ -1,4 +1,4 @@
-//! Group and layer normalisation.
+//! Group, layer and root-mean-square normalisation.
 
 use candle_core::{D, Tensor};
 
@@ -49,37 +49,50 @@ pub(in crate::layers) fn group_norm_backward(
     let scaled = dy
         .broadcast_mul(&weight.reshape((1, (), 1))?)?
         .reshape((b * groups, per_group * pixels))?;
-    Ok(normalised_backward(&scaled, &normal, &rstd)?.reshape(x.dims())?)
+    Ok(normalised_backward(&scaled, &normal, &rstd, true)?.reshape(x.dims())?)
+}
+
+/// What happens to each row of a layer or root-mean-square normalisation.
+#[derive(Clone, Copy)]
+pub(in crate::layers) struct RowNorm<'a> {
+    /// `[d]`
+    pub(in crate::layers) weight: &'a Tensor,
+    /// `[d]`
+    pub(in crate::layers) bias: &'a Tensor,
+    /// Added to the mean square.
+    pub(in crate::layers) eps: f64,
+    /// Whether the mean is taken away first.
+    pub(in crate::layers) centred: bool,
 }
 
 /// The output and the statistics `[2, rows]`.
-pub(in crate::layers) fn layer_norm(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    eps: f64,
-) -> Result<(Tensor, Tensor)> {
-    let rows = x.contiguous()?.reshape(((), weight.dims1()?))?;
-    let (mean, rstd) = statistics(&rows, eps)?;
+pub(in crate::layers) fn row_norm(x: &Tensor, norm: RowNorm<'_>) -> Result<(Tensor, Tensor)> {
+    let rows = x.contiguous()?.reshape(((), norm.weight.dims1()?))?;
+    let (mean, rstd) = if norm.centred {
+        statistics(&rows, norm.eps)?
+    } else {
+        let square = rows.sqr()?.mean_keepdim(D::Minus1)?;
+        (square.zeros_like()?, (square + norm.eps)?.sqrt()?.recip()?)
+    };
     let normal = rows.broadcast_sub(&mean)?.broadcast_mul(&rstd)?;
-    let y = normal.broadcast_mul(weight)?.broadcast_add(bias)?;
+    let y = normal.broadcast_mul(norm.weight)?.broadcast_add(norm.bias)?;
     let stats = Tensor::cat(&[mean.t()?, rstd.t()?], 0)?;
     Ok((y.reshape(x.dims())?, stats))
 }
 
 /// The input gradient.
-pub(in crate::layers) fn layer_norm_backward(
+pub(in crate::layers) fn row_norm_backward(
     dy: &Tensor,
     x: &Tensor,
     stats: &Tensor,
-    weight: &Tensor,
+    norm: RowNorm<'_>,
 ) -> Result<Tensor> {
-    let d = weight.dims1()?;
+    let d = norm.weight.dims1()?;
     let rows = x.contiguous()?.reshape(((), d))?;
     let (mean, rstd) = (stats.get(0)?.unsqueeze(1)?, stats.get(1)?.unsqueeze(1)?);
     let normal = rows.broadcast_sub(&mean)?.broadcast_mul(&rstd)?;
-    let scaled = dy.contiguous()?.reshape(((), d))?.broadcast_mul(weight)?;
-    Ok(normalised_backward(&scaled, &normal, &rstd)?.reshape(x.dims())?)
+    let scaled = dy.contiguous()?.reshape(((), d))?.broadcast_mul(norm.weight)?;
+    Ok(normalised_backward(&scaled, &normal, &rstd, norm.centred)?.reshape(x.dims())?)
 }
 
 /// Mean and reciprocal standard deviation (biased variance) of each row, as columns.
@@ -89,13 +102,18 @@ fn statistics(rows: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
     Ok((mean, (variance + eps)?.sqrt()?.recip()?))
 }
 
-/// `rstd (g - mean(g) - normal mean(g normal))` per row, with `g` the gradient of the normalised rows.
-fn normalised_backward(g: &Tensor, normal: &Tensor, rstd: &Tensor) -> Result<Tensor> {
-    let mean = g.mean_keepdim(D::Minus1)?;
+/// `rstd (g - mean(g) - normal mean(g normal))` per row, with `g` the gradient of the normalised rows; `mean(g)`
+/// is left out where no mean was taken away.
+fn normalised_backward(
+    g: &Tensor,
+    normal: &Tensor,
+    rstd: &Tensor,
+    centred: bool,
+) -> Result<Tensor> {
     let along = (g * normal)?.mean_keepdim(D::Minus1)?;
-    let centred =
-        g.broadcast_sub(&mean)?.broadcast_sub(&normal.broadcast_mul(&along)?.contiguous()?);
-    Ok(centred?.broadcast_mul(rstd)?)
+    let d = g.broadcast_sub(&normal.broadcast_mul(&along)?.contiguous()?)?;
+    let d = if centred { d.broadcast_sub(&g.mean_keepdim(D::Minus1)?)? } else { d };
+    Ok(d.broadcast_mul(rstd)?)
 }
 
 /// `normal weight + bias` per channel, as `[b, c, pixels]`.
