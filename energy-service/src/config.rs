@@ -69,7 +69,7 @@ const DEFAULT_QUEUE: u32 = 64;
 /// What [`crate::run`] needs besides a listener.
 #[derive(Debug, Clone)]
 pub struct EnergyOptions {
-    /// Folder of the energy model, a transformers CLIPModel.
+    /// Folder of the energy model, a transformers CLIPModel or SiglipModel.
     pub model: PathBuf,
     /// Concepts file.
     pub concepts: PathBuf,

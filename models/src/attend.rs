@@ -66,6 +66,13 @@ impl MultiHeadAttention {
         self.query.backward(&merge_heads(&dq)?, tape)
     }
 
+    /// The backward pass of [`MultiHeadAttention::forward_to`] with respect to the context; `x` is a constant.
+    pub(crate) fn backward_to_context(&self, dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        let (_, dk, dv) = self.backward_to_heads(dy, tape)?;
+        let dv = self.value.backward(&merge_heads(&dv)?, tape)?;
+        add(&self.key.backward(&merge_heads(&dk)?, tape)?, &dv)
+    }
+
     fn backward_to_heads(&self, dy: &Tensor, tape: &mut Tape) -> Result<(Tensor, Tensor, Tensor)> {
         let d = split_heads(&self.output.backward(dy, tape)?, self.heads)?;
         self.attention.backward(&d, tape)

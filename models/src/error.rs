@@ -60,6 +60,14 @@ pub enum Error {
         /// What was passed and what is expected.
         problem: String,
     },
+    /// A text is longer than what the model takes at once.
+    #[error("the text has {tokens} tokens, the model takes {most}; shorten it")]
+    TextTooLong {
+        /// Tokens of the text, marks not counted.
+        tokens: usize,
+        /// The most it may have.
+        most: usize,
+    },
     /// A backward pass found no saved tensor: its forward pass ran with the tape off, or a backward
     /// pass was called twice or out of order.
     #[error(

@@ -47,6 +47,7 @@
 mod attend;
 mod clip;
 mod config;
+mod contrastive;
 mod error;
 mod folder;
 mod judge;
@@ -54,20 +55,26 @@ mod kernels;
 pub mod layers;
 mod parts;
 mod resnet;
+mod siglip;
 mod tape;
 mod tokenizer;
+mod tower;
 mod unet;
 mod vae;
 mod weights;
 
 pub use clip::{
-    ClipConfig, ClipModel, ClipPreprocess, ClipTextConfig, ClipTextModel, ClipVisionConfig,
+    ClipConfig, ClipModel, ClipTextConfig, ClipTextModel, ClipTextModelWithProjection,
+    ClipVisionConfig, ProjectedText,
 };
+pub use contrastive::{ContrastiveModel, load_contrastive};
 pub use error::{Error, KeyProblems, Result};
 pub use folder::{PipelineFolder, content_hash};
 pub use judge::Judge;
 pub use kernels::keep_freed_memory;
+pub use siglip::{SiglipConfig, SiglipModel};
 pub use tape::Tape;
-pub use tokenizer::{ClipTokenizer, EncodedPrompt};
+pub use tokenizer::{ClipTokenizer, EncodedPrompt, FileTokenizer};
+pub use tower::ImagePreprocess;
 pub use unet::{UNet2DConditionConfig, UNet2DConditionModel, UNetLevel};
 pub use vae::{AutoencoderKl, AutoencoderKlConfig};

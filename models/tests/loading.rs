@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use fairlead_models::{
     AutoencoderKl, ClipModel, ClipTextModel, ClipTokenizer, Judge, PipelineFolder, Result, Tape,
-    UNet2DConditionModel, content_hash,
+    UNet2DConditionModel, content_hash, load_contrastive,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -548,14 +548,17 @@ fn the_models_of_this_repository_load() {
     let pixels = vae.decode(&noise, off).unwrap();
     assert_eq!(pixels.dims(), [1, 3, 32, 32]);
 
-    let folder = assets.join("emojiland-clip");
-    let tokenizer = ClipTokenizer::load(&folder).unwrap();
-    let clip = ClipModel::load(&folder, &Device::Cpu).unwrap();
     let unit = pixels.affine(0.5, 0.5).unwrap().clamp(0.0, 1.0).unwrap();
-    let image = clip.image_features(&unit, off).unwrap();
-    let words = clip.text_features(&tokenizer.encode("a knife").unwrap().chunks).unwrap();
-    let cosine = (image * words).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
-    assert!(cosine.abs() <= 1.0);
+    for (name, kind) in [("emojiland-clip", "clip"), ("emojiland-siglip", "siglip")] {
+        let model = load_contrastive(&assets.join(name), &Device::Cpu).unwrap();
+        let words = model.text_features(&[model.encode("a knife").unwrap()]).unwrap();
+        let image = model.image_features(&unit, off).unwrap();
+        assert_eq!((model.image_size(), words.dims()), (32, image.dims()), "{kind}");
+        let long = model.encode(&"a knife ".repeat(40)).unwrap_err().to_string();
+        assert!(long.contains("the text has") && long.contains("shorten it"), "{long}");
+    }
+    let unknown = load_contrastive(&assets.join("emojiland-judge"), &Device::Cpu).err().unwrap();
+    assert!(unknown.to_string().contains("model_type is absent; supported: clip, siglip"));
 
     let judge = Judge::load(&assets.join("emojiland-judge"), &Device::Cpu).unwrap();
     assert_eq!(judge.logits(&unit).unwrap().dims(), [1, judge.labels().len()]);

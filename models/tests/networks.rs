@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, IndexOp, Tensor};
 use fairlead_models::layers::composed_of_candle_ops;
 use fairlead_models::{
-    AutoencoderKl, ClipModel, ClipTextModel, Error, Judge, Result, Tape, UNet2DConditionModel,
+    AutoencoderKl, ClipModel, ClipTextModel, ClipTextModelWithProjection, Error, Judge, Result,
+    SiglipModel, Tape, UNet2DConditionModel,
 };
 
 fn folder(name: &str) -> PathBuf {
@@ -73,6 +74,17 @@ impl Differentiable for Decode {
 struct Image(ClipModel);
 
 impl Differentiable for Image {
+    fn forward(&self, x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        self.0.image_features(x, tape)
+    }
+    fn backward(&self, dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        self.0.image_features_backward(dy, tape)
+    }
+}
+
+struct SiglipImage(SiglipModel);
+
+impl Differentiable for SiglipImage {
     fn forward(&self, x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
         self.0.image_features(x, tape)
     }
@@ -189,6 +201,37 @@ fn clip_matches_transformers() {
     }
 }
 
+#[test]
+fn siglip_matches_transformers() {
+    for name in ["siglip", "siglip_rest"] {
+        let golden = Golden::of(name);
+        let siglip = SiglipModel::load(&folder(name), &Device::Cpu).unwrap();
+        let text = siglip.text_features(&golden.ids()).unwrap();
+        assert_close(&format!("{name} text"), &text, golden.get("text"), 1e-4);
+        let (scale, bias) = siglip.logit();
+        let logit = Tensor::new(&[scale, bias], &Device::Cpu).unwrap();
+        assert_close(&format!("{name} logit"), &logit, golden.get("logit"), 1e-6);
+        assert_eq!(siglip.preprocess().mean, [0.5; 3]);
+        check(name, &golden, &SiglipImage(siglip));
+    }
+}
+
+#[test]
+fn projected_clip_text_matches_transformers() {
+    let golden = Golden::of("clip_text_projected");
+    let folder = folder("clip_text_projected");
+    let model = ClipTextModelWithProjection::load(&folder, &Device::Cpu).unwrap();
+    assert_eq!(model.projection_dim(), 24);
+    let run = || model.forward(&golden.ids()).unwrap();
+    for (path, text) in [("kernels", run()), ("composed", composed_of_candle_ops(run))] {
+        let close = |what: &str, found: &Tensor| {
+            assert_close(&format!("{what}, {path}"), found, golden.get(what), 1e-4);
+        };
+        close("penultimate", &text.penultimate);
+        close("embeds", &text.embeds);
+    }
+}
+
 /// The text tower is differentiated with respect to its embeddings, which are no input.
 #[test]
 fn clip_text_matches_transformers() {
@@ -250,6 +293,10 @@ fn a_sample_does_not_depend_on_its_batch() {
     let golden = Golden::of("clip");
     let clip = || ClipModel::load(&folder("clip"), &Device::Cpu).unwrap();
     check_batches("clip", |_| Image(clip()), &golden);
+
+    let golden = Golden::of("siglip");
+    let siglip = || SiglipModel::load(&folder("siglip"), &Device::Cpu).unwrap();
+    check_batches("siglip", |_| SiglipImage(siglip()), &golden);
 
     let golden = Golden::of("unet");
     let denoise = |samples: &[usize]| {

@@ -1,11 +1,11 @@
-//! The tokenizer against transformers' `CLIPTokenizer` (`goldens/tokenizer.py` made the numbers).
+//! The tokenizers against transformers (`goldens/tokenizer.py` made the numbers).
 #![allow(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
 
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fairlead_models::ClipTokenizer;
+use fairlead_models::{ClipTokenizer, EncodedPrompt, FileTokenizer};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tokenizers")
@@ -20,24 +20,82 @@ struct Case {
     window: Vec<u32>,
 }
 
-#[test]
-fn every_text_has_the_ids_of_transformers() {
+fn golden() -> HashMap<String, Vec<Case>> {
     let golden = fs::read_to_string(root().join("golden.json")).unwrap();
     let golden: HashMap<String, Vec<Case>> = serde_json::from_str(&golden).unwrap();
-    assert_eq!(golden.len(), 3);
-    for (name, cases) in golden {
-        let tokenizer = ClipTokenizer::load(&root().join(&name)).unwrap();
-        assert!(cases.len() > 300);
-        for Case { text, ids, window } in cases {
-            let encoded = tokenizer.encode(&text).unwrap();
-            assert_eq!(encoded.tokens, ids.len(), "{name}: {text:?}");
-            assert_eq!(encoded.chunks[0], window, "{name}: {text:?}");
-            let body = tokenizer.max_length() - 2;
-            let bodies = encoded.chunks.iter().flat_map(|chunk| &chunk[1..=body]);
-            let kept: Vec<u32> = bodies.take(ids.len()).copied().collect();
-            assert_eq!(kept, ids, "{name}: {text:?}");
-        }
+    assert!(golden.len() == 5 && golden.values().all(|cases| cases.len() > 300));
+    golden
+}
+
+/// The text's windows hold its ids in order, `body` of them each from `first` on; the first window is the
+/// one transformers makes where the text fits it.
+fn check(
+    name: &str,
+    cases: &[Case],
+    (first, body): (usize, usize),
+    encode: impl Fn(&str) -> EncodedPrompt,
+) {
+    for Case { text, ids, window } in cases {
+        let encoded = encode(text);
+        assert_eq!(encoded.tokens, ids.len(), "{name}: {text:?}");
+        assert_eq!(encoded.chunks[0], *window, "{name}: {text:?}");
+        let bodies = encoded.chunks.iter().flat_map(|chunk| &chunk[first..first + body]);
+        let kept: Vec<u32> = bodies.take(ids.len()).copied().collect();
+        assert_eq!(kept, *ids, "{name}: {text:?}");
     }
+}
+
+#[test]
+fn every_text_has_the_ids_of_transformers() {
+    let golden = golden();
+    for name in ["sd15", "sd21", "whole"] {
+        let tokenizer = ClipTokenizer::load(&root().join(name)).unwrap();
+        let encode = |text: &str| tokenizer.encode(text).unwrap();
+        check(name, &golden[name], (1, tokenizer.max_length() - 2), encode);
+    }
+    for (name, length) in [("siglip", 12), ("t5", 30)] {
+        let tokenizer = FileTokenizer::load(&root().join(name), length).unwrap();
+        assert_eq!((tokenizer.max_length(), tokenizer.body()), (length, length - 1));
+        check(name, &golden[name], (0, length - 1), |text| tokenizer.encode(text).unwrap());
+    }
+}
+
+#[test]
+fn a_tokenizer_file_that_cannot_be_honoured_is_refused() {
+    let refusal = |edit: &dyn Fn(&Path)| {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(root().join("t5").join(name), folder.path().join(name)).unwrap();
+        }
+        edit(folder.path());
+        FileTokenizer::load(folder.path(), 30).unwrap_err().to_string()
+    };
+    let replace = |name: &'static str, from: &'static str, to: &'static str| {
+        move |folder: &Path| {
+            let text = fs::read_to_string(folder.join(name)).unwrap();
+            assert!(text.contains(from), "{name} has no {from}");
+            fs::write(folder.join(name), text.replace(from, to)).unwrap();
+        }
+    };
+    let settings = "tokenizer_config.json";
+    let unknown = refusal(&replace(settings, "<pad>", "<filler>"));
+    assert!(unknown.contains("\"<filler>\" is not in the vocabulary"), "{unknown}");
+    let unnamed = refusal(&replace(settings, "pad_token", "other_token"));
+    assert!(unnamed.contains("names a pad_token"), "{unnamed}");
+    let prefix =
+        r#"{"SpecialToken":{"id":"</s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}"#;
+    let prefixed = refusal(&|folder: &Path| {
+        let path = folder.join("tokenizer.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let mut fields: serde_json::Value = serde_json::from_str(&text).unwrap();
+        fields["post_processor"]["single"] = serde_json::from_str(&format!("[{prefix}]")).unwrap();
+        fs::write(path, fields.to_string()).unwrap();
+    });
+    assert!(prefixed.contains("marks before the text"), "{prefixed}");
+    let none = refusal(&|folder: &Path| fs::remove_file(folder.join("tokenizer.json")).unwrap());
+    assert!(none.contains("tokenizer.json: no such file"), "{none}");
+    let narrow = FileTokenizer::load(&root().join("t5"), 1).unwrap_err().to_string();
+    assert!(narrow.contains("no room"), "{narrow}");
 }
 
 #[test]

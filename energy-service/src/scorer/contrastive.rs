@@ -1,4 +1,4 @@
-//! The contrastive scorer: a CLIP model that compares an image with phrases.
+//! The contrastive scorer: a CLIP or SigLIP model that compares an image with phrases.
 //!
 //! With `c_j = cos(image, text_j)` and K = 100,
 //! `score_k = (LSE_{j in targets}(K c_j) - LSE_{j in anchors}(K c_j)) / K`, so
@@ -10,7 +10,7 @@
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{Device, Tensor};
-use fairlead_models::{ClipModel, ClipTokenizer, Tape, content_hash};
+use fairlead_models::{ContrastiveModel, Error, Tape, content_hash, load_contrastive};
 
 use super::{Pass, Scorer, ScorerDescription, ScorerError};
 use crate::concepts::{Concept, ConceptSet};
@@ -26,20 +26,19 @@ const TEXT_BATCH: usize = 32;
 
 /// See the module.
 pub(crate) struct Contrastive {
-    model: ClipModel,
+    model: Box<dyn ContrastiveModel>,
     device: Device,
     description: ScorerDescription,
     texts: Texts,
 }
 
 impl Contrastive {
-    /// Loads the CLIPModel folder `dir` and encodes every phrase of `set` once.
+    /// Loads the transformers folder `dir` and encodes every phrase of `set` once.
     pub(crate) fn load(dir: &Path, device: &str, set: &ConceptSet) -> Result<Self, ScorerError> {
         let device = parse_device(device)?;
-        let model = ClipModel::load(dir, &device)?;
-        let tokenizer = ClipTokenizer::load(dir)?;
-        let texts = Texts::encode(set.concepts(), &model, &tokenizer)?;
-        let side = model.config().image_size;
+        let model = load_contrastive(dir, &device)?;
+        let texts = Texts::encode(set.concepts(), model.as_ref())?;
+        let side = model.image_size();
         let name = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let description = ScorerDescription {
             kind: "contrastive",
@@ -116,15 +115,11 @@ struct Texts {
 }
 
 impl Texts {
-    fn encode(
-        concepts: &[Concept],
-        model: &ClipModel,
-        tokenizer: &ClipTokenizer,
-    ) -> Result<Self, ScorerError> {
+    fn encode(concepts: &[Concept], model: &dyn ContrastiveModel) -> Result<Self, ScorerError> {
         let (phrases, indices) = unique_phrases(concepts);
         let ids = phrases
             .iter()
-            .map(|(concept, phrase)| token_ids(tokenizer, concept, phrase))
+            .map(|(concept, phrase)| token_ids(model, concept, phrase))
             .collect::<Result<Vec<_>, _>>()?;
         let mut features = Vec::new();
         for batch in ids.chunks(TEXT_BATCH) {
@@ -210,20 +205,19 @@ fn unique_phrases(concepts: &[Concept]) -> (Vec<(&str, &str)>, Vec<PhraseIndices
 
 /// Ids of a phrase that must fit the text model's window.
 fn token_ids(
-    tokenizer: &ClipTokenizer,
+    model: &dyn ContrastiveModel,
     concept: &str,
     phrase: &str,
 ) -> Result<Vec<u32>, ScorerError> {
-    let mut encoded = tokenizer.encode(phrase)?;
-    match encoded.chunks.len() {
-        1 => Ok(encoded.chunks.remove(0)),
-        _ => Err(ScorerError::Phrase {
+    model.encode(phrase).map_err(|error| match error {
+        Error::TextTooLong { tokens, most } => ScorerError::Phrase {
             concept: concept.to_owned(),
             phrase: phrase.to_owned(),
-            tokens: encoded.tokens,
-            window: tokenizer.max_length().saturating_sub(2),
-        }),
-    }
+            tokens,
+            window: most,
+        },
+        other => other.into(),
+    })
 }
 
 /// `ln sum exp`, shifted by the greatest value; of nothing it is negative infinity.

@@ -4,112 +4,7 @@ use std::path::Path;
 
 use crate::Result;
 use crate::config::ConfigFile;
-use crate::layers::Activation;
-
-/// Fields of every transformers configuration, and training settings, that change nothing in the
-/// forward pass of CLIP. Old versions of transformers wrote all of them into each section.
-const HARMLESS: [&str; 62] = [
-    "architectures",
-    "attention_dropout",
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "cross_attention_hidden_size",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "dropout",
-    "dtype",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "finetuning_task",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "gradient_checkpointing",
-    "id2label",
-    "initializer_factor",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "label2id",
-    "length_penalty",
-    "logit_scale_init_value",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "output_scores",
-    "pad_token_id",
-    "prefix",
-    "problem_type",
-    "projection_dim",
-    "pruned_heads",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "suppress_tokens",
-    "task_specific_params",
-    "temperature",
-    "tf_legacy_loss",
-    "tie_encoder_decoder",
-    "tie_word_embeddings",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "transformers.js_config",
-    "typical_p",
-    "use_bfloat16",
-    "use_cache",
-];
-
-/// The sizes of a transformer tower.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct TowerConfig {
-    pub(crate) width: usize,
-    pub(crate) mlp_width: usize,
-    pub(crate) layers: usize,
-    pub(crate) heads: usize,
-    pub(crate) activation: Activation,
-    pub(crate) eps: f64,
-}
-
-impl TowerConfig {
-    fn read(fields: &ConfigFile, width: usize, mlp: usize, heads: usize) -> Result<Self> {
-        let activation = match fields.choice(
-            "hidden_act",
-            &["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu"],
-        )? {
-            "quick_gelu" => Activation::GeluQuick,
-            "gelu" => Activation::GeluErf,
-            "silu" => Activation::Silu,
-            _ => Activation::GeluTanh,
-        };
-        let tower = Self {
-            width: fields.size("hidden_size", width)?,
-            mlp_width: fields.size("intermediate_size", mlp)?,
-            layers: fields.size("num_hidden_layers", 12)?,
-            heads: fields.size("num_attention_heads", heads)?,
-            activation,
-            eps: fields.positive("layer_norm_eps", 1e-5)?,
-        };
-        if !tower.width.is_multiple_of(tower.heads) {
-            let divisors = format!("a divisor of hidden_size {}", tower.width);
-            return Err(fields.unsupported("num_attention_heads", divisors));
-        }
-        Ok(tower)
-    }
-}
+use crate::tower::{Defaults, HARMLESS, TowerConfig, only_architecture};
 
 /// The text tower's configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,17 +21,33 @@ pub struct ClipTextConfig {
     pub(crate) tower: TowerConfig,
 }
 
+const TEXT: Defaults =
+    Defaults { width: 512, mlp_width: 2048, heads: 8, activation: "quick_gelu", eps: 1e-5 };
+const VISION: Defaults = Defaults { width: 768, mlp_width: 3072, heads: 12, ..TEXT };
+/// Width of the shared space, where a file does not say.
+const PROJECTION_DIM: usize = 512;
+
 impl ClipTextConfig {
     /// Reads the `config.json` of a `CLIPTextModel`.
-    pub(crate) fn read(path: &Path) -> Result<Self> {
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let fields = ConfigFile::read(path)?;
         only_architecture(&fields, "CLIPTextModel")?;
         fields.choice("model_type", &["clip_text_model"])?;
         Self::from_fields(fields)
     }
 
+    /// Reads the `config.json` of a `CLIPTextModelWithProjection`; the width of the projection comes
+    /// second.
+    pub(super) fn read_with_projection(path: &Path) -> Result<(Self, usize)> {
+        let fields = ConfigFile::read(path)?;
+        only_architecture(&fields, "CLIPTextModelWithProjection")?;
+        fields.choice("model_type", &["clip_text_model"])?;
+        let projection_dim = fields.size("projection_dim", PROJECTION_DIM)?;
+        Ok((Self::from_fields(fields)?, projection_dim))
+    }
+
     fn from_fields(fields: ConfigFile) -> Result<Self> {
-        let tower = TowerConfig::read(&fields, 512, 2048, 8)?;
+        let tower = TowerConfig::read(&fields, &TEXT)?;
         let config = Self {
             vocab_size: fields.size("vocab_size", 49408)?,
             hidden_size: tower.width,
@@ -163,7 +74,7 @@ pub struct ClipVisionConfig {
 
 impl ClipVisionConfig {
     fn from_fields(fields: ConfigFile) -> Result<Self> {
-        let tower = TowerConfig::read(&fields, 768, 3072, 12)?;
+        let tower = TowerConfig::read(&fields, &VISION)?;
         fields.only("num_channels", 3)?;
         let config = Self {
             hidden_size: tower.width,
@@ -212,7 +123,7 @@ impl ClipConfig {
         )?;
         let config = Self {
             image_size: vision.image_size,
-            projection_dim: fields.size("projection_dim", 512)?,
+            projection_dim: fields.size("projection_dim", PROJECTION_DIM)?,
             text,
             vision,
         };
@@ -221,14 +132,10 @@ impl ClipConfig {
     }
 }
 
-/// Refuses a folder that was saved from another class.
-fn only_architecture(fields: &ConfigFile, class: &'static str) -> Result<()> {
-    fields.choice_list("architectures", &[class], &[class]).map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::Activation;
     use serde_json::{Value, json};
 
     fn read<T>(read: impl Fn(&Path) -> Result<T>, config: &Value) -> T {

@@ -1,13 +1,12 @@
-//! CLIP: the text encoder of Stable Diffusion, and both towers of a contrastive model.
+//! CLIP: the text encoders of Stable Diffusion, and both towers of a contrastive model.
 
 mod config;
-mod encoder;
 mod model;
-mod preprocess;
+mod projected;
 mod text;
 mod vision;
 
 pub use config::{ClipConfig, ClipTextConfig, ClipVisionConfig};
 pub use model::ClipModel;
-pub use preprocess::ClipPreprocess;
+pub use projected::{ClipTextModelWithProjection, ProjectedText};
 pub use text::ClipTextModel;

@@ -2,30 +2,26 @@
 
 use std::path::Path;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::config::ClipConfig;
-use super::preprocess::ClipPreprocess;
 use super::text::ClipTextModel;
 use super::vision::VisionTower;
 use crate::layers::Linear;
-use crate::{Error, Result, Tape, weights};
+use crate::tower::{ImagePreprocess, PixelNorm, unit, unit_backward};
+use crate::{Result, Tape, weights};
 
 /// transformers' `CLIPModel`. Images come as RGB in 0..1 and are normalised here; the gradient goes back to
 /// those same pixels.
 #[derive(Debug)]
 pub struct ClipModel {
     config: ClipConfig,
-    preprocess: ClipPreprocess,
+    pixels: PixelNorm,
     text: ClipTextModel,
     vision: VisionTower,
     text_projection: Linear,
     visual_projection: Linear,
     logit_scale: f32,
-    /// `[1, 3, 1, 1]`.
-    mean: Tensor,
-    /// `[1, 3, 1, 1]`.
-    inverse_std: Tensor,
 }
 
 impl ClipModel {
@@ -36,10 +32,8 @@ impl ClipModel {
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         let config = ClipConfig::read(&dir.join("config.json"))?;
-        let preprocess = ClipPreprocess::read(dir, &config)?;
-        let per_channel = |values: [f32; 3]| Tensor::new(&values, device)?.reshape((1, 3, 1, 1));
-        let (mean, inverse_std) =
-            (per_channel(preprocess.mean)?, per_channel(preprocess.std.map(f32::recip))?);
+        let preprocess = ImagePreprocess::read(dir, config.image_size, &ImagePreprocess::OPENAI)?;
+        let pixels = PixelNorm::new(preprocess, config.image_size, device)?;
         let shared = config.projection_dim;
         weights::load(dir, "model", device, |root| {
             Ok(Self {
@@ -57,9 +51,7 @@ impl ClipModel {
                 )?,
                 logit_scale: root.tensor("logit_scale", &[])?.to_scalar::<f32>()?.exp(),
                 config,
-                preprocess,
-                mean,
-                inverse_std,
+                pixels,
             })
         })
     }
@@ -70,8 +62,8 @@ impl ClipModel {
     }
 
     /// What `preprocessor_config.json` says.
-    pub fn preprocess(&self) -> &ClipPreprocess {
-        &self.preprocess
+    pub fn preprocess(&self) -> &ImagePreprocess {
+        self.pixels.preprocess()
     }
 
     /// The factor on cosines that the model was trained with (100 for OpenAI's).
@@ -95,15 +87,7 @@ impl ClipModel {
     /// # Errors
     /// When the images have another shape.
     pub fn image_features(&self, pixels: &Tensor, tape: &mut Tape) -> Result<Tensor> {
-        let side = self.config.image_size;
-        match pixels.dims() {
-            [b, 3, h, w] if *b > 0 && [*h, *w] == [side; 2] => {}
-            dims => {
-                let problem = format!("expected [b, 3, {side}, {side}], got {dims:?}");
-                return Err(Error::invalid("ClipModel::image_features", problem));
-            }
-        }
-        let pixels = pixels.broadcast_sub(&self.mean)?.broadcast_mul(&self.inverse_std)?;
+        let pixels = self.pixels.forward("ClipModel::image_features", pixels)?;
         let pooled = self.vision.forward(&pixels, tape)?;
         unit(&self.visual_projection.forward(&pooled, tape)?, tape)
     }
@@ -115,26 +99,6 @@ impl ClipModel {
     /// When the tape is empty or `dfeatures` has another shape.
     pub fn image_features_backward(&self, dfeatures: &Tensor, tape: &mut Tape) -> Result<Tensor> {
         let d = self.visual_projection.backward(&unit_backward(dfeatures, tape)?, tape)?;
-        Ok(self.vision.backward(&d, tape)?.broadcast_mul(&self.inverse_std)?)
+        self.pixels.backward(&self.vision.backward(&d, tape)?)
     }
-}
-
-/// `y = x / |x|` along the last dimension. Saves `y` and `|x|`.
-fn unit(x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
-    let norm = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-    let y = x.broadcast_div(&norm)?;
-    tape.push(&y);
-    tape.push(&norm);
-    Ok(y)
-}
-
-/// `dx = (dy - y (y . dy)) / |x|`.
-fn unit_backward(dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
-    let (norm, y) = (tape.pop()?, tape.pop()?);
-    if dy.dims() != y.dims() {
-        let problem = format!("expected {:?}, got {:?}", y.dims(), dy.dims());
-        return Err(Error::invalid("ClipModel::image_features_backward", problem));
-    }
-    let along = (dy * &y)?.sum_keepdim(D::Minus1)?;
-    Ok((dy - y.broadcast_mul(&along)?)?.broadcast_div(&norm)?)
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::config::ClipTextConfig;
-use super::encoder::Encoder;
 use crate::layers::LayerNorm;
+use crate::tower::{Encoder, TokenEmbedding};
 use crate::weights::{self, Scope};
 use crate::{Error, Result, Tape};
 
@@ -14,8 +14,7 @@ use crate::{Error, Result, Tape};
 #[derive(Debug)]
 pub struct ClipTextModel {
     config: ClipTextConfig,
-    tokens: Tensor,
-    positions: Tensor,
+    embedding: TokenEmbedding,
     encoder: Encoder,
     final_norm: LayerNorm,
 }
@@ -36,11 +35,10 @@ impl ClipTextModel {
     }
 
     pub(super) fn new(scope: &Scope<'_>, config: ClipTextConfig) -> Result<Self> {
-        let (width, embeddings) = (config.hidden_size, scope.at("embeddings"));
-        let (tokens, positions) = (config.vocab_size, config.max_position_embeddings);
+        let width = config.hidden_size;
+        let sizes = [config.vocab_size, config.max_position_embeddings, width];
         Ok(Self {
-            tokens: embeddings.tensor("token_embedding.weight", &[tokens, width])?,
-            positions: embeddings.tensor("position_embedding.weight", &[positions, width])?,
+            embedding: TokenEmbedding::new(&scope.at("embeddings"), sizes)?,
             encoder: Encoder::new(&scope.at("encoder"), &config.tower, true)?,
             final_norm: scope.layer_norm("final_layer_norm", width, config.tower.eps)?,
             config,
@@ -66,12 +64,18 @@ impl ClipTextModel {
     /// # Errors
     /// As [`ClipTextModel::forward`].
     pub fn forward_on(&self, ids: &[Vec<u32>], tape: &mut Tape) -> Result<Tensor> {
-        let n = self.check(ids)?;
-        let flat = Tensor::from_vec(ids.concat(), ids.len() * n, self.tokens.device())?;
-        let x =
-            self.tokens.index_select(&flat, 0)?.reshape((ids.len(), n, self.config.hidden_size))?;
-        let x = x.broadcast_add(&self.positions.narrow(0, 0, n)?)?;
-        self.final_norm.forward(&self.encoder.forward(&x, tape)?, tape)
+        self.final_norm.forward(&self.encoder.forward(&self.embed(ids)?, tape)?, tape)
+    }
+
+    /// The states that the last block gets, and the last hidden state after the final norm.
+    pub(super) fn last_two(&self, ids: &[Vec<u32>]) -> Result<(Tensor, Tensor)> {
+        let tape = &mut Tape::off();
+        let (before, last) = self.encoder.last_two(&self.embed(ids)?, tape)?;
+        Ok((before, self.final_norm.forward(&last, tape)?))
+    }
+
+    fn embed(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        self.embedding.forward("CLIP text model", ids)
     }
 
     /// The gradient with respect to the token embeddings, `[b, n, hidden_size]`.
@@ -91,32 +95,12 @@ impl ClipTextModel {
                     "window {row} has no end mark {}; encode it with the tokenizer of this model",
                     self.config.eos_token_id
                 );
-                Error::invalid("ClipModel::text_features", problem)
+                Error::invalid("CLIP text model", problem)
             })?;
             Ok((row * n + end) as u32)
         });
         let ends = Tensor::from_vec(ends.collect::<Result<Vec<_>>>()?, ids.len(), hidden.device())?;
         Ok(hidden.reshape((ids.len() * n, self.config.hidden_size))?.index_select(&ends, 0)?)
-    }
-
-    /// The length of the windows.
-    fn check(&self, ids: &[Vec<u32>]) -> Result<usize> {
-        let invalid = |problem| Err(Error::invalid("CLIP text model", problem));
-        let n = ids.first().map_or(0, Vec::len);
-        let most = self.config.max_position_embeddings;
-        if n == 0 || n > most || ids.iter().any(|window| window.len() != n) {
-            let lengths: Vec<_> = ids.iter().map(Vec::len).collect();
-            return invalid(format!(
-                "expected windows of one length from 1 to {most}, got {lengths:?}"
-            ));
-        }
-        match ids.iter().flatten().find(|&&id| id as usize >= self.config.vocab_size) {
-            None => Ok(n),
-            Some(id) => invalid(format!(
-                "token id {id} is outside the vocabulary of {}; is this the tokenizer of this model?",
-                self.config.vocab_size
-            )),
-        }
     }
 }
 

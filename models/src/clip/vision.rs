@@ -3,8 +3,8 @@
 use candle_core::{DType, Tensor};
 
 use super::config::ClipVisionConfig;
-use super::encoder::Encoder;
 use crate::layers::{Conv2d, Conv2dConfig, LayerNorm};
+use crate::tower::Encoder;
 use crate::weights::Scope;
 use crate::{Result, Tape};
 

@@ -15,7 +15,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, SiglipConfig,
+    SiglipImageProcessor, SiglipModel)
 
 OUT = Path(__file__).parent / "networks"
 torch.set_num_threads(1)
@@ -92,6 +94,33 @@ def clip(name, half, eos, image, patch, act, **vision):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     golden(folder, ids=ids, text=out.text_embeds, x=pixels, y=y, dy=dy, dx=gradient(y, dy, pixels),
            logit_scale=model.logit_scale.exp())
+
+
+def clip_text_projected(name):
+    model = randomise(CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=64, max_position_embeddings=11, bos_token_id=62, eos_token_id=63, pad_token_id=63, hidden_size=32,
+        intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=24)), 12)
+    folder = save(model, name, half=True)
+    ids = torch.tensor([[62, 5, 17, 3, 60, 63, 63, 63, 63, 63, 63], [62, 1, 2, 40, 41, 42, 43, 44, 45, 46, 63]])
+    out = model(ids, output_hidden_states=True)
+    golden(folder, ids=ids, penultimate=out.hidden_states[-2], embeds=out.text_embeds)
+
+
+def siglip(name, half, image, patch):
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=7, projection_size=40, bos_token_id=1, eos_token_id=1, pad_token_id=1)
+    vision = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2, image_size=image,
+                  patch_size=patch)
+    model = randomise(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)), 13)
+    folder = save(model, name, half)
+    SiglipImageProcessor(size={"height": image, "width": image}).save_pretrained(folder)
+    ids = torch.tensor([[5, 17, 1, 1, 1, 1, 1], [9, 8, 7, 6, 5, 4, 1], [1, 1, 1, 1, 1, 1, 1]])
+    pixels = torch.rand(3, 3, image, image, generator=torch.Generator().manual_seed(14)).requires_grad_()
+    out = model(input_ids=ids, pixel_values=2 * pixels - 1)
+    y = out.image_embeds
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(15))
+    golden(folder, ids=ids, text=out.text_embeds, x=pixels, y=y, dy=dy, dx=gradient(y, dy, pixels),
+           logit=torch.cat([model.logit_scale.exp(), model.logit_bias]))
 
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -171,6 +200,9 @@ if __name__ == "__main__":
               num_attention_heads=5, hidden_act="gelu", layer_norm_eps=1e-3)
     clip("clip", half=False, eos=63, image=24, patch=8, act="quick_gelu", hidden_size=40)
     clip("clip_legacy", half=True, eos=2, image=23, patch=5, act="gelu", hidden_size=24)
+    clip_text_projected("clip_text_projected")
+    siglip("siglip", half=False, image=24, patch=8)
+    siglip("siglip_rest", half=True, image=23, patch=5)
     vae("vae", rename=old_attention, block_out_channels=[8, 16], layers_per_block=2, norm_num_groups=4,
         latent_channels=4, scaling_factor=0.18215)
     vae("vae_shifted", half=True, block_out_channels=[8, 16, 24], layers_per_block=1, norm_num_groups=8,

@@ -1,15 +1,16 @@
-"""Makes the folders below `tokenizers/`, small tokenizers in CLIP's file format, and `tokenizers/golden.json`, what
-transformers' CLIPTokenizer makes of a few hundred awkward texts with each.
+"""Makes the folders below `tokenizers/`, small tokenizers in CLIP's file format and two Unigram ones as SigLIP and T5 have,
+and `tokenizers/golden.json`, what transformers makes of a few hundred awkward texts with each.
 
-    python tokenizer.py            (transformers 5.24, tokenizers 0.23; two runs give the same files)
+    python tokenizer.py            (transformers 5.24, tokenizers 0.23; the BPE trainer breaks ties at random, so two runs
+                                    give other merges, each with its golden)
 """
 import json
 import random
 import shutil
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 OUT = Path(__file__).parent / "tokenizers"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -76,13 +77,35 @@ def files(folder, settings, specials=None):
         (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=1) + "\n")
 
 
+def unigram(folder, end, pad, length, lower):
+    """A tokenizer.json whose windows end in `end` and are filled with `pad`."""
+    tokenizer = Tokenizer(models.Unigram())
+    if lower:
+        tokenizer.normalizer = normalizers.Sequence([
+            normalizers.Lowercase(), normalizers.Replace(Regex(r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"), ""),
+            normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = list(dict.fromkeys([pad, end, "<unk>"]))
+    # Fixed scores: the trainer's depend on the order of a hash map.
+    pieces = list(dict.fromkeys("".join(WORDS) + "abcdefghijklmnopqrstuvwxyz0123456789.,!?'()"))
+    words = list(dict.fromkeys(["▁" + word for word in WORDS] + WORDS[::3]))
+    vocabulary = [(s, 0.0) for s in specials] + [("▁", -3.0)] + [(w, -4.0 - 0.01 * i) for i, w in enumerate(words)]
+    vocabulary += [(c, -6.0 - 0.01 * i) for i, c in enumerate(p for p in pieces if p not in words)]
+    tokenizer.model = models.Unigram(vocabulary, unk_id=specials.index("<unk>"), byte_fallback=False)
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, specials.index(end))])
+    shutil.rmtree(folder, ignore_errors=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=pad, unk_token="<unk>",
+                            model_max_length=length).save_pretrained(folder)
+
+
 def added(content):
     return {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 
-def golden(folder, texts):
+def golden(folder, texts, kind=CLIPTokenizer):
     """Per text its ids without marks, and the padded and cut window that diffusers' pipelines use."""
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = kind.from_pretrained(folder)
     length = tokenizer.model_max_length
     return [dict(text=text, ids=tokenizer(text, add_special_tokens=False).input_ids,
                  window=tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids) for text in texts]
@@ -104,6 +127,9 @@ if __name__ == "__main__":
     shutil.rmtree(OUT / "whole", ignore_errors=True)
     tokenizer.save_pretrained(OUT / "whole")
     result = {name: golden(OUT / name, texts) for name in ("sd15", "sd21", "whole")}
+    unigram(OUT / "siglip", "</s>", "</s>", 12, lower=True)
+    unigram(OUT / "t5", "</s>", "<pad>", 30, lower=False)
+    result |= {name: golden(OUT / name, texts, PreTrainedTokenizerFast) for name in ("siglip", "t5")}
     (OUT / "golden.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     for path in sorted(OUT.rglob("*")):
         print(path.relative_to(OUT), path.stat().st_size)

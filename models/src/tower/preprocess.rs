@@ -1,17 +1,13 @@
-//! How CLIP's image tower wants its pixels: `preprocessor_config.json`.
+//! How an image tower wants its pixels: `preprocessor_config.json`.
 
 use std::path::Path;
 
+use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use super::config::ClipConfig;
-use crate::Result;
 use crate::config::ConfigFile;
+use crate::{Error, Result};
 
-/// OpenAI's means of red, green and blue, the default of `CLIPImageProcessor`.
-const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-/// OpenAI's standard deviations.
-const STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 /// Settings that say how a picture gets to RGB in 0..1, which is not done here, or only name things.
 const HARMLESS: [&str; 14] = [
     "crop_pct",
@@ -32,17 +28,26 @@ const HARMLESS: [&str; 14] = [
 
 /// What happens to RGB in 0..1 before the image tower: `(x - mean) / std`, at the model's size.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ClipPreprocess {
+pub struct ImagePreprocess {
     /// Mean of red, green and blue in 0..1.
     pub mean: [f32; 3],
     /// Standard deviation of red, green and blue, above 0.
     pub std: [f32; 3],
 }
 
-impl ClipPreprocess {
+impl ImagePreprocess {
+    /// OpenAI's, the default of `CLIPImageProcessor`.
+    pub(crate) const OPENAI: Self = Self {
+        mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+        std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
+    };
+    /// The default of `SiglipImageProcessor`: -1..1.
+    pub(crate) const HALF: Self = Self { mean: [0.5; 3], std: [0.5; 3] };
+
     /// Reads `preprocessor_config.json`, or the `image_processor` section of the newer
-    /// `processor_config.json`.
-    pub(super) fn read(dir: &Path, model: &ClipConfig) -> Result<Self> {
+    /// `processor_config.json`, for a model that takes images of `side` pixels; `absent` stands for
+    /// fields that are not there.
+    pub(crate) fn read(dir: &Path, side: usize, absent: &Self) -> Result<Self> {
         let (old, new) = (dir.join("preprocessor_config.json"), dir.join("processor_config.json"));
         let fields = if !old.is_file() && new.is_file() {
             ConfigFile::read(&new)?.section("image_processor", &[])?
@@ -50,9 +55,8 @@ impl ClipPreprocess {
             ConfigFile::read(&old)?
         };
         for field in ["size", "crop_size"] {
-            let fits = fields.get(field).is_none_or(|size| covers(size, model.image_size));
+            let fits = fields.get(field).is_none_or(|size| covers(size, side));
             if !fits {
-                let side = model.image_size;
                 return Err(fields.unsupported(field, format!("{side}, the model's image_size")));
             }
         }
@@ -68,8 +72,8 @@ impl ClipPreprocess {
             let given = fields.numbers(field, 3)?.filter(|_| normalize);
             Ok(given.map_or(default, |v| [v[0], v[1], v[2]]))
         };
-        let mean = triple("image_mean", if normalize { MEAN } else { [0.0; 3] })?;
-        let std = triple("image_std", if normalize { STD } else { [1.0; 3] })?;
+        let mean = triple("image_mean", if normalize { absent.mean } else { [0.0; 3] })?;
+        let std = triple("image_std", if normalize { absent.std } else { [1.0; 3] })?;
         if std.iter().any(|&s| s <= 0.0) {
             return Err(fields.unsupported("image_std", "three numbers above 0"));
         }
@@ -85,4 +89,45 @@ fn covers(size: &Value, side: usize) -> bool {
     size.as_u64() == side
         || field("shortest_edge") == side
         || (field("height") == side && field("width") == side)
+}
+
+/// [`ImagePreprocess`] as a layer. Its backward pass saves nothing.
+#[derive(Debug)]
+pub(crate) struct PixelNorm {
+    preprocess: ImagePreprocess,
+    side: usize,
+    /// `[1, 3, 1, 1]`.
+    mean: Tensor,
+    /// `[1, 3, 1, 1]`.
+    inverse_std: Tensor,
+}
+
+impl PixelNorm {
+    pub(crate) fn new(preprocess: ImagePreprocess, side: usize, device: &Device) -> Result<Self> {
+        let per_channel = |values: [f32; 3]| Tensor::new(&values, device)?.reshape((1, 3, 1, 1));
+        let (mean, inverse_std) =
+            (per_channel(preprocess.mean)?, per_channel(preprocess.std.map(f32::recip))?);
+        Ok(Self { preprocess, side, mean, inverse_std })
+    }
+
+    pub(crate) fn preprocess(&self) -> &ImagePreprocess {
+        &self.preprocess
+    }
+
+    /// RGB `[b, 3, side, side]` in 0..1, normalised; anything else is refused in the name of `what`.
+    pub(crate) fn forward(&self, what: &'static str, pixels: &Tensor) -> Result<Tensor> {
+        let side = self.side;
+        match pixels.dims() {
+            [b, 3, h, w] if *b > 0 && [*h, *w] == [side; 2] => {}
+            dims => {
+                let problem = format!("expected [b, 3, {side}, {side}], got {dims:?}");
+                return Err(Error::invalid(what, problem));
+            }
+        }
+        Ok(pixels.broadcast_sub(&self.mean)?.broadcast_mul(&self.inverse_std)?)
+    }
+
+    pub(crate) fn backward(&self, dy: &Tensor) -> Result<Tensor> {
+        Ok(dy.broadcast_mul(&self.inverse_std)?)
+    }
 }

@@ -15,6 +15,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
+use super::EncodedPrompt;
 use crate::config::{ConfigFile, read_object};
 use crate::{Error, Result};
 
@@ -26,15 +27,6 @@ const PATTERN: &str =
 const DEFAULT_LENGTH: usize = 77;
 /// Above this, `model_max_length` is transformers' way of saying that it is not set.
 const LARGEST_LENGTH: f64 = 65_536.0;
-
-/// A prompt as token ids.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EncodedPrompt {
-    /// At least one window, each exactly [`ClipTokenizer::max_length`] ids: start, tokens, end, padding.
-    pub chunks: Vec<Vec<u32>>,
-    /// How many tokens the prompt has, marks and padding not counted.
-    pub tokens: usize,
-}
 
 /// A byte-level BPE tokenizer in CLIP's file format.
 #[derive(Debug)]
