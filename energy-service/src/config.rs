@@ -8,7 +8,7 @@ use fairlead_common::ids;
 /// Options of `fairlead energy`.
 #[derive(Args, Debug, Clone)]
 pub struct EnergyArgs {
-    /// Energy model: a folder with a transformers CLIPModel (config.json, model.safetensors,
+    /// Energy model: a folder with a transformers CLIPModel or SiglipModel (config.json, model.safetensors,
     /// preprocessor_config.json and the tokenizer's files).
     #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_MODEL")]
     pub model: PathBuf,

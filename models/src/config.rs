@@ -113,6 +113,20 @@ impl ConfigFile {
         }
     }
 
+    /// A list of different whole numbers from 0 up, below `bound`; empty when absent.
+    pub(crate) fn indices(&self, field: &str, bound: usize) -> Result<Vec<usize>> {
+        let Some(value) = self.get(field) else { return Ok(Vec::new()) };
+        let index = |item: &Value| item.as_u64().map(|n| n as usize).filter(|n| *n < bound);
+        value
+            .as_array()
+            .and_then(|items| items.iter().map(index).collect::<Option<Vec<_>>>())
+            .filter(|found| found.iter().collect::<BTreeSet<_>>().len() == found.len())
+            .ok_or_else(|| {
+                let wanted = format!("a list of different whole numbers below {bound}");
+                self.unsupported(field, wanted)
+            })
+    }
+
     /// A token id or another whole number from 0 up.
     pub(crate) fn id(&self, field: &str, default: u32) -> Result<u32> {
         match self.get(field) {

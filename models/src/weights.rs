@@ -198,6 +198,11 @@ impl Scope<'_> {
         Self { weights: self.weights, prefix: format!("{}{name}.", self.prefix) }
     }
 
+    /// Where the network's tensors go.
+    pub(crate) fn device(&self) -> &Device {
+        &self.weights.device
+    }
+
     /// Whether the files hold this key.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.weights.entries.contains_key(&format!("{}{name}", self.prefix))

@@ -8,7 +8,7 @@ use candle_core::{Device, IndexOp, Tensor};
 use fairlead_models::layers::composed_of_candle_ops;
 use fairlead_models::{
     AutoencoderKl, ClipModel, ClipTextModel, ClipTextModelWithProjection, Error, Judge, Result,
-    SiglipModel, Tape, UNet2DConditionModel,
+    Sd3Transformer, SiglipModel, Tape, TextConditions, UNet2DConditionModel,
 };
 
 fn folder(name: &str) -> PathBuf {
@@ -118,6 +118,37 @@ impl Differentiable for Denoise {
     }
 }
 
+struct JointDenoise {
+    transformer: Sd3Transformer,
+    timesteps: Vec<f32>,
+    states: Tensor,
+    pooled: Tensor,
+}
+
+impl JointDenoise {
+    /// The last text token stands for the `repeats` last ones of the golden.
+    fn of(name: &str, golden: &Golden, repeats: usize) -> Self {
+        let states = golden.get("context");
+        let kept = states.dim(1).unwrap() + 1 - repeats;
+        Self {
+            transformer: Sd3Transformer::load(&folder(name), repeats, &Device::Cpu).unwrap(),
+            timesteps: golden.timesteps(),
+            states: states.narrow(1, 0, kept).unwrap(),
+            pooled: golden.get("pooled").clone(),
+        }
+    }
+}
+
+impl Differentiable for JointDenoise {
+    fn forward(&self, x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        let text = TextConditions { states: &self.states, pooled: &self.pooled };
+        self.transformer.forward(x, &self.timesteps, text, tape)
+    }
+    fn backward(&self, dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        self.transformer.backward(dy, tape)
+    }
+}
+
 /// Forward and gradient against torch, with our kernels and composed of candle's operations; then the
 /// gradient against finite differences.
 fn check(name: &str, golden: &Golden, network: &dyn Differentiable) {
@@ -184,6 +215,15 @@ fn unet_matches_diffusers() {
     for name in ["unet", "unet_linear"] {
         let golden = Golden::of(name);
         check(name, &golden, &Denoise::of(name, &golden));
+    }
+}
+
+/// One text token that counts seven times is seven equal tokens.
+#[test]
+fn mmdit_matches_diffusers() {
+    for (name, repeats) in [("mmdit", 1), ("mmdit_dual", 1), ("mmdit_dual", 7)] {
+        let golden = Golden::of(name);
+        check(name, &golden, &JointDenoise::of(name, &golden, repeats));
     }
 }
 
@@ -309,6 +349,22 @@ fn a_sample_does_not_depend_on_its_batch() {
         }
     };
     check_batches("unet", denoise, &golden);
+
+    let golden = Golden::of("mmdit");
+    let denoise = |samples: &[usize]| {
+        let whole = JointDenoise::of("mmdit", &golden, 1);
+        let pick = |t: &Tensor| {
+            let rows: Vec<_> = samples.iter().map(|&i| t.i(i..i + 1).unwrap()).collect();
+            Tensor::cat(&rows, 0).unwrap()
+        };
+        JointDenoise {
+            timesteps: samples.iter().map(|&i| whole.timesteps[i]).collect(),
+            states: pick(&whole.states),
+            pooled: pick(&whole.pooled),
+            transformer: whole.transformer,
+        }
+    };
+    check_batches("mmdit", denoise, &golden);
 }
 
 #[test]
@@ -351,6 +407,15 @@ fn inputs_that_do_not_fit_are_refused_with_the_shapes() {
         unet.forward(&zeros(&[2, 3, 8, 8]), &[1.0; 2], &context, off),
         &["[b, 4, h, w]"],
     );
+
+    let mmdit = Sd3Transformer::load(&folder("mmdit"), 1, &Device::Cpu).unwrap();
+    let (states, pooled) = (zeros(&[1, 5, 20]), zeros(&[1, 12]));
+    let text = TextConditions { states: &states, pooled: &pooled };
+    for shape in [[1, 4, 5, 4], [1, 4, 12, 4], [1, 3, 4, 4], [2, 4, 4, 4]] {
+        let dims = format!("{shape:?}");
+        let refused = mmdit.forward(&zeros(&shape), &[1.0], text, off);
+        assert_refused(refused, &["multiples of 2 up to 10", &dims]);
+    }
 
     let clip = ClipModel::load(&folder("clip"), &Device::Cpu).unwrap();
     assert_refused(clip.image_features(&zeros(&[1, 3, 23, 24]), off), &["[b, 3, 24, 24]"]);

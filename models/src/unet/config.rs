@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::Result;
 use crate::config::ConfigFile;
 use crate::resnet::ResnetConfig;
+use crate::time::Waves;
 
 /// Fields that change nothing in inference in f32, or only belong to features that are refused by name.
 const HARMLESS: [&str; 3] = ["addition_embed_type_num_heads", "dropout", "upcast_attention"];
@@ -104,6 +105,15 @@ impl UNet2DConditionConfig {
         }
         fields.finish(&HARMLESS)?;
         Ok(config)
+    }
+
+    /// How time steps become numbers.
+    pub(super) fn waves(&self) -> Waves {
+        Waves {
+            width: self.levels[0].channels,
+            flip_sin_to_cos: self.flip_sin_to_cos,
+            freq_shift: self.freq_shift as f32,
+        }
     }
 
     /// The level at the bottom of the U.

@@ -3,7 +3,6 @@
 mod blocks;
 mod config;
 mod model;
-mod time;
 mod transformer;
 
 pub use config::{UNet2DConditionConfig, UNetLevel};

@@ -6,8 +6,8 @@ use candle_core::{Device, Tensor};
 
 use super::blocks::{Conditions, DownBlock, MidBlock, UpBlock, add_skip};
 use super::config::UNet2DConditionConfig;
-use super::time::TimeEmbedding;
-use crate::layers::{Conv2d, GroupNorm};
+use crate::layers::{Activation, Conv2d, GroupNorm};
+use crate::time::TimeEmbedding;
 use crate::{Error, Result, Tape, weights};
 
 /// diffusers' `UNet2DConditionModel` of Stable Diffusion 1 and 2.
@@ -43,7 +43,11 @@ impl UNet2DConditionModel {
                 .map(|i| UpBlock::new(&root.at("up_blocks").at(i), &config, levels - 1 - i));
             let (groups, eps) = (config.norm_num_groups, config.norm_eps);
             Ok(Self {
-                time: TimeEmbedding::new(&root.at("time_embedding"), &config)?,
+                time: TimeEmbedding::new(
+                    &root.at("time_embedding"),
+                    config.waves(),
+                    config.time_embedding_dim,
+                )?,
                 conv_in: root.conv3x3("conv_in", config.in_channels, first)?,
                 down: down.collect::<Result<_>>()?,
                 mid: MidBlock::new(&root.at("mid_block"), &config)?,
@@ -73,7 +77,9 @@ impl UNet2DConditionModel {
         tape: &mut Tape,
     ) -> Result<Tensor> {
         self.check(x, timesteps, context)?;
+        // Every residual block applies the same SiLU first.
         let time = self.time.forward(timesteps, x)?;
+        let time = Activation::Silu.forward(&time, &mut Tape::off())?;
         let on = Conditions { time: &time, context };
         let mut x = self.conv_in.forward(x, tape)?;
         let mut skips = vec![x.clone()];

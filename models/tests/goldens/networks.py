@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -159,6 +159,21 @@ def unet(name, half=True, sides=(8, 6), **config):
     golden(folder, x=x, timesteps=timesteps, context=context, y=y, dy=dy, dx=gradient(y, dy, x))
 
 
+def mmdit(name, half, sides, equal, **config):
+    """The last `equal` text tokens are the same, as those of an absent third text encoder are."""
+    model = randomise(SD3Transformer2DModel(joint_attention_dim=20, pooled_projection_dim=12, **config), 16)
+    folder = save(model, name, half)
+    generator = torch.Generator().manual_seed(17)
+    x = torch.randn(2, model.config.in_channels, *sides, generator=generator).requires_grad_()
+    states = torch.randn(2, 5, 20, generator=generator)
+    states = torch.cat([states, states[:, -1:].expand(-1, equal - 1, -1)], 1)
+    pooled = torch.randn(2, 12, generator=generator)
+    timesteps = torch.tensor([993.4, 37.5])
+    y = model(x, states, pooled, timesteps).sample
+    dy = torch.randn(y.shape, generator=generator)
+    golden(folder, x=x, timesteps=timesteps, context=states, pooled=pooled, y=y, dy=dy, dx=gradient(y, dy, x))
+
+
 class Judge(nn.Module):
     """The classifier of `training/judge.py`, at any width."""
 
@@ -219,4 +234,9 @@ if __name__ == "__main__":
          flip_sin_to_cos=False, freq_shift=1, upcast_attention=True,
          down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
          up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
+    mmdit("mmdit", half=False, sides=(6, 8), equal=1, sample_size=8, patch_size=2, in_channels=4, num_layers=3,
+          attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, out_channels=4, pos_embed_max_size=5)
+    mmdit("mmdit_dual", half=True, sides=(4, 3), equal=7, sample_size=4, patch_size=1, in_channels=5, num_layers=3,
+          attention_head_dim=6, num_attention_heads=4, caption_projection_dim=24, out_channels=5, pos_embed_max_size=6,
+          dual_attention_layers=(0, 2), qk_norm="rms_norm")
     judge()
