@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use crate::{
     Shard,
     error::{Error, Result},
-    generator::{EncodedText, Generator},
+    generator::{Context, EncodedText, Generator},
 };
 
 /// Most chunks of one prompt: 32 x 75 tokens with CLIP.
@@ -13,10 +13,10 @@ const MAX_CHUNKS: usize = 32;
 
 /// Text states of the prompt and, with guidance on, of the negative prompt.
 pub(super) struct Conditioning {
-    /// `[1, chunks * tokens, width]`.
-    positive: Tensor,
-    /// Same shape; none if guidance is off.
-    negative: Option<Tensor>,
+    /// Of one image.
+    positive: Context,
+    /// Same shapes; none if guidance is off.
+    negative: Option<Context>,
     /// Tokens and chunks of the prompts that needed more than one chunk.
     chunked: Vec<(&'static str, usize, usize)>,
 }
@@ -28,18 +28,15 @@ impl Conditioning {
         let positive = encode(generator, "prompt", &shard.spec.prompt)?;
         if shard.guidance <= 1.0 {
             let chunked = long("prompt", &positive).into_iter().collect();
-            return Ok(Self { positive: side_by_side(&positive.states)?, negative: None, chunked });
+            return Ok(Self { positive: context(positive)?, negative: None, chunked });
         }
         let negative = encode(generator, "negative_prompt", &shard.spec.negative_prompt)?;
         let chunked =
             [long("prompt", &positive), long("negative prompt", &negative)].into_iter().flatten();
-        let chunks = positive.states.dim(0)?.max(negative.states.dim(0)?);
-        let blank = generator.encode("")?.states;
-        Ok(Self {
-            chunked: chunked.collect(),
-            positive: side_by_side(&filled(positive.states, chunks, &blank)?)?,
-            negative: Some(side_by_side(&filled(negative.states, chunks, &blank)?)?),
-        })
+        let chunked = chunked.collect();
+        let blank = generator.encode("")?;
+        let (positive, negative) = alike(positive, negative, &blank)?;
+        Ok(Self { chunked, positive: context(positive)?, negative: Some(context(negative)?) })
     }
 
     /// What the caller should know about the prompts' length; a chunk holds `window` tokens, marks
@@ -62,20 +59,31 @@ impl Conditioning {
         self.negative.is_some()
     }
 
-    /// The context of one denoiser call for `batch` images: `[batch, n, d]`, or with guidance
-    /// `[2 batch, n, d]`, the negative prompt first.
-    pub(super) fn context(&self, batch: usize) -> Result<Tensor> {
-        let repeat = |states: &Tensor| states.repeat((batch, 1, 1));
-        Ok(match &self.negative {
-            None => repeat(&self.positive)?,
-            Some(negative) => Tensor::cat(&[repeat(negative)?, repeat(&self.positive)?], 0)?,
+    /// The context of one denoiser call for `batch` images, or with guidance for twice as many, the
+    /// negative prompt first.
+    pub(super) fn context(&self, batch: usize) -> Result<Context> {
+        let rows = |positive: &Tensor, negative: Option<&Tensor>| {
+            let rows = negative.into_iter().chain([positive]);
+            let rows = rows.map(|row| repeat(row, batch)).collect::<Result<Vec<_>>>()?;
+            Ok::<_, Error>(Tensor::cat(&rows, 0)?)
+        };
+        let negative = self.negative.as_ref();
+        let pooled = |pooled| rows(pooled, negative.and_then(|context| context.pooled.as_ref()));
+        Ok(Context {
+            states: rows(&self.positive.states, negative.map(|context| &context.states))?,
+            pooled: self.positive.pooled.as_ref().map(pooled).transpose()?,
         })
     }
 }
 
+/// `row` `[1, ..]` as `[batch, ..]`.
+fn repeat(row: &Tensor, batch: usize) -> Result<Tensor> {
+    Ok(Tensor::cat(&vec![row; batch], 0)?)
+}
+
 fn encode(generator: &dyn Generator, field: &'static str, text: &str) -> Result<EncodedText> {
     let encoded = generator.encode(text)?;
-    let chunks = encoded.states.dim(0)?;
+    let chunks = encoded.parts.iter().map(|part| part.dims()[0]).max().unwrap_or(0);
     if chunks > MAX_CHUNKS {
         let tokens = encoded.tokens;
         return Err(Error::request(
@@ -87,21 +95,34 @@ fn encode(generator: &dyn Generator, field: &'static str, text: &str) -> Result<
 }
 
 fn long(which: &'static str, text: &EncodedText) -> Option<(&'static str, usize, usize)> {
-    let chunks = text.states.dims()[0];
+    let chunks = text.parts.first()?.dims()[0];
     (chunks > 1).then_some((which, text.tokens, chunks))
 }
 
-/// `[k, tokens, width]` with `blank` `[1, tokens, width]` appended up to `chunks`.
-fn filled(states: Tensor, chunks: usize, blank: &Tensor) -> Result<Tensor> {
-    let missing = chunks - states.dim(0)?;
-    if missing == 0 {
-        return Ok(states);
+/// Both texts with as many chunks in each part, those of `blank` appended to the shorter one.
+fn alike(
+    mut one: EncodedText,
+    mut other: EncodedText,
+    blank: &EncodedText,
+) -> Result<(EncodedText, EncodedText)> {
+    for ((one, other), blank) in one.parts.iter_mut().zip(&mut other.parts).zip(&blank.parts) {
+        let chunks = one.dim(0)?.max(other.dim(0)?);
+        for part in [one, other] {
+            let missing = chunks - part.dim(0)?;
+            if missing > 0 {
+                *part = Tensor::cat(&[&*part, &repeat(blank, missing)?], 0)?;
+            }
+        }
     }
-    Ok(Tensor::cat(&[states, blank.repeat((missing, 1, 1))?], 0)?)
+    Ok((one, other))
 }
 
-/// `[k, tokens, width]` as `[1, k * tokens, width]`.
-fn side_by_side(states: &Tensor) -> Result<Tensor> {
-    let (chunks, tokens, width) = states.dims3()?;
-    Ok(states.contiguous()?.reshape((1, chunks * tokens, width))?)
+/// All parts side by side: `[1, tokens of all chunks of all parts, width]`.
+fn context(text: EncodedText) -> Result<Context> {
+    let part = |part: &Tensor| {
+        let (chunks, tokens, width) = part.dims3()?;
+        part.contiguous()?.reshape((1, chunks * tokens, width))
+    };
+    let parts = text.parts.iter().map(part).collect::<Result<Vec<_>, _>>()?;
+    Ok(Context { states: Tensor::cat(&parts, 1)?, pooled: text.pooled })
 }

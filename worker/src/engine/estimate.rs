@@ -191,7 +191,11 @@ pub(super) fn rows(tensor: &Tensor) -> Result<Vec<Vec<f32>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{generator::EncodedText, noise, sampler::Sampler};
+    use crate::{
+        generator::{Context, EncodedText},
+        noise,
+        sampler::Sampler,
+    };
     use fairlead_proto::v1::ModelInfo;
 
     /// A decoder that is `tanh`, enlarged four times.
@@ -222,7 +226,7 @@ mod tests {
             unreachable!("only the decoder is used")
         }
 
-        fn denoise(&self, _: &Tensor, _: f32, _: &Tensor) -> Result<Tensor> {
+        fn denoise(&self, _: &Tensor, _: f32, _: &Context) -> Result<Tensor> {
             unreachable!("only the decoder is used")
         }
 

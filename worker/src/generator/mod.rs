@@ -1,7 +1,9 @@
 //! Generators: the networks that turn a prompt and noise into an image. A new generator is one
 //! file and one row of [`load`]'s table.
 
+mod latent;
 mod stable_diffusion;
+mod stable_diffusion_3;
 
 use std::path::Path;
 
@@ -13,14 +15,25 @@ use crate::{
     error::{Error, Result},
     sampler::Sampler,
 };
-use stable_diffusion::StableDiffusion;
 
-/// A prompt as the text encoder gives it back.
+/// A prompt as the text encoders give it back.
 pub struct EncodedText {
-    /// States of each chunk, `[chunks, tokens, width]`.
-    pub states: Tensor,
+    /// States of each chunk, `[chunks, tokens, width]`: one tensor for encoders that see the same
+    /// chunks, and one for each that cuts the prompt in its own way. The denoiser gets all of them
+    /// side by side. The first one's chunks are what users hear of.
+    pub parts: Vec<Tensor>,
+    /// The whole prompt as one vector, `[1, d]`, for denoisers that take one.
+    pub pooled: Option<Tensor>,
     /// Tokens of the prompt, marks of start and end not counted.
     pub tokens: usize,
+}
+
+/// What a denoiser is told besides latents and time.
+pub struct Context {
+    /// States of the text, `[b, tokens, width]`.
+    pub states: Tensor,
+    /// The text as one vector, `[b, d]`, where the text encoders give one.
+    pub pooled: Option<Tensor>,
 }
 
 /// One generative model, owned by one thread. Whatever it computes for a sample depends on that
@@ -48,11 +61,11 @@ pub trait Generator: Send {
     fn encode(&self, prompt: &str) -> Result<EncodedText>;
 
     /// The denoiser's prediction for latents `[b, c, h, w]` at the training step `timestep`
-    /// (0 to T - 1) under `context` `[b, tokens, width]`: `[b, c, h, w]`.
+    /// (0 to T) under `context`: `[b, c, h, w]`.
     ///
     /// # Errors
     /// If the network fails.
-    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Tensor) -> Result<Tensor>;
+    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Context) -> Result<Tensor>;
 
     /// Pixels `[b, 3, H, W]`, about -1 to 1 and not clamped, of latents as the sampler holds them.
     ///
@@ -71,7 +84,10 @@ pub trait Generator: Send {
 type Load = fn(&PipelineFolder, &str, &Device) -> Result<Box<dyn Generator>>;
 
 /// Pipeline classes that can be served.
-const TABLE: &[(&str, Load)] = &[("StableDiffusionPipeline", StableDiffusion::load)];
+const TABLE: &[(&str, Load)] = &[
+    ("StableDiffusionPipeline", stable_diffusion::load),
+    ("StableDiffusion3Pipeline", stable_diffusion_3::load),
+];
 
 /// Loads the pipeline folder `dir` onto `device`.
 ///

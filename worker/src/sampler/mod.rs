@@ -9,16 +9,19 @@
 //! |---|---|---|
 //! | epsilon | `(x - noise p) / signal` | `p` |
 //! | v | `signal x - noise p` | `signal p + noise x` |
+//! | flow | `x - noise p` | `x + signal p` |
 //!
 //! A new prediction is one variant of [`Prediction`] and one row of each match below.
 
 mod config;
 mod ddim;
+mod flow_euler;
 
 use std::path::Path;
 
 pub use config::SchedulerConfig;
 pub use ddim::Ddim;
+pub use flow_euler::{FlowConfig, FlowEuler};
 
 use crate::{Error, error::Result};
 
@@ -37,6 +40,11 @@ impl Level {
     pub fn diffusion(a: f32) -> Self {
         Self { signal: a.sqrt(), noise: (1.0 - a).sqrt() }
     }
+
+    /// The level of a rectified flow at `sigma`, 1 for pure noise, after the shift.
+    pub fn flow(sigma: f32) -> Self {
+        Self { signal: 1.0 - sigma, noise: sigma }
+    }
 }
 
 /// What the denoiser predicts.
@@ -46,6 +54,8 @@ pub enum Prediction {
     Epsilon,
     /// The velocity of Salimans and Ho (2022), `sqrt(a) n - sqrt(1 - a) x0`.
     V,
+    /// The velocity of a rectified flow (Liu et al. 2022), `n - x0`.
+    Flow,
 }
 
 impl Prediction {
@@ -55,6 +65,7 @@ impl Prediction {
         match self {
             Self::Epsilon => zip(x, p, |x, p| (x - noise * p) / signal),
             Self::V => zip(x, p, |x, p| signal * x - noise * p),
+            Self::Flow => zip(x, p, |x, p| x - noise * p),
         }
     }
 
@@ -64,6 +75,7 @@ impl Prediction {
         match self {
             Self::Epsilon => p.to_vec(),
             Self::V => zip(x, p, |x, p| signal * p + noise * x),
+            Self::Flow => zip(x, p, |x, p| x + signal * p),
         }
     }
 }
@@ -76,9 +88,9 @@ fn zip(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> Vec<f32> {
 /// One step of a schedule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// What the denoiser is told: the training step, 0 to T - 1.
+    /// What the denoiser is told: the training step, 0 to T.
     pub timestep: f32,
-    /// Training time as a fraction `t / T`.
+    /// Training time as a fraction `t / T`; in a flow the shifted sigma.
     pub time: f32,
     /// Level of the state before the step.
     pub level: Level,
@@ -158,7 +170,10 @@ const TABLE: &[Row] = {
     ]
 };
 
-/// Reads `scheduler_config.json` in `dir` and chooses the sampler for its class.
+/// The scheduler class of rectified flows.
+const FLOW_CLASS: &str = "FlowMatchEulerDiscreteScheduler";
+
+/// Reads `scheduler_config.json` of a diffusion model in `dir` and chooses the sampler for its class.
 ///
 /// # Errors
 /// [`Error::Folder`] names the file and the setting that cannot be honoured.
@@ -186,23 +201,41 @@ pub fn for_stable_diffusion(dir: &Path) -> Result<Chosen> {
     })
 }
 
+/// The same for a model that is a rectified flow.
+///
+/// # Errors
+/// As [`from_folder`].
+pub fn for_flow(dir: &Path) -> Result<Chosen> {
+    read_text(dir, |text| {
+        let class = config::class_name(text)?;
+        if class != FLOW_CLASS {
+            return Err(unsupported(&class, FLOW_CLASS));
+        }
+        let sampler = Box::new(FlowEuler::new(FlowConfig::parse(text)?));
+        Ok(Chosen { sampler, notices: Vec::new() })
+    })
+}
+
 /// Changes a configuration and says what it changed.
 type Adjust = fn(&mut SchedulerConfig) -> Vec<String>;
 
 fn read(dir: &Path, adjust: Adjust) -> Result<Chosen> {
+    read_text(dir, |text| choose(text, adjust))
+}
+
+fn read_text(dir: &Path, choose: impl Fn(&str) -> Result<Chosen, String>) -> Result<Chosen> {
     let path = dir.join("scheduler_config.json");
     let refuse = |reason: String| Error::Folder { path: path.clone(), reason };
     let text = std::fs::read_to_string(&path)
         .map_err(|error| refuse(format!("{error}; a diffusers pipeline folder has this file")))?;
-    choose(&text, adjust).map_err(refuse)
+    choose(&text).map_err(refuse)
 }
 
 /// Chooses the sampler for the text of a `scheduler_config.json`.
 pub(crate) fn choose(text: &str, adjust: Adjust) -> Result<Chosen, String> {
     let class = config::class_name(text)?;
     let row = TABLE.iter().find(|row| row.class == class).ok_or_else(|| {
-        let known = TABLE.iter().map(|row| row.class).collect::<Vec<_>>().join(", ");
-        format!("scheduler class `{class}` is not supported; supported are {known}")
+        unsupported(&class, &TABLE.iter().map(|row| row.class).collect::<Vec<_>>().join(", "))
     })?;
     let mut config = SchedulerConfig::parse(text, row.defaults)?;
     let mut notices = adjust(&mut config);
@@ -214,6 +247,10 @@ pub(crate) fn choose(text: &str, adjust: Adjust) -> Result<Chosen, String> {
     Ok(Chosen { sampler: Box::new(Ddim::new(config)?), notices })
 }
 
+fn unsupported(class: &str, known: &str) -> String {
+    format!("scheduler class `{class}` is not supported for this pipeline; supported are {known}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,10 +260,13 @@ mod tests {
         /// Whatever is predicted, the two estimates explain the state they came from.
         #[test]
         fn estimates_recompose_the_state(
-            a in 0.01f32..0.99, x in -3f32..3.0, p in -3f32..3.0, v in any::<bool>(),
+            a in 0.01f32..0.99, x in -3f32..3.0, p in -3f32..3.0, kind in 0..3,
         ) {
-            let prediction = if v { Prediction::V } else { Prediction::Epsilon };
-            let level = Level::diffusion(a);
+            let (prediction, level) = match kind {
+                0 => (Prediction::Epsilon, Level::diffusion(a)),
+                1 => (Prediction::V, Level::diffusion(a)),
+                _ => (Prediction::Flow, Level::flow(a)),
+            };
             let clean = prediction.clean_estimate(level, &[x], &[p])[0];
             let noise = prediction.noise_estimate(level, &[x], &[p])[0];
             prop_assert!((level.signal * clean + level.noise * noise - x).abs() < 1e-5);

@@ -169,6 +169,21 @@ mod tests {
             prop_assert!((Mode::HoldState.coefficient(level, to) * d - by_a).abs() < 1e-3);
         }
 
+        /// The same for a rectified flow: holding x, `v -= d / s`; holding the noise, x0 moves alone.
+        #[test]
+        fn flow_takes_the_same_multiples(
+            s in 0.1f32..1.0, share in 0f32..0.99, x in -3f32..3.0, v in -3f32..3.0, d in -1f32..1.0,
+        ) {
+            let (level, to) = (Level::flow(s), Level::flow(s * share));
+            let euler = |v: f32| x + (to.noise - level.noise) * v;
+            let by_a = euler(v - d / s) - euler(v);
+            prop_assert!((Mode::HoldState.coefficient(level, to) * d - by_a).abs() < 1e-3);
+            let x0 = Prediction::Flow.clean_estimate(level, &[x], &[v])[0];
+            let n = Prediction::Flow.noise_estimate(level, &[x], &[v])[0];
+            let by_b = next(to, x0 + d, n) - euler(v);
+            prop_assert!((Mode::HoldNoise.coefficient(level, to) * d - by_b).abs() < 1e-3);
+        }
+
         /// All modes move the next state towards d, none further than C.
         #[test]
         fn modes_agree_in_direction(a in 0.001f32..0.99, gain in 0.001f32..0.01) {

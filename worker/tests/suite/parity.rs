@@ -1,11 +1,16 @@
-//! The worker against numbers made by diffusers; `goldens/sd.py` made them.
+//! The worker against numbers made by diffusers; `goldens/pipelines.py` made them.
 
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use fairlead_models::PipelineFolder;
 use fairlead_proto::v1::{ImageTask, JobSpec, PinnedPolicy};
-use fairlead_worker::{Engine, Shard, engine::Collected, generator, noise, sampler};
+use fairlead_worker::{
+    Engine, Result, Shard,
+    engine::Collected,
+    generator, noise,
+    sampler::{self, Chosen},
+};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +34,7 @@ struct Case {
 
 #[derive(Deserialize)]
 struct Link {
-    t: u32,
+    t: f32,
     x: Vec<f32>,
     prediction: Vec<f32>,
     next: Vec<f32>,
@@ -42,27 +47,37 @@ fn assert_close(ours: &[f32], theirs: &[f32], what: &str) {
     }
 }
 
-#[test]
-fn ddim_agrees_with_diffusers_at_every_step() {
-    let cases: Vec<Case> = read("ddim.json");
-    assert!(cases.len() >= 20);
+/// Every step of every schedule of a golden, whose files name `class`.
+fn assert_steps(golden: &str, class: &str, choose: fn(&Path) -> Result<Chosen>) {
+    let cases: Vec<Case> = read(golden);
+    assert!(cases.len() >= 12);
     for case in cases {
         let dir = tempfile::tempdir().expect("a folder");
         let mut config = case.config;
-        config.insert("_class_name".into(), "DDIMScheduler".into());
+        config.insert("_class_name".into(), class.into());
         let text = serde_json::to_string(&config).expect("it is JSON");
         std::fs::write(dir.path().join("scheduler_config.json"), &text).expect("it is written");
-        let sampler = sampler::from_folder(dir.path()).expect("it is supported").sampler;
+        let sampler = choose(dir.path()).expect("it is supported").sampler;
         let schedule = sampler.schedule(case.steps).expect("the steps are allowed");
-        let timesteps: Vec<u32> = schedule.iter().map(|step| step.timestep as u32).collect();
-        assert_eq!(timesteps, case.chain.iter().map(|link| link.t).collect::<Vec<_>>(), "{text}");
+        assert_eq!(schedule.len(), case.chain.len(), "{text}");
         for (step, link) in schedule.iter().zip(&case.chain) {
-            let advance = sampler.advance(step, &link.x, &link.prediction);
             let what = format!("t {} of {} in {text}", link.t, case.steps);
+            assert!((step.timestep - link.t).abs() <= 1e-4, "{what}: t {}", step.timestep);
+            let advance = sampler.advance(step, &link.x, &link.prediction);
             assert_close(&advance.clean, &link.clean, &what);
             assert_close(&advance.next, &link.next, &what);
         }
     }
+}
+
+#[test]
+fn ddim_agrees_with_diffusers_at_every_step() {
+    assert_steps("ddim.json", "DDIMScheduler", sampler::from_folder);
+}
+
+#[test]
+fn flow_euler_agrees_with_diffusers_at_every_step() {
+    assert_steps("flow-euler.json", "FlowMatchEulerDiscreteScheduler", sampler::for_flow);
 }
 
 #[test]
@@ -137,12 +152,20 @@ fn an_image_agrees_in_v_prediction_with_zero_snr() {
 }
 
 #[test]
-fn emojiland_agrees_with_the_stable_diffusion_pipeline() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/emojiland-sd");
-    let make = "run `python worker/tests/goldens/sd.py assets/emojiland-sd`";
-    assert!(golden("emojiland-sd.json").exists(), "no golden for assets/emojiland-sd: {make}");
-    let image: Image = read("emojiland-sd.json");
-    let hash = PipelineFolder::open(&folder).and_then(|f| f.hash()).expect("it is a pipeline");
-    assert_eq!(image.hash, Some(hash), "assets/emojiland-sd is another one by now: {make}");
-    assert_parity(&folder, &image);
+fn an_image_agrees_with_the_stable_diffusion_3_pipeline() {
+    assert_parity(&golden("tiny-sd3"), &read("tiny-sd3.json"));
+}
+
+#[test]
+fn emojiland_agrees_with_the_pipelines() {
+    for name in ["emojiland-sd", "emojiland-sd3"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets").join(name);
+        let make = format!("run `python worker/tests/goldens/pipelines.py assets/{name}`");
+        let file = format!("{name}.json");
+        assert!(golden(&file).exists(), "no golden for assets/{name}: {make}");
+        let image: Image = read(&file);
+        let hash = PipelineFolder::open(&folder).and_then(|f| f.hash()).expect("it is a pipeline");
+        assert_eq!(image.hash, Some(hash), "assets/{name} is another one by now: {make}");
+        assert_parity(&folder, &image);
+    }
 }

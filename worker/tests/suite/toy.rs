@@ -14,7 +14,7 @@ use fairlead_proto::v1::{
 use fairlead_worker::{
     Error, NodeFailure, Result,
     energy::{Answer, Candidate, Energy, Render, Sources, Terms, Verdict},
-    generator::{EncodedText, Generator},
+    generator::{Context, EncodedText, Generator},
     sampler::{self, Sampler},
 };
 use tokio_util::sync::CancellationToken;
@@ -115,10 +115,10 @@ impl Generator for ToyGenerator {
             states[i / body * WINDOW + 1 + i % body] = f32::from(byte) / 255.0;
         }
         let states = Tensor::from_vec(states, (chunks, WINDOW, 1), &Device::Cpu)?;
-        Ok(EncodedText { states, tokens: bytes.len() })
+        Ok(EncodedText { parts: vec![states], pooled: None, tokens: bytes.len() })
     }
 
-    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Tensor) -> Result<Tensor> {
+    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Context) -> Result<Tensor> {
         if let Some(permits) = &self.permits {
             // The other side is gone only when the test is over.
             let _ = permits.recv();
@@ -127,7 +127,7 @@ impl Generator for ToyGenerator {
         let a = alpha(timestep);
         let (signal, noise) = (a.sqrt(), (1.0 - a).sqrt());
         let unit = 1.0 / ((channels * h * w) as f32).sqrt();
-        let shifts = context.mean((1, 2))?.to_vec1::<f32>()?;
+        let shifts = context.states.mean((1, 2))?.to_vec1::<f32>()?;
         let rows = latents.flatten_from(1)?.to_vec2::<f32>()?;
         let mut out = Vec::new();
         for (x, shift) in rows.iter().zip(shifts) {

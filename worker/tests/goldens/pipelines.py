@@ -1,7 +1,7 @@
 """Goldens of the worker, made with torch and diffusers.
 
-    python sd.py                        the tiny pipeline, its images and the DDIM steps
-    python sd.py ../../../assets/emojiland-sd   the image of that pipeline folder
+    python pipelines.py                                   the tiny pipelines, their images, the steps of the samplers
+    python pipelines.py ../../../assets/emojiland-sd      the image of that pipeline folder
 
 Needs torch, diffusers, transformers, numpy, and the `openssl` program. The initial noise is made
 from the seed as `noise.rs` documents it; the ChaCha20 key stream is OpenSSL's.
@@ -21,10 +21,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -70,8 +74,9 @@ def content_hash(folder):
 def image_of(pipeline, name, extra=None):
     """The 20-step image of `RUN`, as RGB8 rows, and what made it."""
     pipeline.set_progress_bar_config(disable=True)
-    unet, factor = pipeline.unet.config, pipeline.vae_scale_factor
-    shape = (1, unet.in_channels, unet.sample_size, unet.sample_size)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    config, factor = denoiser.config, pipeline.vae_scale_factor
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.from_numpy(normal(RUN["seed"], math.prod(shape))).reshape(shape)
     array = pipeline(
         RUN["prompt"],
@@ -82,7 +87,7 @@ def image_of(pipeline, name, extra=None):
         output_type="np",
     ).images[0]
     pixels = (array * 255).round().astype("uint8")
-    side = unet.sample_size * factor
+    side = config.sample_size * factor
     assert pixels.shape == (side, side, 3)
     print(f"{name}: mean {pixels.mean():.1f}, deviation {pixels.std():.1f}, "
           f"clipped {np.mean((pixels == 0) | (pixels == 255)):.3f}")
@@ -150,10 +155,72 @@ def tiny(folder):
     pipeline.save_pretrained(folder)
 
 
-def load(folder):
-    return StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+def tiny_3(folder):
+    """A Stable Diffusion 3 with random weights, stored in f16, without a third text encoder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(12)
+    tokenizer, vocabulary = tokenizer_files(folder / "tokenizer")
+
+    def text(width, projection, activation):
+        return CLIPTextModelWithProjection(CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=77, projection_dim=projection, hidden_act=activation,
+            bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        ))
+
+    first, second = text(32, 16, "quick_gelu"), text(24, 20, "gelu")
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=36,
+        pos_embed_max_size=6, qk_norm="rms_norm", dual_attention_layers=(0,),
     )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32), latent_channels=4, layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=32, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    with torch.no_grad():
+        # Make the prompt and the picture count, as above; without gates a block does next to nothing.
+        for encoder in (first, second):
+            encoder.get_input_embeddings().weight.mul_(30.0)
+        for name, weight in transformer.named_parameters():
+            if "norm1" in name or "norm_out" in name:
+                weight.copy_(torch.randn(weight.shape) * 0.3)
+        transformer.proj_out.weight.mul_(3.0)
+        vae.decoder.conv_out.weight.mul_(1.5)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.half(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.half(),
+        text_encoder=first.half(), tokenizer=tokenizer, text_encoder_2=second.half(), tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def load(folder):
+    """The pipeline that the folder's model_index.json names; diffusers wants to be told what is absent."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, part in index.items() if part == [None, None]}
+    return DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, **absent)
+
+
+def flow_steps():
+    """`FlowMatchEulerDiscreteScheduler.step` over whole schedules."""
+    cases, generator = [], torch.Generator().manual_seed(4)
+    for config in [{}, {"shift": 3.0}, {"shift": 0.7, "num_train_timesteps": 200}]:
+        for steps in (1, 2, 7, 28):
+            scheduler = FlowMatchEulerDiscreteScheduler(**config)
+            scheduler.set_timesteps(steps)
+            chain = []
+            for i, t in enumerate(scheduler.timesteps):
+                x, p = torch.randn(2, 6, generator=generator)
+                sigma = scheduler.sigmas[i]
+                chain.append({
+                    "t": float(t), "x": x.tolist(), "prediction": p.tolist(),
+                    "next": scheduler.step(p, t, x).prev_sample.tolist(), "clean": (x - sigma * p).tolist(),
+                })
+            cases.append({"config": dict(scheduler.config), "steps": steps, "chain": chain})
+    (HERE / "flow-euler.json").write_text(json.dumps(cases, separators=(",", ":"), default=str) + "\n")
 
 
 def ddim_steps():
@@ -195,6 +262,7 @@ def main():
         image_of(load(folder), folder.name, {"hash": content_hash(folder)})
         return
     ddim_steps()
+    flow_steps()
     (HERE / "noise.json").write_text(json.dumps({"7": normal(7, 9).tolist()}) + "\n")
     folder = HERE / "tiny-sd"
     tiny(folder)
@@ -204,6 +272,9 @@ def main():
                "rescale_betas_zero_snr": True}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changes)
     image_of(pipeline, "tiny-sd-v", {"scheduler": dict(pipeline.scheduler.config)})
+    folder = HERE / "tiny-sd3"
+    tiny_3(folder)
+    image_of(load(folder), "tiny-sd3")
 
 
 main()

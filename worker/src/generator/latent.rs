@@ -1,0 +1,163 @@
+//! What latent generators share: an autoencoder, a sampler, and a denoiser with its text encoders.
+
+use candle_core::{Device, Tensor};
+use fairlead_models::{AutoencoderKl, PipelineFolder, Tape};
+use fairlead_proto::v1::ModelInfo;
+
+use super::{Context, EncodedText, Generator};
+use crate::{
+    error::{Error, Result},
+    sampler::{Chosen, Sampler},
+};
+
+/// Largest side offered, but never less than the model's own.
+const MAX_SIDE: usize = 2048;
+
+/// Below this side a model is one of the small ones, which want less guidance.
+const SMALL_SIDE: usize = 128;
+
+/// A denoising network with its text encoders; see [`Generator`] for what the two methods promise.
+pub(super) trait Denoiser: Send {
+    /// [`Generator::encode`].
+    fn encode(&self, prompt: &str) -> Result<EncodedText>;
+
+    /// [`Generator::denoise`].
+    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Context) -> Result<Tensor>;
+}
+
+/// What is special to one kind of pipeline.
+pub(super) struct Kind {
+    pub(super) family: &'static str,
+    /// Side of the latent it was trained on.
+    pub(super) latent_side: usize,
+    /// A latent's sides are multiples of this.
+    pub(super) latent_granularity: usize,
+    /// The largest side of a latent, if there is one.
+    pub(super) max_latent_side: Option<usize>,
+    /// Tokens in one chunk of a prompt, marks included.
+    pub(super) prompt_tokens: usize,
+    /// Steps and guidance scale where a request names none.
+    pub(super) defaults: (u32, f32),
+}
+
+/// The same for models of few pixels.
+const SMALL_DEFAULTS: (u32, f32) = (25, 5.0);
+
+/// A latent generator on one device, f32.
+struct LatentGenerator {
+    info: ModelInfo,
+    device: Device,
+    vae: AutoencoderKl,
+    chosen: Chosen,
+    denoiser: Box<dyn Denoiser>,
+}
+
+/// Puts a generator together from components that fit one another.
+pub(super) fn assemble(
+    folder: &PipelineFolder,
+    name: &str,
+    kind: &Kind,
+    vae: AutoencoderKl,
+    chosen: Chosen,
+    denoiser: Box<dyn Denoiser>,
+    device: &Device,
+) -> Result<Box<dyn Generator>> {
+    let factor = vae.downsample_factor();
+    let side = kind.latent_side * factor;
+    let bound = kind.max_latent_side.map_or(usize::MAX, |side| side * factor);
+    let (steps, guidance) = if side < SMALL_SIDE { SMALL_DEFAULTS } else { kind.defaults };
+    let info = ModelInfo {
+        name: name.to_owned(),
+        hash: folder.hash()?,
+        family: kind.family.to_owned(),
+        sampler: chosen.sampler.name().to_owned(),
+        default_width: side as u32,
+        default_height: side as u32,
+        granularity: (factor * kind.latent_granularity) as u32,
+        max_side: (4 * side).min(MAX_SIDE).max(side).min(bound) as u32,
+        default_steps: steps,
+        default_guidance_scale: guidance,
+        max_batch: 0,
+        prompt_tokens: kind.prompt_tokens as u32,
+        workers: 0,
+        train_timesteps: chosen.sampler.train_timesteps(),
+    };
+    Ok(Box::new(LatentGenerator { info, device: device.clone(), vae, chosen, denoiser }))
+}
+
+impl Generator for LatentGenerator {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn sampler(&self) -> &dyn Sampler {
+        self.chosen.sampler.as_ref()
+    }
+
+    fn notices(&self) -> &[String] {
+        &self.chosen.notices
+    }
+
+    fn latent_shape(&self, width: u32, height: u32) -> [usize; 3] {
+        let factor = self.vae.downsample_factor();
+        [self.vae.config().latent_channels, height as usize / factor, width as usize / factor]
+    }
+
+    fn encode(&self, prompt: &str) -> Result<EncodedText> {
+        self.denoiser.encode(prompt)
+    }
+
+    fn denoise(&self, latents: &Tensor, timestep: f32, context: &Context) -> Result<Tensor> {
+        self.denoiser.denoise(latents, timestep, context)
+    }
+
+    fn decode(&self, latents: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        Ok(self.vae.decode(latents, tape)?)
+    }
+
+    fn decode_backward(&self, dpixels: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        Ok(self.vae.decode_backward(dpixels, tape)?)
+    }
+}
+
+/// Refuses a denoiser, `what`, that takes or predicts other latents than the autoencoder's.
+pub(super) fn check_latents(
+    folder: &PipelineFolder,
+    vae: &AutoencoderKl,
+    what: &str,
+    (input, output): (usize, usize),
+) -> Result<()> {
+    let latent = vae.config().latent_channels;
+    if latent == input && input == output {
+        return Ok(());
+    }
+    Err(refusal(
+        folder,
+        format!(
+            "the vae has {latent} latent channels, the {what} takes {input} and predicts {output}; \
+             they must agree (inpainting and depth pipelines are not supported)"
+        ),
+    ))
+}
+
+/// Refuses a tokenizer whose windows its text encoder cannot take.
+pub(super) fn check_window(folder: &PipelineFolder, window: usize, positions: usize) -> Result<()> {
+    if window <= positions {
+        return Ok(());
+    }
+    Err(refusal(
+        folder,
+        format!(
+            "the tokenizer makes windows of {window} tokens, the text encoder takes {positions}"
+        ),
+    ))
+}
+
+/// The error for components that were not made for one another.
+pub(super) fn refusal(folder: &PipelineFolder, reason: String) -> Error {
+    Error::Folder { path: folder.path().to_owned(), reason }
+}

@@ -1,0 +1,203 @@
+//! Euler's method on a rectified flow, step for step as diffusers' `FlowMatchEulerDiscreteScheduler`
+//! computes it.
+
+use serde::Deserialize;
+
+use super::{Advance, Level, Prediction, Sampler, Step};
+use crate::{Error, error::Result};
+
+/// The settings that are honoured; those that would change the schedule otherwise are refused.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FlowConfig {
+    train_timesteps: u32,
+    /// Moves sigmas towards noise: `s -> shift s / (1 + (shift - 1) s)`.
+    shift: f64,
+}
+
+#[derive(Deserialize)]
+struct File {
+    #[serde(default = "thousand")]
+    num_train_timesteps: u32,
+    #[serde(default = "one")]
+    shift: f64,
+    #[serde(default)]
+    use_dynamic_shifting: bool,
+    #[serde(default)]
+    invert_sigmas: bool,
+    #[serde(default)]
+    stochastic_sampling: bool,
+    #[serde(default)]
+    use_karras_sigmas: bool,
+    #[serde(default)]
+    use_exponential_sigmas: bool,
+    #[serde(default)]
+    use_beta_sigmas: bool,
+    shift_terminal: Option<f64>,
+}
+
+fn thousand() -> u32 {
+    1000
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl FlowConfig {
+    /// Parses `scheduler_config.json`.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let file: File = serde_json::from_str(text).map_err(|e| format!("not understood: {e}"))?;
+        let flags = [
+            ("use_dynamic_shifting", file.use_dynamic_shifting),
+            ("invert_sigmas", file.invert_sigmas),
+            ("stochastic_sampling", file.stochastic_sampling),
+            ("use_karras_sigmas", file.use_karras_sigmas),
+            ("use_exponential_sigmas", file.use_exponential_sigmas),
+            ("use_beta_sigmas", file.use_beta_sigmas),
+            ("shift_terminal", file.shift_terminal.is_some_and(|terminal| terminal != 0.0)),
+        ];
+        if let Some((name, _)) = flags.iter().find(|(_, set)| *set) {
+            return Err(format!(
+                "{name} is set, which is not supported; supported is a fixed shift"
+            ));
+        }
+        if !(file.shift.is_finite() && file.shift > 0.0) {
+            return Err(format!("shift is {}; it must be above 0", file.shift));
+        }
+        if file.num_train_timesteps == 0 {
+            return Err("num_train_timesteps is 0; it must be at least 1".to_owned());
+        }
+        Ok(Self { train_timesteps: file.num_train_timesteps, shift: file.shift })
+    }
+}
+
+/// The Euler sampler of one scheduler configuration.
+#[derive(Debug, Clone)]
+pub struct FlowEuler {
+    config: FlowConfig,
+}
+
+impl FlowEuler {
+    pub(crate) fn new(config: FlowConfig) -> Self {
+        Self { config }
+    }
+
+    /// Sigma of each step: equally spaced between the shifted ends of training, then shifted again.
+    fn sigmas(&self, steps: u32) -> Vec<f32> {
+        let FlowConfig { train_timesteps, shift } = self.config;
+        let total = f64::from(train_timesteps);
+        // The ends are f32, as the scheduler keeps its training sigmas.
+        let end = |sigma: f32| {
+            let (shift, less) = (shift as f32, (shift - 1.0) as f32);
+            f64::from(shift * sigma / (1.0 + less * sigma)) * total
+        };
+        let (first, last) = (end(1.0), end(1.0 / train_timesteps as f32));
+        let width = if steps > 1 { (last - first) / f64::from(steps - 1) } else { 0.0 };
+        (0..steps)
+            .map(|i| {
+                // numpy.linspace ends on its last value itself.
+                let is_last = steps > 1 && i == steps - 1;
+                let t = if is_last { last } else { first + f64::from(i) * width };
+                let sigma = t / total;
+                (shift * sigma / (1.0 + (shift - 1.0) * sigma)) as f32
+            })
+            .collect()
+    }
+}
+
+impl Sampler for FlowEuler {
+    fn name(&self) -> &'static str {
+        "flow-euler"
+    }
+
+    fn label(&self) -> &'static str {
+        "Euler"
+    }
+
+    fn train_timesteps(&self) -> u32 {
+        self.config.train_timesteps
+    }
+
+    fn schedule(&self, steps: u32) -> Result<Vec<Step>> {
+        let total = self.config.train_timesteps;
+        if steps == 0 || steps > total {
+            return Err(Error::request(
+                "steps",
+                format!("{steps}; this model allows 1 to {total}"),
+            ));
+        }
+        let mut sigmas = self.sigmas(steps);
+        sigmas.push(0.0);
+        Ok(sigmas
+            .windows(2)
+            .map(|pair| Step {
+                timestep: pair[0] * total as f32,
+                time: pair[0],
+                level: Level::flow(pair[0]),
+                next: Level::flow(pair[1]),
+            })
+            .collect())
+    }
+
+    fn advance(&self, step: &Step, x: &[f32], prediction: &[f32]) -> Advance {
+        let clean = Prediction::Flow.clean_estimate(step.level, x, prediction);
+        // `signal' x0 + noise' n` of the table, as one move along the velocity.
+        let dt = step.next.noise - step.level.noise;
+        let next = x.iter().zip(prediction).map(|(&x, &v)| x + dt * v).collect();
+        Advance { clean, next }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(extra: &str) -> Result<FlowEuler, String> {
+        FlowConfig::parse(&format!("{{{extra}}}")).map(FlowEuler::new)
+    }
+
+    #[test]
+    fn sigmas_fall_from_one_to_zero_whatever_the_shift() {
+        for shift in ["0.5", "1.0", "3.0"] {
+            let steps = sampler(&format!(r#""shift": {shift}"#)).expect("it is supported");
+            let steps = steps.schedule(20).expect("a schedule");
+            assert_eq!((steps[0].time, steps[0].timestep), (1.0, 1000.0));
+            assert_eq!(steps[19].next, Level { signal: 1.0, noise: 0.0 });
+            assert!(steps.iter().all(|step| step.next.noise < step.level.noise));
+            assert!(steps.windows(2).all(|pair| pair[0].next == pair[1].level));
+        }
+    }
+
+    #[test]
+    fn the_two_ways_to_the_next_state_agree() {
+        let sampler = sampler(r#""shift": 3.0"#).expect("it is supported");
+        for step in sampler.schedule(7).expect("a schedule") {
+            let (x, v) = ([0.7], [-2.0]);
+            let advance = sampler.advance(&step, &x, &v);
+            let noise = Prediction::Flow.noise_estimate(step.level, &x, &v)[0];
+            let next = step.next.signal * advance.clean[0] + step.next.noise * noise;
+            assert!((next - advance.next[0]).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused_by_name() {
+        for name in ["use_dynamic_shifting", "stochastic_sampling", "use_karras_sigmas"] {
+            let message = sampler(&format!(r#""{name}": true"#)).expect_err("it is refused");
+            assert!(message.contains(name), "{message}");
+        }
+        for (extra, name) in [
+            (r#""shift_terminal": 0.1"#, "shift_terminal"),
+            (r#""shift": 0"#, "shift is 0"),
+            (r#""num_train_timesteps": 0"#, "num_train_timesteps"),
+        ] {
+            assert!(sampler(extra).expect_err("it is refused").contains(name));
+        }
+        let sampler = sampler("").expect("everything has a default");
+        for steps in [0, 1001] {
+            assert!(
+                sampler.schedule(steps).expect_err("refused").to_string().contains("1 to 1000")
+            );
+        }
+    }
+}
