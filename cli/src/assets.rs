@@ -9,13 +9,15 @@ use clap::Args;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Models")]
 pub(crate) struct ModelArgs {
-    /// Generator: a diffusers folder (model_index.json inside), e.g. a Stable Diffusion checkout.
-    /// Default: the embedded emojiland-sd.
-    #[arg(long = "model", value_name = "DIR", env = "FAIRLEAD_MODEL")]
-    pub(crate) generator: Option<PathBuf>,
-    /// Energy: a transformers CLIPModel folder. Default: the embedded emojiland-clip.
-    #[arg(long = "energy", value_name = "DIR", env = "FAIRLEAD_ENERGY")]
-    pub(crate) energy: Option<PathBuf>,
+    /// Generator: a diffusers folder (model_index.json inside), e.g. a Stable Diffusion checkout,
+    /// or the name of an embedded one: emojiland-sd (default), emojiland-sd3. Repeatable.
+    #[arg(long = "model", value_name = "DIR", env = "FAIRLEAD_MODEL", value_delimiter = ',')]
+    pub(crate) generators: Vec<PathBuf>,
+    /// Energy: a transformers CLIPModel or SiglipModel folder, or the name of an embedded one:
+    /// emojiland-clip (default), emojiland-siglip. Repeatable: each becomes a node of its own, and
+    /// all of them must be satisfied.
+    #[arg(long = "energy", value_name = "DIR", env = "FAIRLEAD_ENERGY", value_delimiter = ',')]
+    pub(crate) energies: Vec<PathBuf>,
     /// Concepts to steer away from, as TOML. Default: the twenty of assets/concepts/emojiland.toml.
     #[arg(long = "concepts", value_name = "FILE", env = "FAIRLEAD_CONCEPTS")]
     pub(crate) concepts: Option<PathBuf>,
@@ -29,12 +31,24 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    pub(crate) fn generator(&self) -> Result<PathBuf> {
-        self.or_embedded(&self.generator, "emojiland-sd")
+    pub(crate) fn generators(&self) -> Result<Vec<PathBuf>> {
+        self.folders(&self.generators, "emojiland-sd")
     }
 
-    pub(crate) fn energy(&self) -> Result<PathBuf> {
-        self.or_embedded(&self.energy, "emojiland-clip")
+    pub(crate) fn energies(&self) -> Result<Vec<PathBuf>> {
+        self.folders(&self.energies, "emojiland-clip")
+    }
+
+    /// Each folder that was given, or the embedded model of that name.
+    fn folders(&self, given: &[PathBuf], default: &str) -> Result<Vec<PathBuf>> {
+        if given.is_empty() {
+            return Ok(vec![self.embedded(default)?]);
+        }
+        let folder = |path: &PathBuf| match path.to_str() {
+            Some(name) if !path.exists() && !name.contains(['/', '\\']) => self.embedded(name),
+            _ => Ok(path.clone()),
+        };
+        given.iter().map(folder).collect()
     }
 
     pub(crate) fn concepts(&self) -> Result<PathBuf> {
@@ -66,8 +80,8 @@ impl ModelArgs {
     /// must not be given.
     pub(crate) fn refuse_beside_server(&self, more: &[(&str, bool)]) -> Result<()> {
         let given = [
-            ("--model", self.generator.is_some()),
-            ("--energy", self.energy.is_some()),
+            ("--model", !self.generators.is_empty()),
+            ("--energy", !self.energies.is_empty()),
             ("--concepts", self.concepts.is_some()),
         ];
         match given.iter().chain(more).find(|(_, given)| *given) {
@@ -125,15 +139,15 @@ mod tests {
     fn a_missing_asset_names_the_folders_searched() {
         let empty = tempfile::tempdir().expect("a temporary folder");
         let args = ModelArgs {
-            generator: None,
-            energy: Some("elsewhere".into()),
+            generators: vec![],
+            energies: vec!["else/where".into()],
             concepts: None,
             calibrations: None,
             assets: Some(empty.path().into()),
         };
-        let message = args.generator().expect_err("nothing is there").to_string();
+        let message = args.generators().expect_err("nothing is there").to_string();
         assert!(message.contains("emojiland-sd") && message.contains("--assets"), "{message}");
-        assert_eq!(args.energy().expect("it was given"), PathBuf::from("elsewhere"));
+        assert_eq!(args.energies().expect("it was given"), [PathBuf::from("else/where")]);
         let message = args.refuse_beside_server(&[]).expect_err("--energy is given").to_string();
         assert!(message.contains("--energy"), "{message}");
     }

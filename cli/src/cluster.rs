@@ -1,6 +1,7 @@
 //! A whole cluster inside this process, on loopback: the real services speaking real gRPC.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -102,13 +103,17 @@ fn policies(options: &ClusterOptions) -> Result<Policies> {
 pub(crate) struct LocalCluster {
     address: String,
     services: JoinSet<Result<()>>,
+    /// Different generators.
+    generators: usize,
+    /// Energy nodes.
+    nodes: usize,
     stop_workers: CancellationToken,
     stop_energy: CancellationToken,
     stop_coordinator: CancellationToken,
 }
 
 impl LocalCluster {
-    /// Starts coordinator, energy node and workers and waits until a job could run.
+    /// Starts coordinator, energy nodes and workers and waits until a job could run.
     pub(crate) async fn start(options: ClusterOptions) -> Result<Self> {
         let coordinator = CoordinatorOptions {
             data: options.data_dir.clone().map_or(Data::Memory, Data::Dir),
@@ -119,15 +124,10 @@ impl LocalCluster {
             format!("cannot listen on {} (--listen picks another address)", options.listen)
         })?;
         let address = format!("http://{}", coordinator_listener.local_addr()?);
-        let energy_listener = TcpListener::bind("127.0.0.1:0").await?;
-
-        let energy = EnergyOptions {
-            concepts: options.models.concepts()?,
-            calibrations: options.models.calibrations().ok(),
-            coordinator: Some(address.clone()),
-            ..EnergyOptions::new(options.models.energy()?)
-        };
-        let mut worker = WorkerArgs::new(vec![options.models.generator()?], address.clone());
+        let energies = options.models.energies()?;
+        let generators = options.models.generators()?;
+        let mut worker = WorkerArgs::new(generators.clone(), address.clone());
+        let generators = generators.len();
         worker.max_batch = options.max_batch.unwrap_or(worker.max_batch);
         worker.threads = options.workers.threads();
 
@@ -139,18 +139,35 @@ impl LocalCluster {
             let run = fairlead_coordinator::run(coordinator_listener, coordinator, stop);
             run.await.context("the coordinator ended")
         });
-        let stop = stop_energy.clone();
-        services.spawn(async move {
-            let run = fairlead_energy::run(energy_listener, energy, stop);
-            run.await.context("the energy node ended")
-        });
+        for energy in &energies {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            let node = EnergyOptions {
+                concepts: options.models.concepts()?,
+                calibrations: options.models.calibrations().ok(),
+                coordinator: Some(address.clone()),
+                ..EnergyOptions::new(energy.clone())
+            };
+            let stop = stop_energy.clone();
+            services.spawn(async move {
+                let run = fairlead_energy::run(listener, node, stop);
+                run.await.context("an energy node ended")
+            });
+        }
         for _ in 0..options.workers.count {
             let (stop, worker) = (stop_workers.clone(), worker.clone());
             services.spawn(async move {
                 fairlead_worker::run(worker, stop).await.context("a worker ended")
             });
         }
-        let mut cluster = Self { address, services, stop_workers, stop_energy, stop_coordinator };
+        let mut cluster = Self {
+            address,
+            services,
+            generators,
+            nodes: energies.len(),
+            stop_workers,
+            stop_energy,
+            stop_coordinator,
+        };
         cluster.ready().await?;
         Ok(cluster)
     }
@@ -170,7 +187,7 @@ impl LocalCluster {
         }
     }
 
-    /// Stops the workers, then the energy node that their last shards need, then the coordinator.
+    /// Stops the workers, then the energy nodes that their last shards need, then the coordinator.
     pub(crate) async fn stop(mut self) -> Result<()> {
         let drain = async {
             self.stop_workers.cancel();
@@ -178,7 +195,7 @@ impl LocalCluster {
                 ended.context("a service panicked")??;
                 match self.services.len() {
                     0 | 1 => self.stop_coordinator.cancel(),
-                    2 => self.stop_energy.cancel(),
+                    left if left <= 1 + self.nodes => self.stop_energy.cancel(),
                     _ => {}
                 }
             }
@@ -191,11 +208,17 @@ impl LocalCluster {
 
     async fn ready(&mut self) -> Result<()> {
         let client = Client::new(&self.address)?;
+        let (generators, energies) = (self.generators, self.nodes);
         let attached = async {
             loop {
                 let models = client.models().await.map(|models| models.len()).unwrap_or(0);
-                let concepts = client.concepts().await.map(|list| list.len()).unwrap_or(0);
-                if models > 0 && concepts > 0 {
+                let concepts = client.concepts().await.unwrap_or_default();
+                let nodes: BTreeSet<&str> = concepts
+                    .iter()
+                    .flat_map(|concept| &concept.nodes)
+                    .map(|node| node.node_id.as_str())
+                    .collect();
+                if models == generators && nodes.len() == energies {
                     return;
                 }
                 tokio::time::sleep(READY_POLL).await;

@@ -3,6 +3,7 @@
 pub mod backoff;
 pub mod grpc;
 pub mod ids;
+pub mod probe;
 pub mod record;
 pub mod shutdown;
 pub mod telemetry;

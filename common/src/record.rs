@@ -8,6 +8,8 @@ use fairlead_proto::{
 };
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
+use crate::probe::Probe;
+
 static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
     DescriptorPool::decode(FILE_DESCRIPTOR_SET)
         .expect("the build made the descriptors")
@@ -20,12 +22,12 @@ static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
 #[error("not a safety record: {0}")]
 pub struct RecordError(#[from] serde_json::Error);
 
-/// The concepts that an image was steered away from: those whose gate was open at a step, of any
-/// attempt, that corrected it.
-pub fn steered_away(trajectory: &[StepRecord]) -> BTreeSet<String> {
+/// What an image was steered away from: the probes whose gate was open at a step, of any attempt,
+/// that corrected it.
+pub fn steered_away(trajectory: &[StepRecord]) -> BTreeSet<Probe> {
     let pushed = trajectory.iter().filter(|step| step.correction > 0.0);
     let open = pushed.flat_map(|step| step.scores.iter().filter(|score| score.open));
-    open.map(|score| score.concept.clone()).collect()
+    open.map(Probe::from).collect()
 }
 
 /// The record as indented JSON, fields named as in the contract; default values are left out.

@@ -3,7 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fairlead_common::ids::{JobId, RecordId, ShardId};
+use fairlead_common::{
+    ids::{JobId, RecordId, ShardId},
+    probe::Probe,
+};
 use fairlead_proto::v1::{self, ImageStatus};
 
 use crate::{
@@ -36,8 +39,8 @@ pub(crate) struct Cluster<'a> {
     pub(crate) seen_models: &'a BTreeSet<String>,
     /// Live energy nodes.
     pub(crate) nodes: &'a [LiveNode],
-    /// Names of concepts seen since the start.
-    pub(crate) seen_concepts: &'a BTreeSet<String>,
+    /// Every energy's concepts seen since the start.
+    pub(crate) seen: &'a BTreeSet<Probe>,
 }
 
 /// What a new job is given.
@@ -203,16 +206,31 @@ fn pin_policy(
         steering: Some(steering),
         allow_calibration_fallback: policy.allow_calibration_fallback,
         observe_only: policy.observe_only,
+        weights: policy.weights(),
     };
     let run = Run::new(key.clone(), &steering);
     let need = calibration(&pinned, &run);
     let served = served(cluster.nodes);
-    // A concept whose last node died still belongs to `*`: its absence is an error, not a gap.
-    let known = served.keys().copied().chain(cluster.seen_concepts.iter().map(String::as_str));
-    for name in policy.concepts_for(known, &spec.extra_concepts) {
-        let versions = served.get(name.as_str());
-        let Some(versions) = versions else { return Err(unserved(&name, policy, cluster)) };
-        pinned.concepts.push(newest(versions, need, cluster.nodes));
+    if let Some(energy) = policy.energies.iter().find(|e| served.keys().all(|p| p.energy != **e)) {
+        return Err(Error::Unavailable(format!(
+            "policy `{}` needs the energy `{energy}`, which no live energy node runs; start one with \
+             `fairlead energy` or retry later",
+            policy.name
+        )));
+    }
+    // What lost its last node still belongs to the job: its absence is an error, not a gap.
+    let known: BTreeSet<&Probe> =
+        served.keys().chain(cluster.seen).filter(|probe| policy.asks(&probe.energy)).collect();
+    let names = known.iter().map(|probe| probe.concept.as_str());
+    for name in policy.concepts_for(names, &spec.extra_concepts) {
+        let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
+        if probes.peek().is_none() {
+            return Err(unserved(&name, policy, cluster));
+        }
+        for probe in probes {
+            let Some(versions) = served.get(*probe) else { return Err(gone(probe)) };
+            pinned.concepts.push(newest(versions, need, cluster.nodes));
+        }
     }
     if pinned.concepts.is_empty() && !policy.may_be_unchecked() {
         return Err(Error::Unavailable(format!(
@@ -224,7 +242,7 @@ fn pin_policy(
     match routing::assign(&pinned.concepts, cluster.nodes, need).unserved.into_iter().next() {
         None => Ok(pinned),
         Some(unserved) => Err(Error::NotCalibrated {
-            concept: unserved.concept.name,
+            concept: Probe::from(&unserved.concept).to_string(),
             model: model.name.clone(),
             run: run.to_string(),
             flags: run.flags(),
@@ -232,12 +250,12 @@ fn pin_policy(
     }
 }
 
-/// Versions of each served concept, with the time its newest node registered.
-fn served(nodes: &[LiveNode]) -> BTreeMap<&str, Vec<(&v1::ConceptRef, i64)>> {
-    let mut served: BTreeMap<&str, Vec<(&v1::ConceptRef, i64)>> = BTreeMap::new();
+/// Versions of each energy's served concepts, with the time the node registered.
+fn served(nodes: &[LiveNode]) -> BTreeMap<Probe, Vec<(&v1::ConceptRef, i64)>> {
+    let mut served: BTreeMap<Probe, Vec<(&v1::ConceptRef, i64)>> = BTreeMap::new();
     for node in nodes {
         for concept in node.info.concepts.iter().filter_map(|info| info.concept.as_ref()) {
-            served.entry(&concept.name).or_default().push((concept, node.since_unix_ms));
+            served.entry(concept.into()).or_default().push((concept, node.since_unix_ms));
         }
     }
     served
@@ -261,14 +279,28 @@ fn newest(
     best.map(|(concept, _)| (*concept).clone()).expect("a served concept has a version")
 }
 
+/// The error for an energy whose last node for a concept is gone.
+fn gone(Probe { concept, energy }: &Probe) -> Error {
+    Error::Unavailable(format!(
+        "no live energy node serves concept `{concept}` with `{energy}`; start one with `fairlead \
+         energy` or retry later"
+    ))
+}
+
+/// The error for a concept that no energy of the policy was ever known for.
 fn unserved(name: &str, policy: &Policy, cluster: &Cluster<'_>) -> Error {
-    if policy.concepts.contains(name) || cluster.seen_concepts.contains(name) {
+    let served = served(cluster.nodes);
+    if policy.concepts.contains(name) || served.keys().any(|probe| probe.concept == name) {
+        let whose = match policy.energies.is_empty() {
+            true => String::new(),
+            false => format!(" with an energy of policy `{}`", policy.name),
+        };
         return Error::Unavailable(format!(
-            "no live energy node serves concept `{name}`; start one with `fairlead energy` or \
-             retry later"
+            "no live energy node serves concept `{name}`{whose}; start one with `fairlead energy` \
+             or retry later"
         ));
     }
-    let hint = suggest::hint(name, served(cluster.nodes).into_keys());
+    let hint = suggest::hint(name, served.keys().map(|probe| probe.concept.as_str()));
     Error::invalid("extra_concepts", format!("concept `{name}` is unknown{hint}"))
 }
 

@@ -6,6 +6,9 @@
 //!
 //! [policies.default]
 //! concepts = ["*"]                     # every concept served since the coordinator started
+//! energies = ["clip", "siglip"]       # optional: energy models that must all be satisfied; all that
+//!                                      # serve a concept if not named
+//! weights = { siglip = 0.5 }           # optional: factors of their gradients, 1 if not named
 //! allow_overrides = false              # may clients change the steering knobs?
 //! allow_calibration_fallback = false
 //!
@@ -22,7 +25,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fairlead_proto::v1::SteeringParams;
+use fairlead_proto::v1::{EnergyWeight, SteeringParams};
 use serde::Deserialize;
 
 use crate::steering::{self, SteeringFile};
@@ -84,6 +87,10 @@ struct File {
 struct PolicyFile {
     concepts: Vec<String>,
     #[serde(default)]
+    energies: BTreeSet<String>,
+    #[serde(default)]
+    weights: BTreeMap<String, f32>,
+    #[serde(default)]
     steering: SteeringFile,
     #[serde(default)]
     allow_overrides: bool,
@@ -104,6 +111,10 @@ pub struct Policy {
     pub concepts: BTreeSet<String>,
     /// Every concept that was served since the coordinator started is mandatory as well.
     pub all_served: bool,
+    /// Energy models, by name, that must be satisfied; empty for all that serve a concept.
+    pub energies: BTreeSet<String>,
+    /// Factors of the energies' gradients; 1 for those that are not here.
+    pub weights: BTreeMap<String, f32>,
     /// The policy's steering knobs.
     pub steering: SteeringParams,
     /// Clients may override steering knobs.
@@ -132,6 +143,20 @@ impl Policy {
         names
     }
 
+    /// Whether this energy is one that must be satisfied.
+    pub fn asks(&self, energy: &str) -> bool {
+        self.energies.is_empty() || self.energies.contains(energy)
+    }
+
+    /// [`Policy::weights`] for the wire.
+    pub(crate) fn weights(&self) -> Vec<EnergyWeight> {
+        let weight = |(energy, weight): (&String, &f32)| EnergyWeight {
+            energy: energy.clone(),
+            weight: *weight,
+        };
+        self.weights.iter().map(weight).collect()
+    }
+
     /// Whether a job of this policy may have no concept.
     pub fn may_be_unchecked(&self) -> bool {
         self.observe_only || self.allow_unchecked
@@ -148,11 +173,25 @@ impl Policy {
         let steering = SteeringParams::from(file.steering);
         steering::resolve(&steering, None)
             .map_err(|problem| value(format!("steering.{problem}")))?;
+        if let Some((energy, weight)) =
+            file.weights.iter().find(|(_, w)| !(**w > 0.0 && w.is_finite()))
+        {
+            return Err(value(format!("weights.{energy} is {weight}; it must be above 0")));
+        }
+        if let Some(energy) = file
+            .weights
+            .keys()
+            .find(|energy| !file.energies.is_empty() && !file.energies.contains(*energy))
+        {
+            return Err(value(format!("weights.{energy}: energies does not name it")));
+        }
         let (all, named): (Vec<_>, Vec<_>) = file.concepts.into_iter().partition(|c| c == ALL);
         Ok(Self {
             name: name.to_owned(),
             concepts: named.into_iter().collect(),
             all_served: !all.is_empty(),
+            energies: file.energies,
+            weights: file.weights,
             steering,
             allow_overrides: file.allow_overrides,
             allow_calibration_fallback: file.allow_calibration_fallback,
@@ -177,6 +216,8 @@ impl Default for Policies {
             name: "default".to_owned(),
             concepts: BTreeSet::new(),
             all_served: true,
+            energies: BTreeSet::new(),
+            weights: BTreeMap::new(),
             steering: SteeringParams::default(),
             allow_overrides: true,
             allow_calibration_fallback: false,
@@ -253,6 +294,8 @@ mod tests {
             [policies.strict]
             concepts = ["*", "kitchen-knife"]
             allow_calibration_fallback = true
+            energies = ["clip", "siglip"]
+            weights = { siglip = 0.5 }
             steering = { eta = 0.5, mode = "shift-state" }
             [policies.observe]
             concepts = []
@@ -264,6 +307,8 @@ mod tests {
         assert_eq!((strict.name.as_str(), strict.all_served), ("strict", true));
         assert_eq!(strict.steering.eta, Some(0.5));
         assert!(!strict.allow_overrides && strict.allow_calibration_fallback);
+        assert!(strict.asks("clip") && !strict.asks("other"));
+        assert_eq!(strict.weights()[0].weight, 0.5);
         assert!(policies.get("observe").expect("it is there").may_be_unchecked());
         assert_eq!(policies.get("other"), None);
     }
@@ -277,6 +322,11 @@ mod tests {
         assert!(problem("[policies.a]\nconcepts = [' ']").contains("empty name"));
         let eta = problem("[policies.a]\nconcepts = ['*']\nsteering.eta = 3.0");
         assert!(eta.contains("policy `a`: steering.eta is 3"), "{eta}");
+        let weight = problem("[policies.a]\nconcepts = ['*']\nweights = { clip = 0.0 }");
+        assert!(weight.contains("weights.clip is 0; it must be above 0"), "{weight}");
+        let stray = "energies = ['clip']\nweights = { siglip = 1.0 }";
+        let stray = problem(&format!("[policies.a]\nconcepts = ['*']\n{stray}"));
+        assert!(stray.contains("weights.siglip: energies does not name it"), "{stray}");
         let missing = problem("default_policy = 'b'\n[policies.a]\nconcepts = ['*']");
         assert!(missing.contains("`b` is none of: a"), "{missing}");
         let two = problem("[policies.a]\nconcepts = ['*']\n[policies.b]\nconcepts = ['*']");

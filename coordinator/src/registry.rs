@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use fairlead_common::probe::Probe;
 use fairlead_proto::{PREPROCESSING_VERSION, PROTOCOL_VERSION, v1};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -20,8 +21,8 @@ use crate::{
 #[derive(Debug, Default)]
 struct NodeTable {
     nodes: BTreeMap<String, Entry>,
-    /// Names of all concepts ever registered: tells a concept that is gone from one unheard of.
-    seen_concepts: BTreeSet<String>,
+    /// Everything ever registered: tells a concept or an energy that is gone from one unheard of.
+    seen: BTreeSet<Probe>,
 }
 
 #[derive(Debug)]
@@ -35,8 +36,8 @@ struct Entry {
 impl NodeTable {
     /// Adds or replaces a node. A node that restarts under its old id replaces itself at once.
     fn register(&mut self, info: v1::NodeInfo, registration_id: String, now: i64, ttl_ms: i64) {
-        let names = info.concepts.iter().filter_map(|info| info.concept.as_ref());
-        self.seen_concepts.extend(names.map(|concept| concept.name.clone()));
+        let concepts = info.concepts.iter().filter_map(|info| info.concept.as_ref());
+        self.seen.extend(concepts.map(Probe::from));
         let entry = Entry {
             registration_id,
             since_unix_ms: now,
@@ -166,9 +167,9 @@ impl Registry {
         .collect()
     }
 
-    /// Names of all concepts seen since the start.
-    pub(crate) fn seen_concepts(&self) -> BTreeSet<String> {
-        self.shared.table.lock().seen_concepts.clone()
+    /// Everything registered since the start.
+    pub(crate) fn seen(&self) -> BTreeSet<Probe> {
+        self.shared.table.lock().seen.clone()
     }
 
     /// Counts `endpoints` as used until the reservation is dropped.
@@ -247,6 +248,15 @@ fn validate(info: &v1::NodeInfo) -> Result<()> {
         if concept.name.is_empty() || concept.version.is_empty() {
             return Err(Error::invalid("node.concepts", "a concept has no name or no version"));
         }
+        if concept.energy != info.model_name {
+            return Err(Error::invalid(
+                "node.concepts",
+                format!(
+                    "`{}` names the energy `{}`, the node's model is `{}`",
+                    concept.name, concept.energy, info.model_name
+                ),
+            ));
+        }
         if !names.insert(concept.name.clone()) {
             return Err(Error::invalid("node.concepts", format!("`{}` twice", concept.name)));
         }
@@ -278,7 +288,8 @@ mod tests {
     use super::*;
 
     fn node(id: &str) -> v1::NodeInfo {
-        let concept = v1::ConceptRef { name: "axe".into(), version: "1".into() };
+        let concept =
+            v1::ConceptRef { name: "axe".into(), version: "1".into(), ..Default::default() };
         v1::NodeInfo {
             node_id: id.into(),
             address: "http://127.0.0.1:7101".into(),
@@ -326,7 +337,7 @@ mod tests {
     fn bad_registrations_are_refused_with_the_reason() {
         let registry = Registry::new(Duration::from_secs(60));
         type Spoil = fn(&mut v1::NodeInfo);
-        let cases: [(Spoil, &str); 8] = [
+        let cases: [(Spoil, &str); 9] = [
             (|n| n.protocol_version = 9, "speaks protocol 9"),
             (|n| n.preprocessing_version = 9, "has preprocessing 9"),
             (|n| n.node_id.clear(), "node.node_id"),
@@ -335,6 +346,7 @@ mod tests {
             (|n| n.concepts.clear(), "serves one at least"),
             (|n| n.concepts.push(n.concepts[0].clone()), "`axe` twice"),
             (|n| n.concepts[0].concept = None, "no name"),
+            (|n| n.model_name = "clip".into(), "names the energy ``, the node's model is `clip`"),
         ];
         for (spoil, expected) in cases {
             let mut info = node("a");

@@ -9,7 +9,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use fairlead_common::record;
+use fairlead_common::{
+    probe::{Probe, names_asked},
+    record,
+};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{self, ImageStatus, energy_service_client::EnergyServiceClient},
@@ -65,7 +68,7 @@ pub(crate) struct Proposal {
 /// The answers of all nodes about one image.
 #[derive(Debug, Default)]
 struct Judgement {
-    scores: BTreeMap<String, v1::ConceptScore>,
+    scores: BTreeMap<Probe, v1::ConceptScore>,
     flagged: bool,
     nodes: BTreeSet<String>,
     calibrations: BTreeSet<String>,
@@ -178,7 +181,7 @@ impl Gate {
                     crops: policy.steering.as_ref().map(|s| s.crops()).unwrap_or_default(),
                     crop_seed: image.seed,
                     scores_only: policy.observe_only,
-                    open_concepts: steered_away.iter().cloned().collect(),
+                    open_concepts: names_asked(&endpoint.concepts, &steered_away),
                 };
                 self.ask(endpoint, request, &policy, &sha256)
             });
@@ -254,7 +257,11 @@ impl Judgement {
         self.flagged |= answer.flagged;
         self.calibrations.extend(verdict::calibration_of(&answer));
         self.nodes.insert(format!("{} {}", node.node_id, node.model_hash));
-        self.scores.extend(answer.scores.into_iter().map(|score| (score.concept.clone(), score)));
+        // Who was asked counts, not who says it answers.
+        let energy = &node.model_name;
+        let scores = answer.scores.into_iter();
+        let scores = scores.map(|score| v1::ConceptScore { energy: energy.clone(), ..score });
+        self.scores.extend(scores.map(|score| (Probe::from(&score), score)));
     }
 }
 

@@ -87,12 +87,15 @@ pub(crate) struct Unserved {
 
 impl fmt::Display for Unserved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ConceptRef { name, version } = &self.concept;
+        let ConceptRef { name, version, energy } = &self.concept;
         match self.uncalibrated {
-            false => write!(f, "concept `{name}`: no live energy node serves version {version}"),
+            false => write!(
+                f,
+                "concept `{name}`: no live energy node with {energy} serves version {version}"
+            ),
             true => write!(
                 f,
-                "concept `{name}`: no live energy node has its calibration any longer; run \
+                "concept `{name}`: no live energy node with {energy} has its calibration any longer; run \
                  `fairlead calibrate` again"
             ),
         }
@@ -159,7 +162,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn concept(name: &str) -> ConceptRef {
-        ConceptRef { name: name.into(), version: "1".into() }
+        ConceptRef { name: name.into(), version: "1".into(), ..Default::default() }
     }
 
     fn run() -> Run {
@@ -227,7 +230,7 @@ mod tests {
 
     #[test]
     fn another_version_does_not_serve() {
-        let other = ConceptRef { name: "x".into(), version: "2".into() };
+        let other = ConceptRef { name: "x".into(), version: "2".into(), ..Default::default() };
         let nodes = [node("a", &["x"], 0, true)];
         assert_eq!(assign(&[other], &nodes, Calibration::Unneeded).endpoints, []);
     }

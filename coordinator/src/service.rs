@@ -105,13 +105,9 @@ impl Coordinator {
         let now = unix_ms();
         let identity = Identity { job: JobId::generate(), drawn_seed: rand::random(), now };
         let (models, seen_models) = (self.hub.models(), self.hub.seen_models());
-        let (nodes, seen_concepts) = (self.registry.live(), self.registry.seen_concepts());
-        let cluster = Cluster {
-            models: &models,
-            seen_models: &seen_models,
-            nodes: &nodes,
-            seen_concepts: &seen_concepts,
-        };
+        let (nodes, seen) = (self.registry.live(), self.registry.seen());
+        let cluster =
+            Cluster { models: &models, seen_models: &seen_models, nodes: &nodes, seen: &seen };
         let record = admission::admit(&spec, &self.policies, &cluster, identity)?;
         let max_queued = self.options.max_queued;
         let key = (!key.is_empty()).then_some((key, body));
@@ -254,7 +250,7 @@ impl Coordinator {
         self.hub.models()
     }
 
-    /// Served concepts by name and version, each with its nodes.
+    /// Served concepts by name, energy and version, each with its nodes.
     pub(crate) fn concepts(&self) -> Vec<v1::ServedConcept> {
         let mut concepts: Vec<v1::ServedConcept> = Vec::new();
         for node in self.registry.live() {

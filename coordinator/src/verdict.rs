@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use fairlead_common::probe::Probe;
 use fairlead_proto::v1::{self, ImageStatus};
 
 /// Most reruns.
@@ -145,11 +146,11 @@ fn accept_png(spec: &v1::JobSpec, png: &[u8], pixels_sha256: &str) -> Result<(),
 
 /// Whether a preview may go out: every concept scored in this step, no gate open.
 pub(crate) fn preview_allowed(policy: &v1::PinnedPolicy, step: &v1::StepProgress) -> bool {
-    let scores: BTreeMap<&str, &v1::ConceptScore> =
-        step.scores.iter().map(|score| (score.concept.as_str(), score)).collect();
+    let scores: BTreeMap<Probe, &v1::ConceptScore> =
+        step.scores.iter().map(|score| (score.into(), score)).collect();
     policy.observe_only
         || policy.concepts.iter().all(|concept| {
-            let score = scores.get(concept.name.as_str());
+            let score = scores.get(&concept.into());
             score.is_some_and(|score| !score.open && finite(score).is_ok())
         })
 }
@@ -168,7 +169,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn score(concept: &str, z: f32) -> v1::ConceptScore {
-        v1::ConceptScore { concept: concept.into(), score: 0.1, z, gate: 3.0, open: z > 3.0 }
+        v1::ConceptScore {
+            concept: concept.into(),
+            score: 0.1,
+            z,
+            gate: 3.0,
+            open: z > 3.0,
+            ..Default::default()
+        }
     }
 
     fn answer(scores: Vec<v1::ConceptScore>) -> v1::CheckResponse {
@@ -182,7 +190,11 @@ mod tests {
     }
 
     fn judge(policy: &v1::PinnedPolicy, answer: &v1::CheckResponse) -> Result<(), String> {
-        let concept = |name: &str| v1::ConceptRef { name: name.into(), version: "1".into() };
+        let concept = |name: &str| v1::ConceptRef {
+            name: name.into(),
+            version: "1".into(),
+            ..Default::default()
+        };
         let concepts = [concept("axe"), concept("bomb")];
         accept_answer(Question { concepts: &concepts, image_sha256: "aa", policy }, answer)
     }
@@ -308,7 +320,7 @@ mod tests {
             scored in prop::collection::btree_map("[a-d]", 0f32..6.0, 0..4),
             wanted in prop::collection::btree_set("[a-d]", 0..4),
         ) {
-            let concept = |name: &String| v1::ConceptRef { name: name.clone(), version: "1".into() };
+            let concept = |name: &String| v1::ConceptRef { name: name.clone(), version: "1".into(), ..Default::default() };
             let policy = v1::PinnedPolicy {
                 concepts: wanted.iter().map(concept).collect(), ..Default::default()
             };

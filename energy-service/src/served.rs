@@ -21,6 +21,8 @@ pub(crate) struct ServedConcept {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Served {
     pub(crate) concepts: Vec<ServedConcept>,
+    /// Name of the energy model.
+    pub(crate) energy: String,
     /// Content hash of the energy model.
     pub(crate) energy_model: String,
     pub(crate) preprocessing_version: u32,
@@ -42,6 +44,7 @@ impl Served {
                 concepts.iter().map(|c| (c.info.name.as_str(), c.version.as_str())),
             ),
             concepts,
+            energy: scorer.model_name.clone(),
             energy_model: scorer.model_hash.clone(),
             preprocessing_version: PREPROCESSING_VERSION,
         }
@@ -114,6 +117,7 @@ mod tests {
         let asked = |index: usize| ConceptRef {
             name: served.concepts[index].info.name.clone(),
             version: served.concepts[index].version.clone(),
+            ..Default::default()
         };
         assert_eq!(served.resolve(&[asked(1), asked(0)]).expect("served"), [1, 0]);
         let refused = |refs: &[ConceptRef]| served.resolve(refs).expect_err("refused").to_string();

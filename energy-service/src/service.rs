@@ -92,6 +92,7 @@ impl Node {
             concept: Some(v1::ConceptRef {
                 name: concept.info.name.clone(),
                 version: concept.version.clone(),
+                energy: self.served.energy.clone(),
             }),
             group: concept.info.group.clone(),
             phrases: concept.info.targets.clone(),
@@ -157,7 +158,7 @@ impl Node {
         let gradient = gradient(&evaluations, height, width);
         let (calibration_id, calibration_fallback) = origin(levels);
         Ok(v1::EvaluateResponse {
-            samples: evaluations.iter().map(|e| sample_evaluation(e, &concepts)).collect(),
+            samples: evaluations.iter().map(|e| self.sample_evaluation(e, &concepts)).collect(),
             gradient,
             calibration_id,
             calibration_fallback,
@@ -204,7 +205,7 @@ impl Node {
         let remaining = (0..level.len()).filter(remains).map(|k| concepts[k].name.clone());
         let (calibration_id, calibration_fallback) = origin(levels);
         Ok(v1::CheckResponse {
-            scores: concept_scores(evaluation, &concepts),
+            scores: self.concept_scores(evaluation, &concepts),
             flagged: evaluation.concepts.iter().any(|concept| concept.open),
             image_sha256: image.sha256,
             remaining_concepts: remaining.collect(),
@@ -265,6 +266,34 @@ impl Node {
             key,
             self.scorer.steepness,
         )
+    }
+
+    fn sample_evaluation(
+        &self,
+        evaluation: &Evaluation,
+        concepts: &[AskedConcept],
+    ) -> v1::SampleEvaluation {
+        v1::SampleEvaluation {
+            scores: self.concept_scores(evaluation, concepts),
+            energy: evaluation.energy,
+            amplitude: evaluation.amplitude,
+        }
+    }
+
+    fn concept_scores(
+        &self,
+        evaluation: &Evaluation,
+        concepts: &[AskedConcept],
+    ) -> Vec<v1::ConceptScore> {
+        let score = |(concept, scored): (&AskedConcept, &Scored)| v1::ConceptScore {
+            concept: concept.name.clone(),
+            score: scored.score,
+            z: scored.z,
+            gate: scored.gate,
+            open: scored.open,
+            energy: self.served.energy.clone(),
+        };
+        concepts.iter().zip(&evaluation.concepts).map(score).collect()
     }
 
     fn asked(&self, indices: &[usize]) -> Vec<AskedConcept> {
@@ -328,23 +357,4 @@ fn gradient(evaluations: &[Evaluation], height: usize, width: usize) -> Option<v
     }
     let shape = [evaluations.len(), 3, height, width];
     Some(tensor::encode("gradient", &shape, &values, v1::Datatype::F32))
-}
-
-fn sample_evaluation(evaluation: &Evaluation, concepts: &[AskedConcept]) -> v1::SampleEvaluation {
-    v1::SampleEvaluation {
-        scores: concept_scores(evaluation, concepts),
-        energy: evaluation.energy,
-        amplitude: evaluation.amplitude,
-    }
-}
-
-fn concept_scores(evaluation: &Evaluation, concepts: &[AskedConcept]) -> Vec<v1::ConceptScore> {
-    let score = |(concept, scored): (&AskedConcept, &Scored)| v1::ConceptScore {
-        concept: concept.name.clone(),
-        score: scored.score,
-        z: scored.z,
-        gate: scored.gate,
-        open: scored.open,
-    };
-    concepts.iter().zip(&evaluation.concepts).map(score).collect()
 }

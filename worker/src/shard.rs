@@ -1,5 +1,7 @@
 //! A shard as the engine takes it: every default filled in, every range checked.
 
+use std::collections::BTreeMap;
+
 use fairlead_proto::v1::{
     ConceptRef, ImageTask, JobSpec, ModelInfo, PinnedPolicy, ShardAssignment,
 };
@@ -79,6 +81,11 @@ impl Shard {
         if images.is_empty() {
             return Err(Error::request("n", "no image is asked for; allowed is 1 to 64"));
         }
+        if let Some(bad) = policy.weights.iter().find(|w| !(w.weight.is_finite() && w.weight > 0.0))
+        {
+            let reason = format!("{} for energy `{}`; it must be above 0", bad.weight, bad.energy);
+            return Err(Error::request("policy.weights", reason));
+        }
         let knobs = Knobs::from_params(&policy.steering.unwrap_or_default())?;
         Ok(Self { job_id: job_id.into(), spec, size, steps, guidance, policy, knobs, images })
     }
@@ -98,9 +105,14 @@ impl Shard {
         )
     }
 
-    /// The concepts to be asked for.
+    /// The concepts to be asked for, once for each energy that watches for them.
     pub fn concepts(&self) -> &[ConceptRef] {
         &self.policy.concepts
+    }
+
+    /// Factors of the energies' gradients, of those that have one.
+    pub(crate) fn weights(&self) -> BTreeMap<String, f32> {
+        self.policy.weights.iter().map(|w| (w.energy.clone(), w.weight)).collect()
     }
 }
 

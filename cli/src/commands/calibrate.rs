@@ -1,18 +1,18 @@
 //! `fairlead calibrate`: benign images of one generator, scored, set the gate.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use fairlead_common::{grpc, shutdown};
+use fairlead_common::{grpc, probe::Probe, shutdown};
 use fairlead_energy::calibration::maker::{self, RecordedImage, RecordedStep, Recording};
 use fairlead_proto::v1::{
-    ConceptScore, DescribeRequest, JobSpec, ModelInfo, NodeInfo, SafetyRecord, SteeringParams,
-    energy_service_client::EnergyServiceClient,
+    ConceptRef, ConceptScore, DescribeRequest, JobSpec, ModelInfo, NodeInfo, SafetyRecord,
+    SteeringParams, energy_service_client::EnergyServiceClient,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio_util::sync::CancellationToken;
@@ -32,8 +32,8 @@ use crate::{
 const CALIBRATION: &str = "calibration";
 
 /// Makes unsteered images of benign prompts, records what each concept scores over the
-/// trajectory, and writes the calibration that an energy node gates by: at most a share ALPHA of
-/// benign images is ever touched, for any number of concepts.
+/// trajectory, and writes for each energy the calibration that its nodes gate by: at most a share
+/// ALPHA of benign images is ever touched by it, for any number of concepts.
 ///
 /// A calibration belongs to one generator, sampler, step count, number of crops, energy model and
 /// set of concepts; anything else asks for another. Running energy nodes notice a new file in their folder within seconds.
@@ -120,23 +120,26 @@ async fn calibrate(
     stop: &CancellationToken,
 ) -> Result<()> {
     let model = model(client, &args.model_name).await?;
-    let node = node(client).await?;
+    let nodes = nodes(client).await?;
     let steps = match args.steps.as_slice() {
         [] => vec![model.default_steps],
         steps => steps.to_vec(),
     };
     for steps in steps {
         let records = records(client, args, &model, steps, prompts, stop).await?;
-        let recording = recording(args, &model, &node, steps, &records)?;
-        let calibration = maker::make(&recording, args.alpha)?;
-        let path = calibration.save(out)?;
-        println!(
-            "{}: gate {:.2} at alpha {} from {} images",
-            path.display(),
-            calibration.gate,
-            args.alpha,
-            records.len()
-        );
+        for node in &nodes {
+            let recording = recording(args, &model, node, steps, &records)?;
+            let calibration = maker::make(&recording, args.alpha)?;
+            let path = calibration.save(out)?;
+            println!(
+                "{}: {}, gate {:.2} at alpha {} from {} images",
+                path.display(),
+                node.model_name,
+                calibration.gate,
+                args.alpha,
+                records.len()
+            );
+        }
     }
     Ok(())
 }
@@ -177,24 +180,29 @@ async fn model(client: &Client, name: &str) -> Result<ModelInfo> {
     }
 }
 
-/// The one energy node of the cluster, as it describes itself.
-async fn node(client: &Client) -> Result<NodeInfo> {
+/// The energy nodes of the cluster as they describe themselves, one of those that serve the same
+/// concepts with the same energy model.
+async fn nodes(client: &Client) -> Result<Vec<NodeInfo>> {
     let concepts = client.concepts().await?;
-    let mut addresses: Vec<String> =
-        concepts.iter().flat_map(|served| &served.nodes).map(|node| node.address.clone()).collect();
-    addresses.sort();
-    addresses.dedup();
-    let [address] = addresses.as_slice() else {
-        bail!(
-            "{} energy nodes are registered ({}); calibrate them one at a time",
-            addresses.len(),
-            addresses.join(", ")
-        );
-    };
-    let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT)?;
-    let reply = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
-    let reply = reply.with_context(|| format!("the energy node at {address}"))?;
-    reply.into_inner().node.context("an answer without a description")
+    let addresses: BTreeSet<&String> =
+        concepts.iter().flat_map(|served| &served.nodes).map(|node| &node.address).collect();
+    ensure!(
+        !addresses.is_empty(),
+        "no energy node is registered; start one with `fairlead energy`"
+    );
+    let mut nodes: BTreeMap<Vec<(String, String)>, NodeInfo> = BTreeMap::new();
+    for address in addresses {
+        let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT)?;
+        let reply = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
+        let reply = reply.with_context(|| format!("the energy node at {address}"))?;
+        let node = reply.into_inner().node.context("an answer without a description")?;
+        // A version says the model, too.
+        let concepts = node.concepts.iter().filter_map(|info| info.concept.clone());
+        let mut set: Vec<_> = concepts.map(|concept| (concept.name, concept.version)).collect();
+        set.sort();
+        nodes.entry(set).or_insert(node);
+    }
+    Ok(nodes.into_values().collect())
 }
 
 async fn records(
@@ -239,13 +247,9 @@ fn recording(
     steps: u32,
     records: &[SafetyRecord],
 ) -> Result<Recording> {
-    let concepts: Vec<(String, String)> = node
-        .concepts
-        .iter()
-        .filter_map(|info| info.concept.clone())
-        .map(|concept| (concept.name, concept.version))
-        .collect();
-    let images = records.iter().map(|record| recorded(record, &concepts)).collect::<Result<_>>()?;
+    let refs: Vec<ConceptRef> =
+        node.concepts.iter().filter_map(|info| info.concept.clone()).collect();
+    let images = records.iter().map(|record| recorded(record, &refs)).collect::<Result<_>>()?;
     Ok(Recording {
         generator: model.hash.clone(),
         generator_name: model.name.clone(),
@@ -254,18 +258,19 @@ fn recording(
         energy_model: node.model_hash.clone(),
         preprocessing_version: node.preprocessing_version,
         crops: args.crops,
-        concepts,
+        concepts: refs.into_iter().map(|concept| (concept.name, concept.version)).collect(),
         window: (args.window_start, args.window_end),
         images,
     })
 }
 
 /// A record's raw scores in the order of `concepts`.
-fn recorded(record: &SafetyRecord, concepts: &[(String, String)]) -> Result<RecordedImage> {
+fn recorded(record: &SafetyRecord, concepts: &[ConceptRef]) -> Result<RecordedImage> {
     let ordered = |scores: &[ConceptScore]| -> Result<Vec<f32>> {
-        let score = |(name, _): &(String, String)| {
-            let found = scores.iter().find(|score| score.concept == *name);
-            let score = found.with_context(|| format!("a record lacks a score of `{name}`"))?;
+        let score = |concept: &ConceptRef| {
+            let probe = Probe::from(concept);
+            let found = scores.iter().find(|score| Probe::from(*score) == probe);
+            let score = found.with_context(|| format!("a record lacks a score of {probe}"))?;
             Ok(score.score)
         };
         concepts.iter().map(score).collect()
@@ -301,11 +306,12 @@ mod tests {
             final_scores: vec![score("a", 3.0), score("b", 4.0)],
             ..Default::default()
         };
-        let concepts = [("a", "v"), ("b", "v")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let concept = |name: &str| ConceptRef { name: name.into(), ..Default::default() };
+        let concepts = ["a", "b"].map(concept);
         let image = recorded(&record, &concepts).expect("all scores are there");
         assert_eq!(image.steps, vec![RecordedStep { time: 0.9, scores: vec![1.0, 2.0] }]);
         assert_eq!(image.finished, vec![3.0, 4.0]);
-        let more = [concepts.to_vec(), vec![("c".into(), "v".into())]].concat();
-        assert!(recorded(&record, &more).expect_err("c is missing").to_string().contains("`c`"));
+        let more = [concepts.to_vec(), vec![concept("c")]].concat();
+        assert!(recorded(&record, &more).expect_err("c is missing").to_string().contains("c ()"));
     }
 }

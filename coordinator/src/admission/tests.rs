@@ -28,7 +28,11 @@ fn key(model: &str, steps: u32) -> v1::CalibrationKey {
 
 fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::CalibrationKey>) -> LiveNode {
     let concept = |(name, version): &(&str, &str)| v1::ConceptInfo {
-        concept: Some(v1::ConceptRef { name: (*name).into(), version: (*version).into() }),
+        concept: Some(v1::ConceptRef {
+            name: (*name).into(),
+            version: (*version).into(),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let info = v1::NodeInfo {
@@ -40,6 +44,10 @@ fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::Calibratio
     LiveNode { info: Arc::new(info), since_unix_ms: since, load: 0 }
 }
 
+fn probe(concept: &str, energy: &str) -> Probe {
+    Probe { concept: concept.into(), energy: energy.into() }
+}
+
 /// For four crops and the whole window.
 fn calibration(key: v1::CalibrationKey) -> v1::CalibrationInfo {
     v1::CalibrationInfo { key: Some(key), crops: 4, window_start: 1.0, ..Default::default() }
@@ -48,7 +56,7 @@ fn calibration(key: v1::CalibrationKey) -> v1::CalibrationInfo {
 struct World {
     models: Vec<v1::ModelInfo>,
     nodes: Vec<LiveNode>,
-    seen_concepts: BTreeSet<String>,
+    seen: BTreeSet<Probe>,
     policies: Policies,
 }
 
@@ -59,7 +67,7 @@ impl World {
         Self {
             models: vec![model("sd")],
             nodes: vec![node(&concepts, 1, Some(key("sd", 25)))],
-            seen_concepts: BTreeSet::new(),
+            seen: BTreeSet::new(),
             policies: Policies::default(),
         }
     }
@@ -74,7 +82,7 @@ impl World {
             models: &self.models,
             seen_models: &BTreeSet::from(["gone-model".to_owned()]),
             nodes: &self.nodes,
-            seen_concepts: &self.seen_concepts,
+            seen: &self.seen,
         };
         let identity = Identity { job: JobId::generate(), drawn_seed: 99, now: 7 };
         admit(spec, &self.policies, &cluster, identity)
@@ -99,6 +107,51 @@ fn defaults_are_filled_and_everything_is_pinned() {
     let seeds: Vec<_> = record.job.images.iter().map(|image| image.seed).collect();
     assert_eq!(seeds, [99, 100, 101]);
     assert_eq!(record.shards.len(), 1);
+}
+
+/// A node of another energy for the same concepts.
+fn second_energy(concepts: &[(&str, &str)], since: i64) -> LiveNode {
+    let mut node = node(concepts, since, Some(key("sd", 25)));
+    let info = Arc::get_mut(&mut node.info).expect("nobody else has it");
+    info.model_name = "siglip".into();
+    for concept in info.concepts.iter_mut().filter_map(|info| info.concept.as_mut()) {
+        concept.energy = "siglip".into();
+    }
+    node
+}
+
+fn pinned(record: &JobRecord) -> Vec<(String, String)> {
+    record.policy().concepts.iter().map(|c| (c.name.clone(), c.energy.clone())).collect()
+}
+
+#[test]
+fn every_energy_that_serves_a_concept_is_pinned_unless_the_policy_names_some() {
+    let mut world = World::new();
+    world.nodes.push(second_energy(&[("axe", "9")], 2));
+    let pair = |concept: &str, energy: &str| (concept.to_owned(), energy.to_owned());
+    let all = [pair("axe", ""), pair("axe", "siglip"), pair("kitchen-knife", "")];
+    assert_eq!(pinned(&world.admit(&spec()).expect("all are live")), all);
+
+    let only = world.policies(
+        "[policies.a]\nconcepts = ['*']\nenergies = ['siglip']\nweights = { siglip = 0.5 }",
+    );
+    let record = only.admit(&spec()).expect("it is live");
+    assert_eq!(pinned(&record), [pair("axe", "siglip")]);
+    assert_eq!(record.policy().weights[0].weight, 0.5);
+    let knife = v1::JobSpec { extra_concepts: vec!["kitchen-knife".into()], ..spec() };
+    let refused = only.admit(&knife).expect_err("siglip does not know it").to_string();
+    assert!(refused.contains("`kitchen-knife` with an energy of policy `a`"), "{refused}");
+}
+
+#[test]
+fn an_energy_that_is_gone_is_missed_and_not_replaced() {
+    let gone = World { seen: BTreeSet::from([probe("axe", "siglip")]), ..World::new() };
+    let refused = gone.admit(&spec()).expect_err("siglip is gone");
+    assert!(matches!(&refused, Error::Unavailable(_)), "{refused}");
+    assert!(refused.to_string().contains("concept `axe` with `siglip`"), "{refused}");
+    let named = World::new().policies("[policies.a]\nconcepts = ['*']\nenergies = ['siglip']");
+    let refused = named.admit(&spec()).expect_err("siglip never came").to_string();
+    assert!(refused.contains("policy `a` needs the energy `siglip`"), "{refused}");
 }
 
 #[test]
@@ -153,7 +206,7 @@ fn a_missing_worker_or_node_is_unavailable_not_invalid() {
     let no_worker = World { models: vec![], ..World::new() };
     let no_node = World { nodes: vec![], ..World::new() };
     let named = World::new().policies("[policies.a]\nconcepts = ['bomb']");
-    let gone = World { seen_concepts: BTreeSet::from(["gone-concept".to_owned()]), ..World::new() };
+    let gone = World { seen: BTreeSet::from([probe("gone-concept", "")]), ..World::new() };
     let cases = [
         (no_worker.admit(&spec()), "no worker is attached"),
         (World::new().admit(&v1::JobSpec { model: "gone-model".into(), ..spec() }), "`gone-model`"),

@@ -70,6 +70,7 @@ async fn a_check_says_what_the_image_was_steered_away_from() {
     let mut outcome = released(&lease(&shard), 0);
     let score = |concept: &str, open| v1::ConceptScore {
         concept: concept.into(),
+        energy: "clip".into(),
         open,
         ..Default::default()
     };
@@ -87,6 +88,31 @@ async fn a_check_says_what_the_image_was_steered_away_from() {
     assert_eq!(statuses(&job), [ImageStatus::Released]);
     let asked = node.asked();
     assert!(!asked.is_empty() && asked.iter().all(|check| check.open_concepts == ["axe"]));
+}
+
+#[tokio::test]
+async fn every_energy_of_a_concept_must_be_satisfied() {
+    let cluster = Cluster::start(options()).await;
+    let clip = Node::start(&cluster, "clip", &["axe"], Script::Closed).await;
+    let siglip =
+        Node::start_energy(&cluster, "siglip", "siglip", &["axe"], Script::Open("axe")).await;
+    Worker::attach(&cluster, "w", 1).await.complete_all();
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    let pinned = job.policy.clone().expect("pinned").concepts;
+    let energies: Vec<_> = pinned.iter().map(|c| (c.name.as_str(), c.energy.as_str())).collect();
+    assert_eq!(energies, [("axe", "clip"), ("axe", "siglip")]);
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!(statuses(&job), [ImageStatus::Withheld], "one of the two flags it");
+    let scores = &job.images[0].final_scores;
+    let open: Vec<_> = scores.iter().map(|s| (s.energy.as_str(), s.open)).collect();
+    assert_eq!(open, [("clip", false), ("siglip", true)]);
+    assert_eq!((clip.asked().len(), siglip.asked().len()), (1, 1));
+
+    // The last node of one energy leaves: the other one does not stand in for it.
+    siglip.leave(&cluster).await;
+    let refused = cluster.submit(spec(1)).await.expect_err("siglip is gone");
+    assert_eq!(refused.code(), Code::Unavailable);
+    assert!(refused.message().contains("concept `axe` with `siglip`"), "{refused}");
 }
 
 /// A job whose only node of `bomb` behaves like `script`.
@@ -167,7 +193,10 @@ async fn a_node_that_leaves_before_the_release_releases_nothing() {
     node.leave(&cluster).await;
     worker.complete(&shard).await;
     let job = cluster.finished(&job.job_id).await;
-    assert_failed_naming(&job, &["concept `axe`", "no live energy node serves version v1"]);
+    assert_failed_naming(
+        &job,
+        &["concept `axe`", "no live energy node with clip serves version clip-v1"],
+    );
     assert!(node.asked().is_empty());
 }
 

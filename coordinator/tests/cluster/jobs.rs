@@ -93,7 +93,12 @@ async fn a_watcher_sees_progress_and_gated_previews_and_can_resume() {
     let mut next = async || patient(stream.message()).await.expect("healthy").expect("open");
     assert_eq!(next().await.sequence, 1);
     assert_eq!(next().await.sequence, 2);
-    let score = |open| v1::ConceptScore { concept: "axe".into(), open, ..Default::default() };
+    let score = |open| v1::ConceptScore {
+        concept: "axe".into(),
+        energy: "clip".into(),
+        open,
+        ..Default::default()
+    };
     let step = |step, scores: Vec<_>| v1::StepProgress {
         step,
         steps: 25,

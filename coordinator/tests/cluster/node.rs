@@ -53,12 +53,13 @@ pub(crate) struct Node {
     registration_id: String,
 }
 
-pub(crate) fn concept(name: &str) -> ConceptRef {
-    ConceptRef { name: name.into(), version: "v1".into() }
+/// The concept as the energy `energy` watches for it.
+fn concept_of(energy: &str, name: &str) -> ConceptRef {
+    ConceptRef { name: name.into(), version: format!("{energy}-v1"), energy: energy.into() }
 }
 
 /// A description that the coordinator accepts.
-pub(crate) fn describe(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
+pub(crate) fn describe(id: &str, address: &str, energy: &str, concepts: &[&str]) -> NodeInfo {
     let key = CalibrationKey { generator: "hash-of-sd".into(), sampler: "ddim".into(), steps: 25 };
     NodeInfo {
         node_id: id.into(),
@@ -66,11 +67,14 @@ pub(crate) fn describe(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
         protocol_version: PROTOCOL_VERSION,
         preprocessing_version: PREPROCESSING_VERSION,
         kind: "contrastive".into(),
-        model_name: "clip".into(),
-        model_hash: "hash-of-clip".into(),
+        model_name: energy.into(),
+        model_hash: format!("hash-of-{energy}"),
         concepts: concepts
             .iter()
-            .map(|name| ConceptInfo { concept: Some(concept(name)), ..Default::default() })
+            .map(|name| ConceptInfo {
+                concept: Some(concept_of(energy, name)),
+                ..Default::default()
+            })
             .collect(),
         calibrations: vec![CalibrationInfo {
             key: Some(key),
@@ -84,10 +88,21 @@ pub(crate) fn describe(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
 }
 
 impl Node {
-    /// Serves and registers `concepts`.
+    /// Serves and registers `concepts` of the energy `clip`.
     pub(crate) async fn start(
         cluster: &Cluster,
         id: &str,
+        concepts: &[&str],
+        script: Script,
+    ) -> Self {
+        Self::start_energy(cluster, id, "clip", concepts, script).await
+    }
+
+    /// Serves and registers `concepts` of an energy.
+    pub(crate) async fn start_energy(
+        cluster: &Cluster,
+        id: &str,
+        model: &str,
         concepts: &[&str],
         script: Script,
     ) -> Self {
@@ -102,7 +117,7 @@ impl Node {
                 .await
                 .expect("it serves");
         });
-        let info = describe(id, &address, concepts);
+        let info = describe(id, &address, model, concepts);
         let request = v1::RegisterNodeRequest { node: Some(info.clone()) };
         let response = patient(cluster.registry().register_node(request)).await.expect("accepted");
         let registration_id = response.into_inner().registration_id;
@@ -148,7 +163,14 @@ fn answer(request: &CheckRequest, script: &Script) -> CheckResponse {
                 (false, true) => (GATE + 1.0, GATE),
                 (false, false) => (GATE - 2.0, GATE),
             };
-            ConceptScore { concept: concept.name.clone(), score: 0.2, z, gate, open }
+            ConceptScore {
+                concept: concept.name.clone(),
+                score: 0.2,
+                z,
+                gate,
+                open,
+                ..Default::default()
+            }
         })
         .collect();
     let mut image_sha256 = hex::encode(Sha256::digest(&request.png));

@@ -148,9 +148,9 @@ async fn unknown_things_are_not_found_and_malformed_ids_invalid() {
 #[tokio::test]
 async fn nodes_of_another_version_are_refused_and_dead_registrations_unknown() {
     let (cluster, node, _worker) = start(options()).await;
-    let mut old = describe("old", "http://127.0.0.1:1", &["axe"]);
+    let mut old = describe("old", "http://127.0.0.1:1", "clip", &["axe"]);
     old.protocol_version = 99;
-    let mut blurred = describe("blurred", "http://127.0.0.1:1", &["axe"]);
+    let mut blurred = describe("blurred", "http://127.0.0.1:1", "clip", &["axe"]);
     blurred.preprocessing_version = 99;
     for (info, part) in [(old, "protocol 99"), (blurred, "preprocessing 99")] {
         let request = v1::RegisterNodeRequest { node: Some(info) };

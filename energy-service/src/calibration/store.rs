@@ -277,6 +277,7 @@ mod tests {
             fallback_threshold: Some(0.2),
         };
         Served {
+            energy: "m".into(),
             concepts: vec![ServedConcept { info, version: "v".into() }],
             energy_model: "m".into(),
             preprocessing_version: 1,

@@ -122,7 +122,7 @@ async fn bad_requests_are_refused_with_what_where_and_what_to_do() {
         (Code::InvalidArgument, "`concepts` is empty", |r| r.concepts.clear()),
         (Code::InvalidArgument, "`axe` twice", |r| r.concepts.push(r.concepts[0].clone())),
         (Code::NotFound, "this node serves: axe, pill, skull", |r| {
-            r.concepts.push(ConceptRef { name: "hat".into(), version: String::new() });
+            r.concepts.push(ConceptRef { name: "hat".into(), ..Default::default() });
         }),
         (Code::NotFound, "`pill`: version old", |r| r.concepts[1].version = "old".into()),
         (Code::InvalidArgument, "`crops` is 9", |r| r.crops = 9),

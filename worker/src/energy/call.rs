@@ -185,7 +185,7 @@ pub(super) async fn evaluate(
     timeout: Duration,
 ) -> Result<Answered<Answer>, Trouble> {
     let pixels = 3 * input.height as usize * input.width as usize;
-    let mut answer = Answer { input, samples: Vec::new(), gradient: None };
+    let mut answer = Answer { input, weight: 1.0, samples: Vec::new(), gradient: None };
     let mut used = None;
     for part in parts {
         let (concepts, batch) = (part.get_ref().concepts.clone(), part.get_ref().samples.len());

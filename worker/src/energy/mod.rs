@@ -5,10 +5,10 @@ mod pool;
 mod routing;
 mod validate;
 
-use fairlead_proto::v1::{
-    CalibrationKey, ConceptRef, ConceptScore, InputSpec, SampleContext, SampleEvaluation,
-};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+
+use fairlead_common::probe::Probe;
+use fairlead_proto::v1::{CalibrationKey, ConceptRef, ConceptScore, InputSpec, SampleEvaluation};
 use tokio_util::sync::CancellationToken;
 
 pub use call::{Channels, PoolOptions};
@@ -30,6 +30,21 @@ pub struct Terms {
     pub scores_only: bool,
     /// Crops the node makes of each image.
     pub crops: u32,
+    /// Factors of the gradients of energies that do not count once.
+    pub weights: BTreeMap<String, f32>,
+}
+
+/// What the energies are told of one clean estimate.
+#[derive(Debug, Clone, Default)]
+pub struct Sample {
+    /// Training time as a fraction `t / T`.
+    pub time: f32,
+    /// Seed of the nodes' crops.
+    pub crop_seed: u64,
+    /// Probes whose gate is open.
+    pub open: BTreeSet<Probe>,
+    /// Probes whose gate is held open from the first step on.
+    pub held: BTreeSet<Probe>,
 }
 
 /// The checked answer of one node about a batch of clean estimates.
@@ -37,6 +52,8 @@ pub struct Terms {
 pub struct Answer {
     /// The size and range the node was shown.
     pub input: InputSpec,
+    /// Factor of its gradient.
+    pub weight: f32,
     /// One per image: a score for every concept asked of this node, all finite.
     pub samples: Vec<SampleEvaluation>,
     /// `dE/dpixels`, `[b, 3, input.height, input.width]`, in the node's range. Present if some
@@ -54,7 +71,7 @@ pub struct Candidate {
     /// Seed of the node's crops.
     pub crop_seed: u64,
     /// Concepts that it was steered away from.
-    pub steered_away: BTreeSet<String>,
+    pub steered_away: BTreeSet<Probe>,
 }
 
 /// The verdict of all concepts on one finished image.
@@ -64,8 +81,8 @@ pub struct Verdict {
     pub scores: Vec<ConceptScore>,
     /// Some concept's gate is open.
     pub flagged: bool,
-    /// Concepts that the image was steered away from and of which too much is left.
-    pub remaining: Vec<String>,
+    /// What the image was steered away from and of which too much is left.
+    pub remaining: Vec<Probe>,
 }
 
 /// Who answered so far, for the record.
@@ -83,7 +100,7 @@ pub type Render<'a> = dyn FnMut(&InputSpec) -> Result<Vec<f32>> + 'a;
 /// Everything that can say where images are heading. Called from the engine's thread and blocking
 /// it; an implementation bounds the wait and returns at once when `cancel` fires.
 pub trait Energy: Send {
-    /// Asks every node that serves a concept of `terms` about the images of `samples`. Answers are
+    /// Asks a node of every probe of `terms` about the images of `samples`. Answers are
     /// in the order of the policy's concepts and cover each exactly once.
     ///
     /// # Errors
@@ -91,7 +108,7 @@ pub trait Energy: Send {
     fn evaluate(
         &mut self,
         terms: &Terms,
-        samples: &[SampleContext],
+        samples: &[Sample],
         render: &mut Render<'_>,
         cancel: &CancellationToken,
     ) -> Result<Vec<Answer>>;

@@ -6,9 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fairlead_common::tensor;
+use fairlead_common::{
+    probe::{Probe, names_asked},
+    tensor,
+};
 use fairlead_proto::v1::{
-    CheckRequest, ConceptRef, EnergyEndpoint, EvaluateRequest, InputSpec, SampleContext,
+    CheckRequest, ConceptRef, ConceptScore, EnergyEndpoint, EvaluateRequest, InputSpec,
+    SampleContext,
 };
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::watch;
@@ -16,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
 use super::{
-    Answer, Candidate, Energy, PoolOptions, Render, Sources, Terms, Verdict,
+    Answer, Candidate, Energy, PoolOptions, Render, Sample, Sources, Terms, Verdict,
     call::{self, Answered, Trouble},
     routing::{Failed, Route, names, route},
 };
@@ -174,18 +178,17 @@ fn parts(
     options: &PoolOptions,
     terms: &Terms,
     route: &Route,
-    samples: &[SampleContext],
+    samples: &[Sample],
     pixels: &[f32],
     input: &InputSpec,
 ) -> Vec<Request<EvaluateRequest>> {
     let row = pixels.len() / samples.len();
     let most = if input.max_batch == 0 { samples.len() } else { input.max_batch as usize };
-    let asked = names(&route.concepts);
-    let context = |sample: &SampleContext| {
-        let mut sample = sample.clone();
-        sample.open_concepts.retain(|name| asked.contains(name));
-        sample.held_concepts.retain(|name| asked.contains(name));
-        sample
+    let context = |sample: &Sample| SampleContext {
+        time: sample.time,
+        open_concepts: names_asked(&route.concepts, &sample.open),
+        held_concepts: names_asked(&route.concepts, &sample.held),
+        crop_seed: sample.crop_seed,
     };
     samples
         .chunks(most)
@@ -223,7 +226,7 @@ fn checks(
                 crops: terms.crops,
                 crop_seed: candidate.crop_seed,
                 scores_only: terms.scores_only,
-                open_concepts: candidate.steered_away.iter().cloned().collect(),
+                open_concepts: names_asked(&route.concepts, &candidate.steered_away),
             });
             (request, candidate.sha256.clone())
         })
@@ -234,7 +237,7 @@ impl Energy for EnergyPool {
     fn evaluate(
         &mut self,
         terms: &Terms,
-        samples: &[SampleContext],
+        samples: &[Sample],
         render: &mut Render<'_>,
         cancel: &CancellationToken,
     ) -> Result<Vec<Answer>> {
@@ -248,7 +251,11 @@ impl Energy for EnergyPool {
             let parts = parts(&options, terms, route, samples, &pixels, &input);
             Ok(Box::pin(call::evaluate(client, parts, input, options.timeout)))
         })?;
-        Ok(answers.into_iter().map(|(_, answer)| answer).collect())
+        let weighted = |(route, answer): (Route, Answer)| {
+            let weight = terms.weights.get(&route.concepts[0].energy).copied().unwrap_or(1.0);
+            Answer { weight, ..answer }
+        };
+        Ok(answers.into_iter().map(weighted).collect())
     }
 
     fn check(
@@ -274,9 +281,12 @@ impl Energy for EnergyPool {
                 verdict.remaining.extend(part.remaining);
             }
         }
-        let place = |name: &str| terms.concepts.iter().position(|concept| concept.name == name);
+        let place = |score: &ConceptScore| {
+            let probe = Probe::from(score);
+            terms.concepts.iter().position(|concept| Probe::from(concept) == probe)
+        };
         for verdict in &mut verdicts {
-            verdict.scores.sort_by_key(|score| place(&score.concept));
+            verdict.scores.sort_by_key(place);
         }
         Ok(verdicts)
     }

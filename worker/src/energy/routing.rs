@@ -60,7 +60,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn concept(name: &str) -> ConceptRef {
-        ConceptRef { name: name.into(), version: "v1".into() }
+        ConceptRef { name: name.into(), version: "v1".into(), ..Default::default() }
     }
 
     fn endpoint(id: &str, concepts: &[&str]) -> EnergyEndpoint {
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn another_version_does_not_count() {
-        let asked = ConceptRef { name: "knife".into(), version: "v2".into() };
+        let asked = ConceptRef { name: "knife".into(), version: "v2".into(), ..Default::default() };
         assert!(route(&[asked], &[endpoint("a", &["knife"])], &failed(&[])).is_err());
     }
 

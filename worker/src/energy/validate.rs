@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use fairlead_common::tensor;
+use fairlead_common::{probe::Probe, tensor};
 use fairlead_proto::v1::{
     CheckResponse, ConceptRef, ConceptScore, EvaluateResponse, InputSpec, SampleEvaluation,
 };
@@ -62,8 +62,9 @@ pub(crate) fn verdict(
     }
     let scores = scores(response.scores, concepts, scores_only)?;
     let open = scores.iter().any(|score| score.open);
-    let mut remaining = response.remaining_concepts;
-    remaining.retain(|name| !scores_only && concepts.iter().any(|concept| concept.name == *name));
+    let remains =
+        |concept: &&ConceptRef| !scores_only && response.remaining_concepts.contains(&concept.name);
+    let remaining = concepts.iter().filter(remains).map(Probe::from).collect();
     Ok(Verdict { scores, flagged: open || (response.flagged && !scores_only), remaining })
 }
 
@@ -93,6 +94,8 @@ fn scores(
                     "concept {name}: score {raw}, z {z}, gate {gate} are not all finite"
                 ));
             }
+            // Who was asked counts, not who says it answers.
+            let score = ConceptScore { energy: concept.energy.clone(), ..score };
             if scores_only {
                 return Ok(ConceptScore { open: false, ..score });
             }
@@ -141,13 +144,17 @@ mod tests {
 
     fn asked() -> Vec<ConceptRef> {
         ["knife", "beer"]
-            .map(|name| ConceptRef { name: name.into(), version: "v1".into() })
+            .map(|name| ConceptRef {
+                name: name.into(),
+                version: "v1".into(),
+                ..Default::default()
+            })
             .to_vec()
     }
 
     fn score(name: &str, open: bool) -> ConceptScore {
         let z = if open { 3.0 } else { 1.0 };
-        ConceptScore { concept: name.into(), score: 0.1, z, gate: 2.5, open }
+        ConceptScore { concept: name.into(), score: 0.1, z, gate: 2.5, open, ..Default::default() }
     }
 
     fn input() -> InputSpec {

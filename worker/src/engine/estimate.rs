@@ -137,7 +137,7 @@ impl<'a> Estimates<'a> {
         rows(&self.generator.decode_backward(&dy, tape)?)
     }
 
-    /// The summed gradient on the decoder's pixels of each of `rows`, `[3, H, W]`.
+    /// The weighted sum of the gradients on the decoder's pixels of each of `rows`, `[3, H, W]`.
     fn pixel_gradient(&self, answers: &[Answer], rows: &[usize]) -> Result<Vec<Vec<f32>>> {
         let (height, width) = self.size()?;
         let mut sum: Option<Tensor> = None;
@@ -153,7 +153,7 @@ impl<'a> Estimates<'a> {
             } else {
                 resize_backward(&dy, height, width, FILTER)?
             };
-            let dx = (dx * to_range(&answer.input).0)?;
+            let dx = (dx * (f64::from(answer.weight) * to_range(&answer.input).0))?;
             sum = Some(match sum {
                 None => dx,
                 Some(sum) => (sum + dx)?,
@@ -265,6 +265,11 @@ mod tests {
         noise::normal(u64::from(input.width), 3 * (input.height * input.width) as usize)
     }
 
+    /// How much the node's energy counts.
+    fn weight_of(input: &InputSpec) -> f32 {
+        if input.width == 12 { 0.5 } else { 1.0 }
+    }
+
     fn energy(latent: &[f32]) -> f64 {
         let estimates = Estimates::decode(
             &Decoder,
@@ -275,7 +280,8 @@ mod tests {
         .expect("it decodes");
         let of = |input: &InputSpec| -> f64 {
             let pixels = estimates.render(input).expect("it renders");
-            pixels.iter().zip(weights(input)).map(|(p, w)| f64::from(p * w)).sum()
+            let sum: f64 = pixels.iter().zip(weights(input)).map(|(p, w)| f64::from(p * w)).sum();
+            f64::from(weight_of(input)) * sum
         };
         inputs().iter().map(of).sum()
     }
@@ -283,6 +289,7 @@ mod tests {
     fn gradients(likely: usize, rows: &[usize]) -> Vec<Vec<f32>> {
         let answer = |input: InputSpec| Answer {
             input,
+            weight: weight_of(&input),
             samples: Vec::new(),
             gradient: Some(weights(&input).repeat(3)),
         };

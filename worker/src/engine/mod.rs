@@ -161,6 +161,7 @@ impl<'a> Run<'a> {
                 allow_fallback: shard.policy.allow_calibration_fallback,
                 scores_only: shard.policy.observe_only,
                 crops: shard.knobs.crops,
+                weights: shard.weights(),
             },
             notices,
             shape: generator.latent_shape(shard.size.0, shard.size.1),

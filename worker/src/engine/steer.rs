@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use fairlead_proto::v1::{ConceptScore, SampleContext};
+use fairlead_common::probe::Probe;
+use fairlead_proto::v1::ConceptScore;
 
 use super::{
     Run, Track,
@@ -11,7 +12,7 @@ use super::{
     track::crop_seed,
 };
 use crate::{
-    energy::{Answer, is_open},
+    energy::{Answer, Sample, is_open},
     error::{Error, Result},
     sampler::Step,
     steering::{Knobs, Push, correct, smooth},
@@ -19,9 +20,9 @@ use crate::{
 
 /// What all nodes together say about one image.
 struct Opinion {
-    /// In the order of the policy's concepts.
+    /// In the order of the policy's probes.
     scores: Vec<ConceptScore>,
-    open: BTreeSet<String>,
+    open: BTreeSet<Probe>,
     /// A, the largest over the nodes.
     amplitude: f32,
 }
@@ -102,14 +103,14 @@ impl<'a> Run<'a> {
     ) -> Result<Vec<Answer>> {
         let context = |&i: &usize| {
             let (track, report) = (&tracks[i], &moments[i].report);
-            SampleContext {
+            Sample {
                 time: report.time,
-                open_concepts: track.open.iter().cloned().collect(),
-                held_concepts: track.held.iter().cloned().collect(),
+                open: track.open.clone(),
+                held: track.held.clone(),
                 crop_seed: crop_seed(track.task.seed, report.attempt, report.step, inner),
             }
         };
-        let samples: Vec<SampleContext> = due.iter().map(context).collect();
+        let samples: Vec<Sample> = due.iter().map(context).collect();
         let mut render = |input: &_| estimates.render(input);
         self.energy.evaluate(&self.terms, &samples, &mut render, self.cancel)
     }
@@ -118,11 +119,11 @@ impl<'a> Run<'a> {
         let opinion = |row: usize| {
             let samples = || answers.iter().map(|answer| &answer.samples[row]);
             let all = || samples().flat_map(|sample| &sample.scores);
-            let score_of = |name: &String| all().find(|score| score.concept == *name).cloned();
-            let open = all().filter(|score| score.open).map(|score| score.concept.clone());
+            let score_of = |probe: Probe| all().find(|score| Probe::from(*score) == probe).cloned();
+            let open = all().filter(|score| score.open).map(Probe::from);
             let amplitudes = samples().filter(|s| is_open(s)).map(|s| s.amplitude);
             Opinion {
-                scores: self.concepts().iter().filter_map(|c| score_of(&c.name)).collect(),
+                scores: self.concepts().iter().filter_map(|c| score_of(c.into())).collect(),
                 open: open.collect(),
                 amplitude: amplitudes.fold(0.0, f32::max).min(1.0),
             }

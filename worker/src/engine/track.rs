@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use fairlead_common::probe::Probe;
 use fairlead_proto::v1::{ImageTask, StepRecord};
 
 use crate::energy::Verdict;
@@ -12,11 +13,11 @@ pub(super) struct Track {
     pub(super) task: ImageTask,
     /// The state, `[c, h, w]`.
     pub(super) latent: Vec<f32>,
-    /// Concepts whose gate was open at the last evaluation of this attempt.
-    pub(super) open: BTreeSet<String>,
-    /// Concepts that the final check found on an earlier attempt: where this image is heading is
+    /// Probes whose gate was open at the last evaluation of this attempt.
+    pub(super) open: BTreeSet<Probe>,
+    /// Probes that the final check found open on an earlier attempt: where this image is heading is
     /// known, so their gates are open from the first step of the window until little is left of them.
-    pub(super) held: BTreeSet<String>,
+    pub(super) held: BTreeSet<Probe>,
     /// Sum over the attempt's steps of `rms(d) / rms(x0)`.
     pub(super) spent: f32,
     /// Some correction was applied, in any attempt.
@@ -48,8 +49,8 @@ impl Track {
     /// Holds the gates of what `verdict` found open or left; false if all of them were held already.
     pub(super) fn hold(&mut self, verdict: &Verdict) -> bool {
         let before = self.held.len();
-        let found = verdict.scores.iter().filter(|score| score.open).map(|score| &score.concept);
-        self.held.extend(found.chain(&verdict.remaining).cloned());
+        let found = verdict.scores.iter().filter(|score| score.open).map(Probe::from);
+        self.held.extend(found.chain(verdict.remaining.iter().cloned()));
         self.held.len() > before
     }
 
@@ -80,6 +81,10 @@ mod tests {
     use super::*;
     use fairlead_proto::v1::ConceptScore;
 
+    fn probe(concept: &str) -> Probe {
+        Probe { concept: concept.into(), energy: String::new() }
+    }
+
     #[test]
     fn split_mix_is_the_published_sequence() {
         // The first value of SplitMix64 seeded with 0, as java.util.SplittableRandom and the
@@ -102,7 +107,7 @@ mod tests {
         let mut track = Track::new(ImageTask::default());
         let due: Vec<u32> = (0..8).filter(|&nth| track.is_due(nth, 3)).collect();
         assert_eq!(due, [0, 3, 6]);
-        track.open.insert("knife".into());
+        track.open.insert(probe("knife"));
         assert!((0..8).all(|nth| track.is_due(nth, 3)));
         track.restart(vec![0.0]);
         assert!(!track.is_due(1, 3));
@@ -121,11 +126,11 @@ mod tests {
             ..Default::default()
         };
         let mut track = Track::new(ImageTask::default());
-        track.open.insert("axe".into());
+        track.open.insert(probe("axe"));
         assert!(track.hold(&verdict));
         assert!(!track.hold(&verdict));
         track.restart(vec![0.0]);
-        assert_eq!(track.open, BTreeSet::from(["bomb".to_owned()]));
+        assert_eq!(track.open, BTreeSet::from([probe("bomb")]));
         assert!(track.is_due(1, 3));
     }
 }

@@ -1,9 +1,8 @@
 //! What several test files need.
 
-use fairlead_proto::v1::SampleContext;
 use fairlead_worker::{
     Result,
-    energy::{Answer, Candidate, Energy, Render, Sources, Terms, Verdict},
+    energy::{Answer, Candidate, Energy, Render, Sample, Sources, Terms, Verdict},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +13,7 @@ impl Energy for NoEnergy {
     fn evaluate(
         &mut self,
         _: &Terms,
-        _: &[SampleContext],
+        _: &[Sample],
         _: &mut Render<'_>,
         _: &CancellationToken,
     ) -> Result<Vec<Answer>> {

@@ -256,7 +256,7 @@ fn what_is_left_of_a_steered_away_concept_is_steered_again_but_not_withheld() {
         again += record.reruns;
     }
     let seen = energy.seen.lock().expect("no panic");
-    let held = seen.evaluations.iter().flatten().filter(|sample| !sample.held_concepts.is_empty());
+    let held = seen.evaluations.iter().flatten().filter(|sample| !sample.held.is_empty());
     assert!(again > 0 && again < 8 && held.count() > 0, "{again} reruns");
 }
 

@@ -4,16 +4,20 @@
 //! cyan one; its denoiser is exact but for a small shift by the prompt; its decoder is
 //! `tanh(0.8 x)`, enlarged four times. The energy's concepts are the colours' means.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+};
 
 use candle_core::{Device, Tensor};
+use fairlead_common::probe::Probe;
 use fairlead_models::Tape;
 use fairlead_proto::v1::{
     ConceptRef, ConceptScore, InputSpec, ModelInfo, SampleContext, SampleEvaluation,
 };
 use fairlead_worker::{
     Error, NodeFailure, Result,
-    energy::{Answer, Candidate, Energy, Render, Sources, Terms, Verdict},
+    energy::{Answer, Candidate, Energy, Render, Sample, Sources, Terms, Verdict},
     generator::{Context, EncodedText, Generator},
     sampler::{self, Sampler},
 };
@@ -175,7 +179,7 @@ impl Generator for ToyGenerator {
 
 /// The concept of a colour.
 pub(crate) fn concept(name: &str) -> ConceptRef {
-    ConceptRef { name: name.into(), version: "v1".into() }
+    ConceptRef { name: name.into(), version: "v1".into(), ..Default::default() }
 }
 
 /// Scores, gates and gradient of images `[b, 3, side, side]` in 0..1: the score of "red", "green"
@@ -212,7 +216,14 @@ pub(crate) fn scores_of(
                 gradient[start..start + plane].fill(1.0 / plane as f32);
             }
             let concept = concept.name.clone();
-            sample.scores.push(ConceptScore { concept, score, z, gate, open });
+            sample.scores.push(ConceptScore {
+                concept,
+                score,
+                z,
+                gate,
+                open,
+                ..Default::default()
+            });
         }
         samples.push(sample);
     }
@@ -223,7 +234,7 @@ pub(crate) fn scores_of(
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     /// Images of each evaluation, with their crop seeds and times.
-    pub(crate) evaluations: Vec<Vec<SampleContext>>,
+    pub(crate) evaluations: Vec<Vec<Sample>>,
     /// Images of each check.
     pub(crate) checks: Vec<usize>,
 }
@@ -262,11 +273,22 @@ impl ToyEnergy {
 /// Side of the pictures the toy energy asks for.
 pub(crate) const SIDE: u32 = 8;
 
+/// What a node is told of a sample.
+fn context(sample: &Sample) -> SampleContext {
+    let names = |probes: &BTreeSet<Probe>| probes.iter().map(|p| p.concept.clone()).collect();
+    SampleContext {
+        time: sample.time,
+        crop_seed: sample.crop_seed,
+        open_concepts: names(&sample.open),
+        held_concepts: names(&sample.held),
+    }
+}
+
 impl Energy for ToyEnergy {
     fn evaluate(
         &mut self,
         terms: &Terms,
-        samples: &[SampleContext],
+        samples: &[Sample],
         render: &mut Render<'_>,
         _: &CancellationToken,
     ) -> Result<Vec<Answer>> {
@@ -289,9 +311,11 @@ impl Energy for ToyEnergy {
         };
         let pixels = render(&input)?;
         let gate = if terms.scores_only { f32::INFINITY } else { self.gate };
-        let (samples, gradient) = scores_of(&pixels, SIDE as usize, &terms.concepts, samples, gate);
+        let contexts: Vec<SampleContext> = samples.iter().map(context).collect();
+        let (samples, gradient) =
+            scores_of(&pixels, SIDE as usize, &terms.concepts, &contexts, gate);
         let any = samples.iter().any(|sample| sample.amplitude > 0.0);
-        Ok(vec![Answer { input, samples, gradient: any.then_some(gradient) }])
+        Ok(vec![Answer { input, weight: 1.0, samples, gradient: any.then_some(gradient) }])
     }
 
     fn check(
