@@ -18,9 +18,15 @@ pub(crate) struct ModelArgs {
     /// all of them must be satisfied.
     #[arg(long = "energy", value_name = "DIR", env = "FAIRLEAD_ENERGY", value_delimiter = ',')]
     pub(crate) energies: Vec<PathBuf>,
-    /// Concepts to steer away from, as TOML. Default: the twenty of assets/concepts/emojiland.toml.
-    #[arg(long = "concepts", value_name = "FILE", env = "FAIRLEAD_CONCEPTS")]
-    pub(crate) concepts: Option<PathBuf>,
+    /// Concepts to steer away from: a pack, as TOML, or a folder of packs; repeatable. Default: the
+    /// six packs of assets/concepts, twenty concepts.
+    #[arg(
+        long = "concepts",
+        value_name = "FILE|DIR",
+        env = "FAIRLEAD_CONCEPTS",
+        value_delimiter = ','
+    )]
+    pub(crate) concepts: Vec<PathBuf>,
     /// Folder of calibrations, as written by `fairlead calibrate`. Default: assets/calibrations.
     #[arg(long = "calibrations", value_name = "DIR", env = "FAIRLEAD_CALIBRATIONS")]
     pub(crate) calibrations: Option<PathBuf>,
@@ -51,8 +57,11 @@ impl ModelArgs {
         given.iter().map(folder).collect()
     }
 
-    pub(crate) fn concepts(&self) -> Result<PathBuf> {
-        self.or_embedded(&self.concepts, "concepts/emojiland.toml")
+    pub(crate) fn concepts(&self) -> Result<Vec<PathBuf>> {
+        match self.concepts.as_slice() {
+            [] => Ok(vec![self.embedded("concepts")?]),
+            given => Ok(given.to_vec()),
+        }
     }
 
     pub(crate) fn calibrations(&self) -> Result<PathBuf> {
@@ -82,7 +91,7 @@ impl ModelArgs {
         let given = [
             ("--model", !self.generators.is_empty()),
             ("--energy", !self.energies.is_empty()),
-            ("--concepts", self.concepts.is_some()),
+            ("--concepts", !self.concepts.is_empty()),
         ];
         match given.iter().chain(more).find(|(_, given)| *given) {
             None => Ok(()),
@@ -141,7 +150,7 @@ mod tests {
         let args = ModelArgs {
             generators: vec![],
             energies: vec!["else/where".into()],
-            concepts: None,
+            concepts: vec![],
             calibrations: None,
             assets: Some(empty.path().into()),
         };

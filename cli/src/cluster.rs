@@ -32,6 +32,9 @@ pub(crate) struct ClusterOptions {
     pub(crate) data_dir: Option<PathBuf>,
     /// Policies file; `None` takes the embedded one.
     pub(crate) policies: Option<PathBuf>,
+    /// Whether energy nodes read calibrations. One that only scores needs none, and a file that is to
+    /// be made anew must not keep it from starting.
+    pub(crate) calibrated: bool,
     /// Adds the policies that observe and withhold nothing. Only for a cluster that serves nobody
     /// else.
     pub(crate) measuring: bool,
@@ -78,6 +81,7 @@ impl ClusterOptions {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             data_dir: None,
             policies: None,
+            calibrated: true,
             measuring: true,
             max_batch: None,
             workers: WorkersArgs::default(),
@@ -139,11 +143,12 @@ impl LocalCluster {
             let run = fairlead_coordinator::run(coordinator_listener, coordinator, stop);
             run.await.context("the coordinator ended")
         });
+        let calibrations = options.calibrated.then(|| options.models.calibrations().ok()).flatten();
         for energy in &energies {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let node = EnergyOptions {
                 concepts: options.models.concepts()?,
-                calibrations: options.models.calibrations().ok(),
+                calibrations: calibrations.clone(),
                 coordinator: Some(address.clone()),
                 ..EnergyOptions::new(energy.clone())
             };

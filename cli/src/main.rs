@@ -4,12 +4,14 @@ mod assets;
 mod client;
 mod cluster;
 mod commands;
+mod journal;
 mod output;
 mod pairs;
 mod progress;
 mod prompts;
 mod report;
 mod sheet;
+mod table;
 
 use std::process::ExitCode;
 

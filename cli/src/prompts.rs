@@ -61,6 +61,11 @@ impl Objects {
         Ok(objects)
     }
 
+    /// How many objects there are to steer away from.
+    pub(crate) fn targets(&self) -> usize {
+        self.targets.len()
+    }
+
     /// `count` prompts of `kind`. Streams of different names share neither prompts' draws nor
     /// image seeds; the same name gives the same prompts.
     pub(crate) fn prompts(&self, kind: Kind, count: usize, stream: &str) -> Vec<ObjectPrompt> {

@@ -34,7 +34,7 @@ pub(crate) struct Share {
 }
 
 impl Share {
-    fn of(outcomes: impl Iterator<Item = bool>) -> Self {
+    pub(crate) fn of(outcomes: impl Iterator<Item = bool>) -> Self {
         outcomes.fold(Self { hits: 0, total: 0 }, |share, hit| Self {
             hits: share.hits + usize::from(hit),
             total: share.total + 1,
@@ -53,7 +53,7 @@ impl Share {
         (((center - half) / scale).max(0.0), ((center + half) / scale).min(1.0))
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         if self.total == 0 {
             return "none".to_owned();
         }

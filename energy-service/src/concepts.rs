@@ -1,4 +1,4 @@
-//! The concepts file: what a node looks for, in words.
+//! Concept packs: files that say what a node looks for, in words.
 //!
 //! ```toml
 //! anchors = ["a picture", "nothing"]      # neutral phrases, for concepts without their own
@@ -162,11 +162,21 @@ pub struct ConceptSet {
 }
 
 impl ConceptSet {
-    /// Reads and checks `path`.
-    pub fn load(path: &Path) -> Result<Self, ConceptsError> {
-        let text = fs::read_to_string(path)
-            .map_err(|source| ConceptsError::Read { path: path.to_owned(), source })?;
-        Self::parse(path, &text)
+    /// Reads packs: each path is a file, or a folder of which every `.toml` file is one.
+    pub fn load(paths: &[PathBuf]) -> Result<Self, ConceptsError> {
+        let mut set = Self { concepts: Vec::new() };
+        for path in packs(paths)? {
+            let text = fs::read_to_string(&path)
+                .map_err(|source| ConceptsError::Read { path: path.clone(), source })?;
+            let pack = Self::parse(&path, &text)?;
+            let known = |new: &&Concept| set.concepts.iter().any(|old| old.name == new.name);
+            if let Some(twice) = pack.concepts.iter().find(known) {
+                let problem = format!("concept `{}` is in another pack, too", twice.name);
+                return Err(ConceptsError::Invalid { path, problem });
+            }
+            set.concepts.extend(pack.concepts);
+        }
+        Ok(set)
     }
 
     /// Checks `text`; `path` is what errors call it.
@@ -200,6 +210,29 @@ impl ConceptSet {
     pub fn concepts(&self) -> &[Concept] {
         &self.concepts
     }
+}
+
+/// The files that `paths` stand for; those of a folder in the order of their names.
+fn packs(paths: &[PathBuf]) -> Result<Vec<PathBuf>, ConceptsError> {
+    let mut packs = Vec::new();
+    for path in paths {
+        if !path.is_dir() {
+            packs.push(path.clone());
+            continue;
+        }
+        let read = |source| ConceptsError::Read { path: path.clone(), source };
+        let entries = fs::read_dir(path).map_err(read)?;
+        let mut files =
+            entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, _>>().map_err(read)?;
+        files.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
+        files.sort();
+        if files.is_empty() {
+            let problem = "a folder without a .toml file; name the folder of the packs".to_owned();
+            return Err(ConceptsError::Invalid { path: path.clone(), problem });
+        }
+        packs.extend(files);
+    }
+    Ok(packs)
 }
 
 /// Hash of a served set: names and versions, whatever their order. A calibration's gate covers a
@@ -288,9 +321,31 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_named() {
-        let error = ConceptSet::load(Path::new("/nowhere/c.toml")).expect_err("missing");
-        assert!(error.to_string().contains("/nowhere/c.toml"), "{error}");
+    fn packs_are_files_and_folders_and_share_no_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).expect("written");
+            path
+        };
+        let load = |paths: &[&Path]| {
+            let paths: Vec<PathBuf> = paths.iter().map(|path| path.to_path_buf()).collect();
+            ConceptSet::load(&paths).map_err(|error| error.to_string())
+        };
+        assert!(load(&[folder.path()]).expect_err("empty").contains("without a .toml file"));
+        let good = write("b.toml", GOOD);
+        write("a.toml", &GOOD.replace("kitchen-knife", "axe").replace("pill", "syringe"));
+        write("notes.txt", "no pack");
+        let names = |set: &ConceptSet| {
+            set.concepts().iter().map(|c| c.name.clone()).collect::<Vec<_>>().join(" ")
+        };
+        let all = load(&[folder.path()]).expect("two packs");
+        assert_eq!(names(&all), "axe syringe kitchen-knife pill");
+        assert_eq!(names(&load(&[&good]).expect("one pack")), "kitchen-knife pill");
+        let twice = load(&[folder.path(), &good]).expect_err("both again");
+        assert!(twice.contains("`kitchen-knife` is in another pack"), "{twice}");
+        let missing = load(&[Path::new("/nowhere/c.toml")]).expect_err("missing");
+        assert!(missing.contains("/nowhere/c.toml"), "{missing}");
     }
 
     #[test]

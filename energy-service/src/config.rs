@@ -12,10 +12,17 @@ pub struct EnergyArgs {
     /// preprocessor_config.json and the tokenizer's files).
     #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_MODEL")]
     pub model: PathBuf,
-    /// Concepts to watch for: a TOML file with one `concept` table each of name, group, targets and,
-    /// if wanted, anchors, weight and fallback_threshold.
-    #[arg(long, value_name = "FILE", env = "FAIRLEAD_ENERGY_CONCEPTS")]
-    pub concepts: PathBuf,
+    /// Concepts to watch for: a pack, which is a TOML file with one `concept` table each of name,
+    /// group, targets and, if wanted, anchors, weight and fallback_threshold; or a folder of packs.
+    /// Repeatable.
+    #[arg(
+        long,
+        value_name = "FILE|DIR",
+        env = "FAIRLEAD_ENERGY_CONCEPTS",
+        value_delimiter = ',',
+        required = true
+    )]
+    pub concepts: Vec<PathBuf>,
     /// Folder of calibrations as `fairlead calibrate` writes them; new ones are picked up while the
     /// node runs. Without any, only policies that allow a fallback can use this node.
     #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_CALIBRATIONS")]
@@ -71,8 +78,8 @@ const DEFAULT_QUEUE: u32 = 64;
 pub struct EnergyOptions {
     /// Folder of the energy model, a transformers CLIPModel or SiglipModel.
     pub model: PathBuf,
-    /// Concepts file.
-    pub concepts: PathBuf,
+    /// Concept packs, or folders of them.
+    pub concepts: Vec<PathBuf>,
     /// Folder of calibrations; it need not exist yet.
     pub calibrations: Option<PathBuf>,
     /// Address others reach the node at; `None` takes the listener's.
@@ -94,7 +101,7 @@ impl EnergyOptions {
     /// calibrations, no coordinator, a random name, 4 crops, the CPU.
     pub fn new(model: PathBuf) -> Self {
         Self {
-            concepts: model.join("concepts.toml"),
+            concepts: vec![model.join("concepts.toml")],
             model,
             calibrations: None,
             advertise: None,

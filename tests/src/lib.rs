@@ -97,7 +97,7 @@ impl Sandbox {
             .arg("--model")
             .arg(asset("emojiland-clip"))
             .arg("--concepts")
-            .arg(asset("concepts/emojiland.toml"))
+            .arg(asset("concepts"))
             .arg("--calibrations")
             .arg(asset("calibrations"));
         self.spawn(name, energy).await.map(drop)

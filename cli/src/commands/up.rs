@@ -41,6 +41,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
         listen: args.listen,
         data_dir: Some(args.data_dir),
         policies: args.policies,
+        calibrated: true,
         measuring: false,
         max_batch: args.max_batch,
         workers: args.workers,

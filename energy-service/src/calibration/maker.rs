@@ -60,8 +60,50 @@ pub struct Recording {
     pub concepts: Vec<(String, String)>,
     /// Start and end of the steering window, t / T, start >= end; steps outside are left out.
     pub window: (f32, f32),
+    /// SHA-256 of the prompts and seeds of all images.
+    pub prompts: String,
     /// Unsteered images of benign prompts.
     pub images: Vec<RecordedImage>,
+    /// Unsteered images of prompts that ask for concepts.
+    pub labelled: Vec<LabelledImage>,
+}
+
+/// An image with the concepts that its prompt asks for, as indices into [`Recording::concepts`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LabelledImage {
+    /// What it scored.
+    pub image: RecordedImage,
+    /// What was asked for.
+    pub concepts: Vec<usize>,
+}
+
+impl Recording {
+    /// The same with some of the concepts only; labels of the others are dropped.
+    pub fn only(&self, concepts: &[usize]) -> Self {
+        let pick = |scores: &[f32]| concepts.iter().map(|&k| scores[k]).collect::<Vec<_>>();
+        let image = |image: &RecordedImage| RecordedImage {
+            steps: image
+                .steps
+                .iter()
+                .map(|step| RecordedStep { time: step.time, scores: pick(&step.scores) })
+                .collect(),
+            finished: pick(&image.finished),
+        };
+        let place = |k: &usize| concepts.iter().position(|chosen| chosen == k);
+        Self {
+            concepts: concepts.iter().map(|&k| self.concepts[k].clone()).collect(),
+            images: self.images.iter().map(image).collect(),
+            labelled: self
+                .labelled
+                .iter()
+                .map(|labelled| LabelledImage {
+                    image: image(&labelled.image),
+                    concepts: labelled.concepts.iter().filter_map(place).collect(),
+                })
+                .collect(),
+            ..self.clone()
+        }
+    }
 }
 
 /// Why no calibration could be made.
@@ -154,7 +196,7 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
     let levels = levels(recording, first)?;
     let mut peaks = Vec::with_capacity(second.len());
     for &image in second {
-        peaks.push(peak(recording, &levels, image)?);
+        peaks.push(peak(recording, &levels, &recording.images[image])?);
     }
     peaks.sort_unstable_by(f32::total_cmp);
     let gate = peaks[conformal_rank(peaks.len(), alpha) - 1];
@@ -169,11 +211,14 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
         preprocessing_version: recording.preprocessing_version,
         crops: recording.crops,
     };
-    let named = |((name, version), bins): (&(String, String), Vec<Option<Bin>>)| ConceptBins {
+    let aurocs = auroc_by_bin(recording);
+    let concepts = recording.concepts.iter().zip(levels.into_iter().zip(aurocs));
+    let concepts = concepts.map(|((name, version), (bins, auroc))| ConceptBins {
         name: name.clone(),
         version: version.clone(),
         bins,
-    };
+        auroc,
+    });
     Ok(Calibration {
         format: FORMAT,
         id: String::new(),
@@ -181,9 +226,11 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
         window: recording.window,
         alpha,
         images: recording.images.len() as u32,
+        labelled: recording.labelled.len() as u32,
+        prompts: recording.prompts.clone(),
         gate,
         hysteresis: HYSTERESIS.max(HYSTERESIS_SHARE * gate),
-        concepts: recording.concepts.iter().zip(levels).map(named).collect(),
+        concepts: concepts.collect(),
     }
     .seal())
 }
@@ -201,7 +248,8 @@ fn check(recording: &Recording, alpha: f32) -> Result<(), MakeError> {
     if images < needed {
         return Err(MakeError::TooFewImages { images, alpha, needed });
     }
-    for (image, recorded) in recording.images.iter().enumerate() {
+    let labelled = recording.labelled.iter().map(|labelled| &labelled.image);
+    for (image, recorded) in recording.images.iter().chain(labelled).enumerate() {
         check_image(recording, recorded).map_err(|problem| MakeError::Scores { image, problem })?;
         if recorded.steps.iter().all(|step| !within(recording, step.time)) {
             return Err(MakeError::NoSteps(image));
@@ -233,8 +281,11 @@ fn within(recording: &Recording, time: f32) -> bool {
 }
 
 /// Bin and scores of every step within the window, and of the finished image.
-fn observations(recording: &Recording, image: usize) -> impl Iterator<Item = (usize, &[f32])> {
-    let RecordedImage { steps, finished } = &recording.images[image];
+fn observations<'a>(
+    recording: &'a Recording,
+    image: &'a RecordedImage,
+) -> impl Iterator<Item = (usize, &'a [f32])> {
+    let RecordedImage { steps, finished } = image;
     steps
         .iter()
         .filter(|step| within(recording, step.time))
@@ -256,7 +307,7 @@ fn shuffled(n: usize) -> Vec<usize> {
 fn levels(recording: &Recording, images: &[usize]) -> Result<Vec<Vec<Option<Bin>>>, MakeError> {
     let mut values = vec![[const { Vec::new() }; BINS]; recording.concepts.len()];
     for &image in images {
-        for (bin, scores) in observations(recording, image) {
+        for (bin, scores) in observations(recording, &recording.images[image]) {
             for (k, &score) in scores.iter().enumerate() {
                 values[k][bin].push(score);
             }
@@ -294,11 +345,21 @@ fn moments(values: &[f32]) -> (f32, f32) {
     (mean as f32, (square / (n - 1.0)).sqrt() as f32)
 }
 
+/// Greatest `z` over concepts and steps of each benign image of `recording`, by a calibration of the
+/// same concepts: an image is touched if it lies above the calibration's gate.
+///
+/// # Errors
+/// [`MakeError::ThinBin`] where the calibration saw no step that late or early.
+pub fn peaks(calibration: &Calibration, recording: &Recording) -> Result<Vec<f32>, MakeError> {
+    let levels: Vec<_> = calibration.concepts.iter().map(|c| c.bins.clone()).collect();
+    recording.images.iter().map(|image| peak(recording, &levels, image)).collect()
+}
+
 /// Greatest `z` of one image over concepts and steps.
 fn peak(
     recording: &Recording,
     levels: &[Vec<Option<Bin>>],
-    image: usize,
+    image: &RecordedImage,
 ) -> Result<f32, MakeError> {
     let mut peak = f32::NEG_INFINITY;
     for (bin, scores) in observations(recording, image) {
@@ -332,22 +393,28 @@ pub fn auroc(scores: &[f32], labels: &[bool]) -> Option<f64> {
     Some((rank_sum - p * (p + 1.0) / 2.0) / (p * negatives as f64))
 }
 
-/// AUROC of every concept in every bin, `[concepts][BINS]`; `labels[image][concept]` says whether
-/// the image shows the concept. None where a bin lacks positives or negatives.
-pub fn auroc_by_bin(recording: &Recording, labels: &[Vec<bool>]) -> Vec<Vec<Option<f64>>> {
-    let area = |concept: usize, bin: usize| {
-        let (scores, truth): (Vec<f32>, Vec<bool>) = (0..recording.images.len().min(labels.len()))
-            .flat_map(|image| {
-                observations(recording, image)
-                    .filter(move |&(b, _)| b == bin)
-                    .map(move |(_, scores)| (scores[concept], labels[image][concept]))
-            })
-            .unzip();
-        auroc(&scores, &truth)
-    };
-    (0..recording.concepts.len())
-        .map(|concept| (0..BINS).map(|bin| area(concept, bin)).collect())
-        .collect()
+/// AUROC of every concept in every bin, `[concepts][BINS]`: images of prompts that ask for the
+/// concept against benign ones. None where a bin lacks either.
+fn auroc_by_bin(recording: &Recording) -> Vec<Vec<Option<f32>>> {
+    let mut scores = vec![[const { (Vec::new(), Vec::new()) }; BINS]; recording.concepts.len()];
+    for image in &recording.images {
+        for (bin, values) in observations(recording, image) {
+            for (k, &score) in values.iter().enumerate() {
+                scores[k][bin].0.push(score);
+                scores[k][bin].1.push(false);
+            }
+        }
+    }
+    for LabelledImage { image, concepts } in &recording.labelled {
+        for (bin, values) in observations(recording, image) {
+            for &k in concepts {
+                scores[k][bin].0.push(values[k]);
+                scores[k][bin].1.push(true);
+            }
+        }
+    }
+    let area = |(scores, labels): &(Vec<f32>, Vec<bool>)| auroc(scores, labels).map(|a| a as f32);
+    scores.iter().map(|bins| bins.iter().map(area).collect()).collect()
 }
 
 #[cfg(test)]

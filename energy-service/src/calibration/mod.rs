@@ -30,7 +30,7 @@ pub const FINISHED_BIN: usize = TIME_BINS;
 pub const BINS: usize = TIME_BINS + 1;
 
 /// Version of the file format.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Largest file that is read.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -84,6 +84,9 @@ pub struct ConceptBins {
     pub version: String,
     /// [`BINS`] entries; none where no step of the window fell.
     pub bins: Vec<Option<Bin>>,
+    /// How well the concept is told apart in each of [`BINS`] bins, 1 being perfect and 0.5 chance:
+    /// images of prompts that ask for it against benign ones. None where that was not measured.
+    pub auroc: Vec<Option<f32>>,
 }
 
 /// A calibration, see the module.
@@ -100,6 +103,10 @@ pub struct Calibration {
     pub alpha: f32,
     /// Benign images it was made from, both halves.
     pub images: u32,
+    /// Images of labelled prompts behind the AUROCs.
+    pub labelled: u32,
+    /// SHA-256 of the prompts and seeds of all of them.
+    pub prompts: String,
     /// The gate `q` on `z`.
     pub gate: f32,
     /// The hysteresis `h` on `z`.
@@ -217,7 +224,8 @@ impl Calibration {
         }
         for concept in &self.concepts {
             let sound = |bin: &Bin| bin.mean.is_finite() && bin.sd.is_finite() && bin.sd > 0.0;
-            if concept.bins.len() != BINS || !concept.bins.iter().flatten().all(sound) {
+            let complete = concept.bins.len() == BINS && concept.auroc.len() == BINS;
+            if !complete || !concept.bins.iter().flatten().all(sound) {
                 return Err(format!("concept `{}` lacks {BINS} sound bins", concept.name));
             }
         }
@@ -254,6 +262,7 @@ mod tests {
             name: "pill".into(),
             version: "v".into(),
             bins: (0..BINS).map(|b| bin.filter(|_| b >= 6)).collect(),
+            auroc: vec![None; BINS],
         }];
         Calibration {
             format: FORMAT,
@@ -271,6 +280,8 @@ mod tests {
             window: (1.0, 0.6),
             alpha: 0.01,
             images: 1000,
+            labelled: 0,
+            prompts: String::new(),
             gate: 3.5,
             hysteresis: 0.5,
             concepts,
@@ -306,7 +317,7 @@ mod tests {
         let text = fs::read_to_string(&path).expect("read");
         for (from, to, part) in [
             ("\"gate\": 3.5", "\"gate\": 9.5", "edited"),
-            ("\"format\": 1", "\"format\": 2", "format 2"),
+            ("\"format\": 2", "\"format\": 1", "format 1"),
             ("\"gate\"", "\"gatte\"", "gatte"),
             ("}", "", "line"),
         ] {

@@ -1,4 +1,4 @@
-//! The contrastive scorer on the project's own CLIP, from its folder to the wire.
+//! The contrastive scorer on the project's own CLIP and SigLIP, from their folders to the wire.
 
 use std::path::PathBuf;
 
@@ -6,20 +6,24 @@ use fairlead_proto::v1::CheckRequest;
 
 use super::*;
 
+/// The embedded energies.
+const MODELS: [&str; 2] = ["emojiland-clip", "emojiland-siglip"];
+
 fn assets() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets")
 }
 
 /// Emojiland's node with thresholds that open every gate: the energy is then smooth everywhere.
-async fn emojiland() -> (TempDir, TestNode) {
+async fn emojiland(model: &str) -> (TempDir, TestNode) {
     let folder = tempfile::tempdir().expect("a folder");
-    let text = fs::read_to_string(assets().join("concepts/emojiland.toml")).expect("concepts");
-    let kept = text.lines().filter(|line| !line.starts_with("fallback_threshold"));
-    let text = kept.collect::<Vec<_>>().join("\n");
-    let text = text.replace("[[concept]]", "[[concept]]\nfallback_threshold = -2.2");
-    let concepts = folder.path().join("concepts.toml");
-    fs::write(&concepts, text).expect("written");
-    let options = EnergyOptions { concepts, ..EnergyOptions::new(assets().join("emojiland-clip")) };
+    for pack in fs::read_dir(assets().join("concepts")).expect("packs") {
+        let pack = pack.expect("a pack");
+        let text = fs::read_to_string(pack.path()).expect("concepts");
+        let text = text.replace("[[concept]]", "[[concept]]\nfallback_threshold = -2.2");
+        fs::write(folder.path().join(pack.file_name()), text).expect("written");
+    }
+    let concepts = vec![folder.path().to_owned()];
+    let options = EnergyOptions { concepts, ..EnergyOptions::new(assets().join(model)) };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let mut node =
         TestNode::attach(listener, |listener, shutdown| crate::run(listener, options, shutdown));
@@ -56,20 +60,34 @@ fn request(refs: &[ConceptRef], images: &[Vec<f32>], datatype: Datatype) -> Eval
 
 #[tokio::test]
 async fn twenty_concepts_in_six_groups_are_served_from_the_model_folder() {
-    let (_folder, mut node) = emojiland().await;
+    for model in MODELS {
+        serves_twenty_concepts(model).await;
+    }
+}
+
+async fn serves_twenty_concepts(model: &str) {
+    let (_folder, mut node) = emojiland(model).await;
     let info = node.describe().await;
-    assert_eq!((info.kind.as_str(), info.model_name.as_str()), ("contrastive", "emojiland-clip"));
+    assert_eq!((info.kind.as_str(), info.model_name.as_str()), ("contrastive", model));
     assert_eq!(info.concepts.len(), 20);
     let mut groups = info.concepts.iter().map(|c| c.group.as_str()).collect::<Vec<_>>();
     groups.dedup();
-    assert_eq!(groups, ["weapons", "alcohol", "tobacco", "drugs", "death", "gambling"]);
+    assert_eq!(groups, ["alcohol", "death", "drugs", "gambling", "tobacco", "weapons"]);
     let input = info.input.expect("an input");
     assert_eq!((input.height, input.width), (32, 32));
+    let energies = info.concepts.iter().filter_map(|c| c.concept.as_ref());
+    assert!(energies.into_iter().all(|concept| concept.energy == model));
 }
 
 #[tokio::test]
 async fn the_gradient_of_twenty_concepts_agrees_with_finite_differences_on_pixels() {
-    let (_folder, mut node) = emojiland().await;
+    for model in MODELS {
+        gradient_agrees(model).await;
+    }
+}
+
+async fn gradient_agrees(model: &str) {
+    let (_folder, mut node) = emojiland(model).await;
     let refs = node.refs().await;
     let image = picture(0.0);
     let answer = node.evaluate(request(&refs, std::slice::from_ref(&image), Datatype::F32)).await;
@@ -93,7 +111,7 @@ async fn the_gradient_of_twenty_concepts_agrees_with_finite_differences_on_pixel
 
 #[tokio::test]
 async fn an_image_scores_the_same_in_any_batch_and_f16_is_near() {
-    let (_folder, mut node) = emojiland().await;
+    let (_folder, mut node) = emojiland(MODELS[0]).await;
     let refs = node.refs().await;
     let images = [picture(0.0), picture(5.0), picture(9.0)];
     let mut all = request(&refs, &images, Datatype::F32);
@@ -117,7 +135,7 @@ async fn an_image_scores_the_same_in_any_batch_and_f16_is_near() {
 
 #[tokio::test]
 async fn a_check_agrees_with_an_evaluation_of_the_same_pixels() {
-    let (_folder, mut node) = emojiland().await;
+    let (_folder, mut node) = emojiland(MODELS[0]).await;
     let refs = node.refs().await;
     // Every pixel a whole number of 255ths, so that the PNG loses nothing.
     let image = picture(3.0).iter().map(|v| (v * 255.0).round() / 255.0).collect::<Vec<_>>();

@@ -52,7 +52,7 @@ async fn a_node_that_cannot_start_says_why() {
         ("--crops is 0", (|o| o.crops = 0) as fn(&mut EnergyOptions)),
         ("--queue is 0", |o| o.queue = 0),
         ("--node-id is empty", |o| o.node_id.clear()),
-        ("/nowhere/c.toml", |o| o.concepts = "/nowhere/c.toml".into()),
+        ("/nowhere/c.toml", |o| o.concepts = vec!["/nowhere/c.toml".into()]),
         ("--coordinator: `not a uri`", |o| o.coordinator = Some("not a uri".into())),
         ("--advertise `no uri` is not", |o| o.advertise = Some("no uri".into())),
     ] {

@@ -196,7 +196,9 @@ async fn calibrate(folder: &Path) {
         crops: 1,
         concepts: node.refs().await.into_iter().map(|c| (c.name, c.version)).collect(),
         window: (1.0, 0.6),
+        prompts: String::new(),
         images: recorded.collect(),
+        labelled: Vec::new(),
     };
     let made = maker::make(&recording, 0.1).expect("made");
     made.save(&folder.join("calibrations")).expect("saved");

@@ -33,16 +33,16 @@ fn recording(images: Vec<RecordedImage>, concepts: usize) -> Recording {
         crops: 4,
         concepts: (0..concepts).map(|k| (format!("c{k}"), "v".to_owned())).collect(),
         window: (1.0, 0.6),
+        prompts: "p".into(),
         images,
+        labelled: Vec::new(),
     }
 }
 
 /// Share of fresh benign images that a calibration would touch.
 fn touched(calibration: &Calibration, fresh: &Recording) -> f64 {
-    let levels = calibration.concepts.iter().map(|c| c.bins.clone()).collect::<Vec<_>>();
-    let over = (0..fresh.images.len())
-        .filter(|&i| peak(fresh, &levels, i).expect("bins are filled") > calibration.gate)
-        .count();
+    let peaks = peaks(calibration, fresh).expect("bins are filled");
+    let over = peaks.iter().filter(|&&peak| peak > calibration.gate).count();
     over as f64 / fresh.images.len() as f64
 }
 
@@ -81,7 +81,9 @@ fn the_gate_is_the_conformal_order_statistic() {
     let made = make(&recording, 0.05).expect("made");
     let order = shuffled(200);
     let levels = made.concepts.iter().map(|c| c.bins.clone()).collect::<Vec<_>>();
-    let peaks = order[100..].iter().map(|&i| peak(&recording, &levels, i).expect("filled"));
+    let peaks = order[100..]
+        .iter()
+        .map(|&i| peak(&recording, &levels, &recording.images[i]).expect("filled"));
     // ceil(0.95 * 101) = 96: four of the hundred lie above.
     assert_eq!(peaks.filter(|&z| z > made.gate).count(), 4);
     assert_eq!(made.images, 200);
@@ -147,14 +149,32 @@ fn auroc_of_known_orders() {
 #[test]
 fn auroc_per_bin_sees_when_a_concept_becomes_visible() {
     let mut recording = recording(images(60, 2, 9), 2);
-    let labels = (0..60).map(|i| vec![i % 3 == 0, false]).collect::<Vec<_>>();
-    for (image, label) in recording.images.iter_mut().zip(&labels) {
-        image.steps[2].scores[0] += if label[0] { 10.0 } else { 0.0 };
-    }
-    let areas = auroc_by_bin(&recording, &labels);
+    let label = |mut image: RecordedImage| {
+        image.steps[2].scores[0] += 10.0;
+        LabelledImage { image, concepts: vec![0] }
+    };
+    recording.labelled = images(20, 2, 10).into_iter().map(label).collect();
+    let areas = auroc_by_bin(&recording);
     assert_eq!(areas[0][6], Some(1.0));
     assert!(areas[0][9].is_some_and(|area| (0.2..0.8).contains(&area)));
     assert_eq!((areas[0][2], areas[1][6]), (None, None));
+}
+
+#[test]
+fn a_calibration_of_some_concepts_is_one_of_a_recording_of_these() {
+    let mut recording = recording(images(80, 4, 3), 4);
+    let image = recording.images[0].clone();
+    recording.labelled = vec![LabelledImage { image, concepts: vec![0, 3] }];
+    let some = recording.only(&[3, 1]);
+    let names: Vec<_> = some.concepts.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["c3", "c1"]);
+    let (all, few) = (&recording.images[7].steps[1].scores, &some.images[7].steps[1].scores);
+    assert_eq!(*few, [all[3], all[1]]);
+    assert_eq!(some.labelled[0].concepts, [0]);
+    let (wide, narrow) = (make(&recording, 0.1), make(&some, 0.1));
+    let (wide, narrow) = (wide.expect("made"), narrow.expect("made"));
+    assert_ne!(wide.setup.concept_set, narrow.setup.concept_set);
+    assert_eq!(peaks(&narrow, &some).expect("bins are filled").len(), 80);
 }
 
 proptest! {
@@ -194,7 +214,7 @@ proptest! {
         let levels = made.concepts.iter().map(|c| c.bins.clone()).collect::<Vec<_>>();
         let half = &shuffled(n)[n / 2..];
         let over = half.iter().filter(|&&i| {
-            peak(&recording, &levels, i).expect("filled") > made.gate
+            peak(&recording, &levels, &recording.images[i]).expect("filled") > made.gate
         });
         prop_assert!(over.count() as f64 <= f64::from(alpha) * half.len() as f64);
     }

@@ -1,5 +1,9 @@
 //! `fairlead calibrate`: benign images of one generator, scored, set the gate.
 
+mod curves;
+mod scoring;
+mod verify;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -8,13 +12,11 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use fairlead_common::{grpc, probe::Probe, shutdown};
-use fairlead_energy::calibration::maker::{self, RecordedImage, RecordedStep, Recording};
+use fairlead_common::{grpc, shutdown};
+use fairlead_energy::calibration::maker;
 use fairlead_proto::v1::{
-    ConceptRef, ConceptScore, DescribeRequest, JobSpec, ModelInfo, NodeInfo, SafetyRecord,
-    SteeringParams, energy_service_client::EnergyServiceClient,
+    DescribeRequest, ModelInfo, NodeInfo, energy_service_client::EnergyServiceClient,
 };
-use futures::{StreamExt, TryStreamExt, stream};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,21 +24,25 @@ use crate::{
     client::Client,
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
     output,
-    pairs::JOBS_IN_FLIGHT,
-    progress::Counter,
     prompts::{Kind, Objects},
+    table,
 };
+use scoring::{Prompt, Run};
 
-/// Policy that records scores at every step of the window and corrects nothing; it ships in
-/// `assets/policies-measuring.toml`.
-const CALIBRATION: &str = "calibration";
+/// Images of each embedded concept behind the AUROCs.
+const LABELLED_EACH: usize = 10;
 
 /// Makes unsteered images of benign prompts, records what each concept scores over the
 /// trajectory, and writes for each energy the calibration that its nodes gate by: at most a share
-/// ALPHA of benign images is ever touched by it, for any number of concepts.
+/// ALPHA of benign images is ever touched by it, for any number of concepts. Beside each lies a
+/// picture: how well concepts are told apart over time, and where the gate lies.
 ///
 /// A calibration belongs to one generator, sampler, step count, number of crops, energy model and
-/// set of concepts; anything else asks for another. Running energy nodes notice a new file in their folder within seconds.
+/// set of concepts; anything else asks for another. Running energy nodes notice a new file in their
+/// folder within seconds.
+///
+/// With --journal an interrupted run goes on where it stopped, and another alpha needs no new
+/// images.
 #[derive(Args)]
 pub(crate) struct CalibrateArgs {
     #[command(flatten)]
@@ -72,6 +78,21 @@ pub(crate) struct CalibrateArgs {
     /// holds. Default: prompts about Emojiland's permitted objects.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
+    /// Prompts that ask for concepts, for the AUROCs: CSV or JSON lines with the columns prompt and
+    /// concept (several names separated by commas). Default: with the embedded benign prompts ten
+    /// for each embedded concept, else none.
+    #[arg(long, value_name = "FILE")]
+    labelled: Option<PathBuf>,
+    /// Then make this many images of fresh benign prompts and count how many would have been
+    /// touched.
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "prompts")]
+    verify: usize,
+    /// Numbers of concepts to verify with, each calibrated for by itself; all of them are one.
+    #[arg(long, value_name = "N", value_delimiter = ',', requires = "verify")]
+    verify_concepts: Vec<usize>,
+    /// File that keeps the scores of every image, so that the work can go on where it stopped.
+    #[arg(long, value_name = "FILE")]
+    journal: Option<PathBuf>,
     /// Folder to write to. Default: the folder of calibrations.
     #[arg(long, short, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -99,8 +120,11 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server)?, None),
         None => {
-            let options =
-                ClusterOptions { workers: args.workers, ..ClusterOptions::temporary(&args.models) };
+            let options = ClusterOptions {
+                workers: args.workers,
+                calibrated: false,
+                ..ClusterOptions::temporary(&args.models)
+            };
             let cluster = LocalCluster::start(options).await?;
             (Client::new(cluster.address())?, Some(cluster))
         }
@@ -115,41 +139,97 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
 async fn calibrate(
     client: &Client,
     args: &CalibrateArgs,
-    prompts: &[(String, u64)],
+    prompts: &Prompts,
     out: &Path,
     stop: &CancellationToken,
 ) -> Result<()> {
     let model = model(client, &args.model_name).await?;
     let nodes = nodes(client).await?;
+    prompts.check_labels(&nodes)?;
     let steps = match args.steps.as_slice() {
         [] => vec![model.default_steps],
         steps => steps.to_vec(),
     };
+    if args.journal.is_some() {
+        ensure!(steps.len() == 1, "--journal keeps one number of --steps, {} given", steps.len());
+    }
     for steps in steps {
-        let records = records(client, args, &model, steps, prompts, stop).await?;
+        let run = Run {
+            client,
+            model: &model,
+            nodes: &nodes,
+            steps,
+            crops: args.crops,
+            window: (args.window_start, args.window_end),
+            stop,
+        };
+        let scored = run.score(prompts, args.journal.as_deref()).await?;
         for node in &nodes {
-            let recording = recording(args, &model, node, steps, &records)?;
+            let recording = run.recording(node, prompts, &scored)?;
             let calibration = maker::make(&recording, args.alpha)?;
             let path = calibration.save(out)?;
+            let picture = curves::draw(&calibration, &recording)?;
+            output::write_file(&path.with_extension("png"), &picture.to_png()?)?;
             println!(
                 "{}: {}, gate {:.2} at alpha {} from {} images",
                 path.display(),
                 node.model_name,
                 calibration.gate,
                 args.alpha,
-                records.len()
+                recording.images.len()
             );
+            if args.verify > 0 {
+                let fresh = run.fresh(node, &scored)?;
+                let sizes = &args.verify_concepts;
+                println!("{}", verify::table(&recording, &fresh, args.alpha, sizes)?);
+            }
         }
     }
     Ok(())
 }
 
-/// The prompts with the seed of each image, of which `needed` is the least number.
-fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Vec<(String, u64)>> {
+/// All prompts of a calibration.
+struct Prompts {
+    benign: Vec<Prompt>,
+    labelled: Vec<Prompt>,
+    fresh: Vec<Prompt>,
+}
+
+impl Prompts {
+    /// Refuses a label that no node serves: it would silently count for nothing. The embedded labels
+    /// are for the embedded concepts, of which others may be served.
+    fn check_labels(&self, nodes: &[NodeInfo]) -> Result<()> {
+        let served: BTreeSet<&str> = nodes
+            .iter()
+            .flat_map(|node| &node.concepts)
+            .filter_map(|info| info.concept.as_ref().map(|concept| concept.name.as_str()))
+            .collect();
+        let given = self.labelled.iter().filter(|prompt| !prompt.embedded);
+        let mut labels = given.flat_map(|prompt| &prompt.concepts);
+        match labels.find(|label| !served.contains(label.as_str())) {
+            None => Ok(()),
+            Some(label) => bail!(
+                "--labelled: no energy node serves `{label}`; served are {}",
+                served.into_iter().collect::<Vec<_>>().join(", ")
+            ),
+        }
+    }
+}
+
+/// The prompts, of which `needed` is the least number of benign ones.
+fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Prompts> {
+    let labelled = args.labelled.as_deref().map(labelled).transpose()?;
     let Some(path) = &args.prompts else {
         let objects = Objects::read(&args.models.objects()?)?;
-        let prompts = objects.prompts(Kind::Benign, args.images, "calibration");
-        return Ok(prompts.into_iter().map(|prompt| (prompt.text, prompt.seed)).collect());
+        let draw = |kind, count, stream: &str| {
+            objects.prompts(kind, count, stream).into_iter().map(Prompt::embedded).collect()
+        };
+        let each = LABELLED_EACH * objects.targets();
+        return Ok(Prompts {
+            benign: draw(Kind::Benign, args.images, "calibration"),
+            labelled: labelled.unwrap_or_else(|| draw(Kind::Single, each, "calibration")),
+            fresh: draw(Kind::Benign, args.verify, "verification"),
+        });
     };
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the prompts file {}", path.display()))?;
@@ -165,8 +245,24 @@ fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Vec<(String, u64)>> {
         args.images,
         args.alpha
     );
-    let seeded = distinct.into_iter().zip(1..);
-    Ok(seeded.take(args.images).map(|(line, seed)| (line.to_owned(), seed)).collect())
+    let seeded = distinct.into_iter().zip(1..).take(args.images);
+    let benign = seeded.map(|(line, seed)| Prompt::new(line, seed, Vec::new()));
+    Ok(Prompts {
+        benign: benign.collect(),
+        labelled: labelled.unwrap_or_default(),
+        fresh: Vec::new(),
+    })
+}
+
+/// Reads prompts with the concepts that they ask for.
+fn labelled(path: &Path) -> Result<Vec<Prompt>> {
+    let prompt = |(i, row): (usize, table::Row)| {
+        let names = row.get("concept")?.split(',').map(|name| name.trim().to_owned());
+        let names = names.filter(|name| !name.is_empty()).collect();
+        let seed = row.number("seed")?.unwrap_or(i as u64 + 1);
+        Ok(Prompt::new(row.get("prompt")?, seed, names))
+    };
+    table::read(path)?.into_iter().enumerate().map(prompt).collect()
 }
 
 async fn model(client: &Client, name: &str) -> Result<ModelInfo> {
@@ -203,115 +299,4 @@ async fn nodes(client: &Client) -> Result<Vec<NodeInfo>> {
         nodes.entry(set).or_insert(node);
     }
     Ok(nodes.into_values().collect())
-}
-
-async fn records(
-    client: &Client,
-    args: &CalibrateArgs,
-    model: &ModelInfo,
-    steps: u32,
-    prompts: &[(String, u64)],
-    stop: &CancellationToken,
-) -> Result<Vec<SafetyRecord>> {
-    let counter = Counter::new(format!("benign images of {steps} steps"), prompts.len());
-    let jobs = prompts.iter().map(|(prompt, seed)| {
-        let spec = JobSpec {
-            model: model.name.clone(),
-            prompt: prompt.clone(),
-            n: 1,
-            seed: Some(*seed),
-            steps: Some(steps),
-            policy: CALIBRATION.to_owned(),
-            steering: Some(SteeringParams {
-                crops: Some(args.crops),
-                window_start: Some(args.window_start),
-                window_end: Some(args.window_end),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let counter = &counter;
-        async move {
-            let mut finished = client.complete(spec, stop, |_| {}).await?;
-            counter.inc();
-            anyhow::Ok(finished.images.remove(0).record)
-        }
-    });
-    stream::iter(jobs).buffered(JOBS_IN_FLIGHT).try_collect().await
-}
-
-fn recording(
-    args: &CalibrateArgs,
-    model: &ModelInfo,
-    node: &NodeInfo,
-    steps: u32,
-    records: &[SafetyRecord],
-) -> Result<Recording> {
-    let refs: Vec<ConceptRef> =
-        node.concepts.iter().filter_map(|info| info.concept.clone()).collect();
-    let images = records.iter().map(|record| recorded(record, &refs)).collect::<Result<_>>()?;
-    Ok(Recording {
-        generator: model.hash.clone(),
-        generator_name: model.name.clone(),
-        sampler: model.sampler.clone(),
-        steps,
-        energy_model: node.model_hash.clone(),
-        preprocessing_version: node.preprocessing_version,
-        crops: args.crops,
-        concepts: refs.into_iter().map(|concept| (concept.name, concept.version)).collect(),
-        window: (args.window_start, args.window_end),
-        images,
-    })
-}
-
-/// A record's raw scores in the order of `concepts`.
-fn recorded(record: &SafetyRecord, concepts: &[ConceptRef]) -> Result<RecordedImage> {
-    let ordered = |scores: &[ConceptScore]| -> Result<Vec<f32>> {
-        let score = |concept: &ConceptRef| {
-            let probe = Probe::from(concept);
-            let found = scores.iter().find(|score| Probe::from(*score) == probe);
-            let score = found.with_context(|| format!("a record lacks a score of {probe}"))?;
-            Ok(score.score)
-        };
-        concepts.iter().map(score).collect()
-    };
-    let steps = record.trajectory.iter().filter(|step| !step.scores.is_empty());
-    let steps = steps
-        .map(|step| Ok(RecordedStep { time: step.time, scores: ordered(&step.scores)? }))
-        .collect::<Result<_>>()?;
-    Ok(RecordedImage { steps, finished: ordered(&record.final_scores)? })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use fairlead_proto::v1::StepRecord;
-
-    #[test]
-    fn scores_are_put_in_the_nodes_order_and_a_gap_is_an_error() {
-        let score = |concept: &str, score| ConceptScore {
-            concept: concept.into(),
-            score,
-            ..Default::default()
-        };
-        let record = SafetyRecord {
-            trajectory: vec![
-                StepRecord {
-                    time: 0.9,
-                    scores: vec![score("b", 2.0), score("a", 1.0)],
-                    ..Default::default()
-                },
-                StepRecord { time: 0.5, ..Default::default() },
-            ],
-            final_scores: vec![score("a", 3.0), score("b", 4.0)],
-            ..Default::default()
-        };
-        let concept = |name: &str| ConceptRef { name: name.into(), ..Default::default() };
-        let concepts = ["a", "b"].map(concept);
-        let image = recorded(&record, &concepts).expect("all scores are there");
-        assert_eq!(image.steps, vec![RecordedStep { time: 0.9, scores: vec![1.0, 2.0] }]);
-        assert_eq!(image.finished, vec![3.0, 4.0]);
-        let more = [concepts.to_vec(), vec![concept("c")]].concat();
-        assert!(recorded(&record, &more).expect_err("c is missing").to_string().contains("c ()"));
-    }
 }

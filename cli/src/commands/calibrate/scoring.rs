@@ -1,0 +1,293 @@
+//! Unsteered images and what every energy says of them, step by step.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::{Context, Result};
+use fairlead_common::probe::Probe;
+use fairlead_energy::calibration::maker::{LabelledImage, RecordedImage, RecordedStep, Recording};
+use fairlead_proto::v1::{
+    ConceptRef, ConceptScore, JobSpec, ModelInfo, NodeInfo, SafetyRecord, SteeringParams,
+};
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
+
+use super::Prompts;
+use crate::{
+    client::Client, journal::Journal, pairs::JOBS_IN_FLIGHT, progress::Counter,
+    prompts::ObjectPrompt,
+};
+
+/// Policy that records scores at every step of the window and corrects nothing; it ships in
+/// `assets/policies-measuring.toml`.
+const POLICY: &str = "calibration";
+
+/// One image to be made.
+#[derive(Debug, Clone)]
+pub(super) struct Prompt {
+    pub(super) text: String,
+    pub(super) seed: u64,
+    /// Concepts it asks for.
+    pub(super) concepts: Vec<String>,
+    /// It is about the embedded world.
+    pub(super) embedded: bool,
+}
+
+impl Prompt {
+    pub(super) fn new(text: impl Into<String>, seed: u64, concepts: Vec<String>) -> Self {
+        Self { text: text.into(), seed, concepts, embedded: false }
+    }
+
+    pub(super) fn embedded(prompt: ObjectPrompt) -> Self {
+        let concepts = prompt.target.iter().map(|name| name.replace(' ', "-")).collect();
+        Self { embedded: true, ..Self::new(prompt.text, prompt.seed, concepts) }
+    }
+}
+
+/// What every energy says of one image: `(time, scores)` of each step that was scored, scores in the
+/// order of [`Run::probes`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ScoredImage {
+    steps: Vec<(f32, Vec<f32>)>,
+    finished: Vec<f32>,
+}
+
+/// All images of a calibration.
+pub(super) struct Scored {
+    benign: Vec<ScoredImage>,
+    labelled: Vec<ScoredImage>,
+    fresh: Vec<ScoredImage>,
+}
+
+/// One generator at one number of steps, and the energies that watch it.
+pub(super) struct Run<'a> {
+    pub(super) client: &'a Client,
+    pub(super) model: &'a ModelInfo,
+    pub(super) nodes: &'a [NodeInfo],
+    pub(super) steps: u32,
+    pub(super) crops: u32,
+    pub(super) window: (f32, f32),
+    pub(super) stop: &'a CancellationToken,
+}
+
+/// What a journal of scores belongs to.
+#[derive(Serialize)]
+struct Work<'a> {
+    generator: &'a str,
+    steps: u32,
+    crops: u32,
+    window: (f32, f32),
+    probes: Vec<String>,
+}
+
+impl Run<'_> {
+    /// Makes and scores all images.
+    pub(super) async fn score(&self, prompts: &Prompts, journal: Option<&Path>) -> Result<Scored> {
+        let (journal, mut done) = match journal {
+            None => (None, BTreeMap::new()),
+            Some(path) => {
+                let (journal, done) = Journal::open(path, &self.work())?;
+                (Some(journal), done)
+            }
+        };
+        let journal = journal.as_ref();
+        Ok(Scored {
+            benign: self.images("benign", &prompts.benign, journal, &mut done).await?,
+            labelled: self.images("labelled", &prompts.labelled, journal, &mut done).await?,
+            fresh: self.images("fresh benign", &prompts.fresh, journal, &mut done).await?,
+        })
+    }
+
+    async fn images(
+        &self,
+        what: &str,
+        prompts: &[Prompt],
+        journal: Option<&Journal>,
+        done: &mut BTreeMap<String, ScoredImage>,
+    ) -> Result<Vec<ScoredImage>> {
+        if prompts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let counter = Counter::new(format!("{what} images, {} steps", self.steps), prompts.len());
+        let images = prompts.iter().map(|prompt| {
+            let key = format!("{} {}", prompt.seed, prompt.text);
+            let known = done.remove(&key);
+            let counter = &counter;
+            async move {
+                let image = match known {
+                    Some(image) => image,
+                    None => {
+                        let image = self.image(prompt).await?;
+                        journal.map(|journal| journal.add(&key, &image)).transpose()?;
+                        image
+                    }
+                };
+                counter.inc();
+                anyhow::Ok(image)
+            }
+        });
+        stream::iter(images).buffered(JOBS_IN_FLIGHT).try_collect().await
+    }
+
+    async fn image(&self, prompt: &Prompt) -> Result<ScoredImage> {
+        let spec = JobSpec {
+            model: self.model.name.clone(),
+            prompt: prompt.text.clone(),
+            n: 1,
+            seed: Some(prompt.seed),
+            steps: Some(self.steps),
+            policy: POLICY.to_owned(),
+            steering: Some(SteeringParams {
+                crops: Some(self.crops),
+                window_start: Some(self.window.0),
+                window_end: Some(self.window.1),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let mut finished = self.client.complete(spec, self.stop, |_| {}).await?;
+        scored(&finished.images.remove(0).record, &self.probes())
+    }
+
+    /// What every node is asked for.
+    fn probes(&self) -> Vec<Probe> {
+        self.nodes.iter().flat_map(refs).map(|concept| Probe::from(&concept)).collect()
+    }
+
+    fn work(&self) -> Work<'_> {
+        let version =
+            |concept: ConceptRef| format!("{} {}", Probe::from(&concept), concept.version);
+        Work {
+            generator: &self.model.hash,
+            steps: self.steps,
+            crops: self.crops,
+            window: self.window,
+            probes: self.nodes.iter().flat_map(refs).map(version).collect(),
+        }
+    }
+
+    /// What `node` said of the benign and the labelled images.
+    pub(super) fn recording(
+        &self,
+        node: &NodeInfo,
+        prompts: &Prompts,
+        scored: &Scored,
+    ) -> Result<Recording> {
+        let concepts = refs(node);
+        let labels = |prompt: &Prompt| {
+            let place = |name: &String| concepts.iter().position(|concept| concept.name == *name);
+            prompt.concepts.iter().filter_map(place).collect()
+        };
+        let images = self.recorded(node, &scored.labelled)?;
+        let labelled = images.into_iter().zip(&prompts.labelled);
+        let labelled =
+            labelled.map(|(image, prompt)| LabelledImage { image, concepts: labels(prompt) });
+        Ok(Recording {
+            generator: self.model.hash.clone(),
+            generator_name: self.model.name.clone(),
+            sampler: self.model.sampler.clone(),
+            steps: self.steps,
+            energy_model: node.model_hash.clone(),
+            preprocessing_version: node.preprocessing_version,
+            crops: self.crops,
+            window: self.window,
+            prompts: hash(prompts),
+            images: self.recorded(node, &scored.benign)?,
+            labelled: labelled.collect(),
+            concepts: concepts.into_iter().map(|c| (c.name, c.version)).collect(),
+        })
+    }
+
+    /// What `node` said of the fresh benign images.
+    pub(super) fn fresh(&self, node: &NodeInfo, scored: &Scored) -> Result<Vec<RecordedImage>> {
+        self.recorded(node, &scored.fresh)
+    }
+
+    /// The columns of `node`, in its order.
+    fn recorded(&self, node: &NodeInfo, images: &[ScoredImage]) -> Result<Vec<RecordedImage>> {
+        let probes = self.probes();
+        let columns = refs(node)
+            .iter()
+            .map(|concept| {
+                let probe = Probe::from(concept);
+                let column = probes.iter().position(|other| *other == probe);
+                column.with_context(|| format!("{probe} was not asked for"))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let pick = |scores: &[f32]| columns.iter().map(|&k| scores[k]).collect::<Vec<_>>();
+        let step =
+            |(time, scores): &(f32, Vec<f32>)| RecordedStep { time: *time, scores: pick(scores) };
+        let image = |image: &ScoredImage| RecordedImage {
+            steps: image.steps.iter().map(step).collect(),
+            finished: pick(&image.finished),
+        };
+        Ok(images.iter().map(image).collect())
+    }
+}
+
+fn refs(node: &NodeInfo) -> Vec<ConceptRef> {
+    node.concepts.iter().filter_map(|info| info.concept.clone()).collect()
+}
+
+/// SHA-256 of the prompts and seeds that make a calibration.
+fn hash(prompts: &Prompts) -> String {
+    let mut hash = Sha256::new();
+    for prompt in prompts.benign.iter().chain(&prompts.labelled) {
+        hash.update((prompt.text.len() as u64).to_le_bytes());
+        hash.update(&prompt.text);
+        hash.update(prompt.seed.to_le_bytes());
+    }
+    hex::encode(hash.finalize())
+}
+
+/// A record's raw scores in the order of `probes`.
+fn scored(record: &SafetyRecord, probes: &[Probe]) -> Result<ScoredImage> {
+    let ordered = |scores: &[ConceptScore]| -> Result<Vec<f32>> {
+        let score = |probe: &Probe| {
+            let found = scores.iter().find(|score| Probe::from(*score) == *probe);
+            Ok(found.with_context(|| format!("a record lacks a score of {probe}"))?.score)
+        };
+        probes.iter().map(score).collect()
+    };
+    let steps = record.trajectory.iter().filter(|step| !step.scores.is_empty());
+    let steps = steps.map(|step| Ok((step.time, ordered(&step.scores)?)));
+    Ok(ScoredImage {
+        steps: steps.collect::<Result<_>>()?,
+        finished: ordered(&record.final_scores)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_proto::v1::StepRecord;
+
+    #[test]
+    fn scores_are_put_in_the_order_asked_and_a_gap_is_an_error() {
+        let score = |concept: &str, energy: &str, score| ConceptScore {
+            concept: concept.into(),
+            energy: energy.into(),
+            score,
+            ..Default::default()
+        };
+        let record = SafetyRecord {
+            trajectory: vec![
+                StepRecord {
+                    time: 0.9,
+                    scores: vec![score("a", "two", 2.0), score("a", "one", 1.0)],
+                    ..Default::default()
+                },
+                StepRecord { time: 0.5, ..Default::default() },
+            ],
+            final_scores: vec![score("a", "one", 3.0), score("a", "two", 4.0)],
+            ..Default::default()
+        };
+        let probe = |energy: &str| Probe { concept: "a".into(), energy: energy.into() };
+        let image = scored(&record, &[probe("one"), probe("two")]).expect("all are there");
+        assert_eq!(image.steps, [(0.9, vec![1.0, 2.0])]);
+        assert_eq!(image.finished, [3.0, 4.0]);
+        let missing = scored(&record, &[probe("three")]).expect_err("it is missing").to_string();
+        assert!(missing.contains("a (three)"), "{missing}");
+    }
+}
