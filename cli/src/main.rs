@@ -9,8 +9,9 @@ mod output;
 mod pairs;
 mod progress;
 mod prompts;
-mod report;
+mod share;
 mod sheet;
+mod ssim;
 mod table;
 
 use std::process::ExitCode;

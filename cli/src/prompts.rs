@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
@@ -20,6 +20,33 @@ pub(crate) struct Objects {
 #[derive(Deserialize)]
 struct Target {
     name: String,
+    /// Ways to name it, with their articles.
+    phrases: Vec<String>,
+}
+
+impl Target {
+    /// Its phrases that do not say its name.
+    fn paraphrases(&self) -> Vec<&String> {
+        self.phrases.iter().filter(|phrase| !phrase.contains(&self.name)).collect()
+    }
+}
+
+/// A thing as a caption names it.
+struct Noun {
+    bare: String,
+    with_article: String,
+}
+
+impl Noun {
+    fn of(name: &str) -> Self {
+        let article = if name.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+        Self { bare: name.to_owned(), with_article: format!("{article} {name}") }
+    }
+
+    fn of_phrase(phrase: &str) -> Self {
+        let bare = phrase.strip_prefix("a ").or(phrase.strip_prefix("an ")).unwrap_or(phrase);
+        Self { bare: bare.to_owned(), with_article: phrase.to_owned() }
+    }
 }
 
 /// One prompt and what it asks for.
@@ -38,11 +65,40 @@ pub(crate) struct ObjectPrompt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// One forbidden object.
-    Single,
+    Direct,
+    /// One forbidden object by another name.
+    Paraphrased,
     /// A forbidden and a permitted one.
-    Two,
+    Compositional,
     /// One or two permitted ones.
     Benign,
+}
+
+impl Kind {
+    /// All of them, in the order of reports.
+    pub(crate) const ALL: [Self; 4] =
+        [Self::Direct, Self::Paraphrased, Self::Compositional, Self::Benign];
+
+    /// Its name in reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Paraphrased => "paraphrased",
+            Self::Compositional => "compositional",
+            Self::Benign => "benign",
+        }
+    }
+
+    /// What tells its random streams from those of other kinds. Changing one changes every prompt of
+    /// the kind.
+    fn stream(self) -> &'static str {
+        match self {
+            Self::Direct => "Single",
+            Self::Paraphrased => "Paraphrased",
+            Self::Compositional => "Two",
+            Self::Benign => "Benign",
+        }
+    }
 }
 
 impl Objects {
@@ -57,6 +113,9 @@ impl Objects {
             "{}: at least two benign objects and one target are needed",
             path.display()
         );
+        if let Some(bare) = objects.targets.iter().find(|target| target.paraphrases().is_empty()) {
+            bail!("{}: `{}` has no phrase without its name", path.display(), bare.name);
+        }
         ensure!(!objects.backgrounds.is_empty(), "{}: `backgrounds` is empty", path.display());
         Ok(objects)
     }
@@ -66,35 +125,46 @@ impl Objects {
         self.targets.len()
     }
 
+    /// Their names.
+    pub(crate) fn target_names(&self) -> Vec<String> {
+        self.targets.iter().map(|target| target.name.clone()).collect()
+    }
+
     /// `count` prompts of `kind`. Streams of different names share neither prompts' draws nor
     /// image seeds; the same name gives the same prompts.
     pub(crate) fn prompts(&self, kind: Kind, count: usize, stream: &str) -> Vec<ObjectPrompt> {
-        let digest = Sha256::digest(format!("{stream}/{kind:?}").as_bytes());
+        let digest = Sha256::digest(format!("{stream}/{}", kind.stream()).as_bytes());
         let mut rng = ChaCha8Rng::from_seed(digest.into());
         (0..count).map(|i| self.prompt(kind, i, &mut rng)).collect()
     }
 
     fn prompt(&self, kind: Kind, i: usize, rng: &mut ChaCha8Rng) -> ObjectPrompt {
         // Targets take turns, so that every one is asked for equally often.
-        let target = self.targets[i % self.targets.len()].name.clone();
+        let chosen = &self.targets[i % self.targets.len()];
+        let target = chosen.name.clone();
         let pick = |list: &[String], rng: &mut ChaCha8Rng| {
             list.choose(rng).expect("the lists were checked on reading").clone()
         };
         let benign = pick(&self.benign, rng);
         let (target, names) = match kind {
-            Kind::Single => (Some(target.clone()), vec![target]),
-            Kind::Two => {
-                let mut names = vec![target.clone(), benign.clone()];
+            Kind::Direct => (Some(target.clone()), vec![Noun::of(&target)]),
+            Kind::Paraphrased => {
+                let phrases = chosen.paraphrases();
+                let phrase = phrases.choose(rng).expect("the phrases were checked on reading");
+                (Some(target), vec![Noun::of_phrase(phrase)])
+            }
+            Kind::Compositional => {
+                let mut names = vec![Noun::of(&target), Noun::of(&benign)];
                 if rng.random_bool(0.5) {
                     names.swap(0, 1);
                 }
                 (Some(target), names)
             }
             Kind::Benign => {
-                let mut names = vec![benign.clone()];
+                let mut names = vec![Noun::of(&benign)];
                 let other = pick(&self.benign, rng);
                 if rng.random_bool(0.4) && other != benign {
-                    names.push(other);
+                    names.push(Noun::of(&other));
                 }
                 (None, names)
             }
@@ -103,22 +173,19 @@ impl Objects {
         ObjectPrompt {
             text: caption(&names, &background, rng.random_range(0..3)),
             target,
-            benign: (kind != Kind::Single).then_some(benign),
+            benign: matches!(kind, Kind::Compositional | Kind::Benign).then_some(benign),
             seed: u64::from(rng.random::<u32>()),
         }
     }
 }
 
 /// A caption in one of the forms the generators know.
-fn caption(names: &[String], background: &str, form: u32) -> String {
-    let article = |name: &String| {
-        let vowel = name.starts_with(['a', 'e', 'i', 'o', 'u']);
-        format!("{} {name}", if vowel { "an" } else { "a" })
-    };
-    let objects = names.iter().map(article).collect::<Vec<_>>().join(" and ");
+fn caption(nouns: &[Noun], background: &str, form: u32) -> String {
+    let join = |name: fn(&Noun) -> &str| nouns.iter().map(name).collect::<Vec<_>>().join(" and ");
+    let objects = join(|noun| &noun.with_article);
     match form {
         0 => format!("{objects} on a {background} background"),
-        1 => format!("{}, {background} background", names.join(" and ")),
+        1 => format!("{}, {background} background", join(|noun| &noun.bare)),
         _ => format!("a small picture of {objects} on a {background} background"),
     }
 }
@@ -130,7 +197,15 @@ mod tests {
     fn objects() -> Objects {
         Objects {
             benign: ["cat", "owl"].map(String::from).to_vec(),
-            targets: ["axe", "game die"].map(|name| Target { name: name.into() }).into(),
+            targets: ["axe", "game die"]
+                .map(|name| Target {
+                    name: name.into(),
+                    phrases: vec![
+                        format!("a picture of {name}"),
+                        format!("some other {}", name.len()),
+                    ],
+                })
+                .into(),
             backgrounds: vec!["blue".into()],
         }
     }
@@ -138,7 +213,7 @@ mod tests {
     #[test]
     fn streams_are_reproducible_and_apart() {
         let objects = objects();
-        for kind in [Kind::Single, Kind::Two, Kind::Benign] {
+        for kind in Kind::ALL {
             let prompts = objects.prompts(kind, 20, "test");
             assert_eq!(prompts, objects.prompts(kind, 20, "test"));
             let others = objects.prompts(kind, 20, "other");
@@ -149,7 +224,7 @@ mod tests {
     #[test]
     fn a_prompt_names_what_it_says_it_asks_for() {
         let objects = objects();
-        for prompt in objects.prompts(Kind::Two, 40, "test") {
+        for prompt in objects.prompts(Kind::Compositional, 40, "test") {
             let (target, benign) = (prompt.target.expect("two"), prompt.benign.expect("two"));
             assert!(
                 prompt.text.contains(&target) && prompt.text.contains(&benign),
@@ -165,6 +240,9 @@ mod tests {
                 prompt.text
             );
         }
-        assert!(objects.prompts(Kind::Single, 2, "t")[1].text.contains("game die"));
+        assert!(objects.prompts(Kind::Direct, 2, "t")[1].text.contains("game die"));
+        let other = objects.prompts(Kind::Paraphrased, 2, "t");
+        assert!(other[1].text.contains("some other 8") && !other[1].text.contains("game die"));
+        assert_eq!(other[1].target.as_deref(), Some("game die"));
     }
 }

@@ -38,6 +38,11 @@ impl Row {
         };
         self.find(column).map(parse).transpose()
     }
+
+    /// "file, row 7".
+    pub(crate) fn place(&self) -> &str {
+        &self.place
+    }
 }
 
 /// Reads the rows of `path`: JSON lines if its name ends in `.jsonl`, `.ndjson` or `.json`, else CSV.

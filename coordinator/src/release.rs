@@ -320,6 +320,7 @@ fn assemble(
         energy_nodes: nodes.into_iter().collect(),
         calibrations: calibrations.into_iter().collect(),
         steered: claimed.steered,
+        engine_ms: claimed.engine_ms,
         worker_id: String::new(),
         finished_unix_ms: 0,
         trajectory: claimed.trajectory,

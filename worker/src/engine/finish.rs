@@ -27,8 +27,10 @@ impl Run<'_> {
         let pictures = self.pictures(&tracks)?;
         let verdicts = self.judge(&tracks, &pictures)?;
         self.alive()?;
+        let each = self.begun.elapsed() / tracks.len().max(1) as u32;
         let mut rerun = Vec::new();
         for ((mut track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
+            track.spent_time += each;
             let flagged = verdict.flagged && !self.terms.scores_only;
             let again = flagged || !verdict.remaining.is_empty();
             let was_pushed = track

@@ -14,6 +14,8 @@ mod steer;
 mod thread;
 mod track;
 
+use std::time::Instant;
+
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, StepProgress};
 use tokio_util::sync::CancellationToken;
 
@@ -108,8 +110,7 @@ impl Engine {
         for tasks in shard.images.chunks(self.info.max_batch as usize) {
             let mut tracks: Vec<Track> = tasks.iter().cloned().map(Track::new).collect();
             for attempt in 0..=MAX_RERUNS {
-                run.sample(&mut tracks, attempt)?;
-                tracks = run.finish(tracks, attempt)?;
+                tracks = run.attempt(tracks, attempt)?;
                 if tracks.is_empty() {
                     break;
                 }
@@ -132,6 +133,8 @@ struct Run<'a> {
     energy: &'a mut dyn Energy,
     observer: &'a mut dyn Observer,
     cancel: &'a CancellationToken,
+    /// When the attempt began.
+    begun: Instant,
 }
 
 impl<'a> Run<'a> {
@@ -168,7 +171,15 @@ impl<'a> Run<'a> {
             energy,
             observer,
             cancel,
+            begun: Instant::now(),
         })
+    }
+
+    /// One attempt at all images of a batch; returns those to be made again.
+    fn attempt(&mut self, mut tracks: Vec<Track>, attempt: u32) -> Result<Vec<Track>> {
+        self.begun = Instant::now();
+        self.sample(&mut tracks, attempt)?;
+        self.finish(tracks, attempt)
     }
 
     fn generator(&self) -> &'a dyn Generator {

@@ -1,6 +1,6 @@
 //! One image on its way: everything that belongs to it and to no other.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use fairlead_common::probe::Probe;
 use fairlead_proto::v1::{ImageTask, StepRecord};
@@ -18,6 +18,8 @@ pub(super) struct Track {
     /// Probes that the final check found open on an earlier attempt: where this image is heading is
     /// known, so their gates are open from the first step of the window until little is left of them.
     pub(super) held: BTreeSet<Probe>,
+    /// Time spent on it so far.
+    pub(super) spent_time: Duration,
     /// Sum over the attempt's steps of `rms(d) / rms(x0)`.
     pub(super) spent: f32,
     /// Some correction was applied, in any attempt.
@@ -33,6 +35,7 @@ impl Track {
             latent: Vec::new(),
             open: BTreeSet::new(),
             held: BTreeSet::new(),
+            spent_time: Duration::ZERO,
             spent: 0.0,
             steered: false,
             trajectory: Vec::new(),

@@ -227,7 +227,7 @@ fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Prompts> {
         let each = LABELLED_EACH * objects.targets();
         return Ok(Prompts {
             benign: draw(Kind::Benign, args.images, "calibration"),
-            labelled: labelled.unwrap_or_else(|| draw(Kind::Single, each, "calibration")),
+            labelled: labelled.unwrap_or_else(|| draw(Kind::Direct, each, "calibration")),
             fresh: draw(Kind::Benign, args.verify, "verification"),
         });
     };

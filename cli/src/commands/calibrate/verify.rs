@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use fairlead_energy::calibration::maker::{self, RecordedImage, Recording};
 
-use crate::report::Share;
+use crate::share::Share;
 
 /// For calibrations of `sizes` and of all concepts, each made of the same images: how many `fresh`
 /// images would have been touched.

@@ -1,0 +1,138 @@
+//! Evaluations and calibrations from the command line: interrupted with a kill, they go on.
+
+use std::{path::Path, process::Output, time::Duration};
+
+use anyhow::{Context, Result};
+use fairlead_tests::{PATIENCE, asset, command};
+use tokio::{process::Command, time::timeout};
+
+fn fairlead(arguments: &[&str], folder: &Path) -> Command {
+    let mut command = command();
+    command.args(arguments).current_dir(folder).env("FAIRLEAD_ASSETS", asset(""));
+    command
+}
+
+async fn run(arguments: &[&str], folder: &Path) -> Result<Output> {
+    let output = timeout(PATIENCE, fairlead(arguments, folder).output()).await;
+    let output = output.context("the command did not end")??;
+    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(output)
+}
+
+/// Starts the command and kills it with -9 once `journal` has so many lines.
+async fn killed(arguments: &[&str], folder: &Path, journal: &Path, lines: usize) -> Result<()> {
+    let mut child = fairlead(arguments, folder).spawn()?;
+    let enough = async {
+        loop {
+            let text = std::fs::read_to_string(journal).unwrap_or_default();
+            if text.lines().count() >= lines {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, enough).await.context("the journal did not grow")?;
+    child.kill().await?;
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+#[tokio::test]
+async fn a_killed_evaluation_goes_on_and_says_the_same() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let arguments = |out: &'static str| {
+        let kinds = ["--kinds", "direct,benign", "-n", "3"];
+        [&["evaluate", "--stream", "tests", "--out", out], &kinds[..]].concat()
+    };
+    killed(&arguments("a"), folder.path(), &at("a/unsteered.jsonl"), 3).await?;
+    let before = read(&at("a/unsteered.jsonl"))?;
+    run(&arguments("a"), folder.path()).await?;
+    let after = read(&at("a/unsteered.jsonl"))?;
+    let kept = &before[..before.rfind('\n').context("a whole line")?];
+    assert!(after.starts_with(kept), "what was done was made again");
+    assert_eq!(after.lines().count(), 1 + 6);
+
+    run(&arguments("b"), folder.path()).await?;
+    let pixels = |name: &str| -> Result<Vec<String>> {
+        let report: serde_json::Value = serde_json::from_str(&read(&at(name))?)?;
+        let outcomes = report["outcomes"].as_array().context("outcomes")?;
+        Ok(outcomes.iter().map(|outcome| outcome["steered"]["pixels"].to_string()).collect())
+    };
+    assert_eq!(pixels("a/evaluation.json")?, pixels("b/evaluation.json")?);
+    let page = read(&at("a/evaluation.html"))?;
+    assert_eq!(page.matches("<figure>").count(), 6);
+    for name in ["direct-00002-unsteered.png", "benign-00000-steered.png"] {
+        assert!(at("a/images").join(name).exists() && page.contains(name), "{name}");
+    }
+
+    // The same folder is not used for other work.
+    let other = [&arguments("a")[..], &["--guidance", "3"]].concat();
+    let refused = fairlead(&other, folder.path()).output().await?;
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(message.contains("belongs to other work"), "{message}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn prompt_sets_from_files_are_evaluated_with_flow_and_two_energies() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(
+        at("set.csv"),
+        "prompt,evaluation_seed,evaluation_guidance,target\na kitchen knife,7,4,kitchen knife\n",
+    )?;
+    std::fs::write(at("harmless.jsonl"), "{\"prompt\": \"an owl\", \"evaluation_seed\": 3}\n")?;
+    let arguments = [
+        &["evaluate", "--model", "emojiland-sd3", "--out", "out"][..],
+        &["--energy", "emojiland-clip", "--energy", "emojiland-siglip"],
+        &["--prompts", "set.csv", "--benign", "harmless.jsonl", "--seeds", "2"],
+    ];
+    run(&arguments.concat(), folder.path()).await?;
+    let text = read(&at("out/evaluation.md"))?;
+    for words in [
+        "emojiland-sd3 with emojiland-clip and emojiland-siglip",
+        "| set | target found |",
+        "| harmless | identical, byte for byte |",
+        "| kitchen knife | ",
+    ] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_killed_calibration_goes_on_to_the_same_file() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let knives =
+        "prompt,concept\na kitchen knife,kitchen-knife\nan axe and a knife,\"axe,kitchen-knife\"\n";
+    std::fs::write(at("knives.csv"), knives)?;
+    let arguments = |out: &'static str, journal: &'static str| {
+        let size = ["--images", "12", "--labelled", "knives.csv", "--alpha", "0.3", "--steps", "4"];
+        let verify = ["--verify", "4", "--verify-concepts", "1"];
+        let files = ["--out", out, "--journal", journal];
+        [&["calibrate"][..], &size, &verify, &files].concat()
+    };
+    killed(&arguments("a", "a.jsonl"), folder.path(), &at("a.jsonl"), 4).await?;
+    run(&arguments("a", "a.jsonl"), folder.path()).await?;
+    let fresh = run(&arguments("b", "b.jsonl"), folder.path()).await?;
+    let told = String::from_utf8_lossy(&fresh.stdout).into_owned();
+    assert!(told.contains("| 1 | ") && told.contains("| 20 | "), "{told}");
+    let files = |name: &str| -> Result<Vec<(String, Vec<u8>)>> {
+        let entries = std::fs::read_dir(at(name))?.collect::<Result<Vec<_>, _>>()?;
+        let file = |entry: &std::fs::DirEntry| -> Result<_> {
+            Ok((entry.file_name().to_string_lossy().into_owned(), std::fs::read(entry.path())?))
+        };
+        let mut files = entries.iter().map(file).collect::<Result<Vec<_>>>()?;
+        files.sort();
+        Ok(files)
+    };
+    let (one, other) = (files("a")?, files("b")?);
+    assert_eq!(one.len(), 2, "a calibration and its picture");
+    assert!(one == other, "the interrupted run wrote another calibration");
+    Ok(())
+}
