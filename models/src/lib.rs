@@ -4,9 +4,10 @@
 //! | | |
 //! |---|---|
 //! | [`layers`] | convolution, linear, norms, attention, activations, upsampling, resizing: forward and input gradient |
-//! | [`ClipTextModel`], [`ClipModel`] | the text encoder of Stable Diffusion; both towers of a contrastive model |
+//! | [`ClipTextModel`], [`ClipModel`], [`SiglipModel`] | the text encoder of Stable Diffusion; both towers of a contrastive model |
 //! | [`AutoencoderKl`] | latents to pixels with a gradient, pixels to latents |
-//! | [`UNet2DConditionModel`] | the denoiser of Stable Diffusion 1 and 2 |
+//! | [`UNet2DConditionModel`], [`Sd3Transformer`] | the denoisers of Stable Diffusion 1 and 2, and 3 |
+//! | [`T5EncoderModel`] | the third text encoder of Stable Diffusion 3, candle-transformers' network |
 //! | [`Judge`] | a small classifier that measures and never steers |
 //! | [`ClipTokenizer`] | token for token transformers' `CLIPTokenizer`, long prompts in several windows |
 //! | [`PipelineFolder`], [`content_hash`] | a diffusers folder and what identifies a model |
@@ -57,6 +58,7 @@ mod mmdit;
 mod parts;
 mod resnet;
 mod siglip;
+mod t5;
 mod tape;
 mod time;
 mod tokenizer;
@@ -76,6 +78,7 @@ pub use judge::Judge;
 pub use kernels::keep_freed_memory;
 pub use mmdit::{Sd3Transformer, Sd3TransformerConfig, TextConditions};
 pub use siglip::{SiglipConfig, SiglipModel};
+pub use t5::T5EncoderModel;
 pub use tape::Tape;
 pub use tokenizer::{ClipTokenizer, EncodedPrompt, FileTokenizer};
 pub use tower::ImagePreprocess;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use fairlead_models::{
-    AutoencoderKl, ClipModel, ClipTextModel, ClipTokenizer, Judge, PipelineFolder, Result, Tape,
-    UNet2DConditionModel, content_hash, load_contrastive,
+    AutoencoderKl, ClipModel, ClipTextModel, ClipTokenizer, Judge, PipelineFolder, Result,
+    T5EncoderModel, Tape, UNet2DConditionModel, content_hash, load_contrastive,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -75,6 +75,10 @@ fn text(dir: &Path) -> Result<()> {
     ClipTextModel::load(dir, &Device::Cpu).map(drop)
 }
 
+fn t5(dir: &Path) -> Result<()> {
+    T5EncoderModel::load(dir, &Device::Cpu).map(drop)
+}
+
 fn judge(dir: &Path) -> Result<()> {
     Judge::load(dir, &Device::Cpu).map(drop)
 }
@@ -109,6 +113,32 @@ fn every_wrong_key_is_named_at_once() {
             "post_quant_conv.bias in diffusion_pytorch_model.safetensors holds NaN or infinity",
         ],
     );
+}
+
+/// The network is another crate's; its keys are held to account all the same.
+#[test]
+fn keys_of_a_t5_are_named_too() {
+    let table = "encoder.embed_tokens.weight";
+    let other_name = |weights: &mut Weights| {
+        let shared = weights.remove("shared.weight").unwrap();
+        weights.insert(table.into(), shared)
+    };
+    let folder = reweighted("t5", "model.safetensors", |weights| drop(other_name(weights)));
+    t5(folder.path()).unwrap();
+    let folder = reweighted("t5", "model.safetensors", |weights| {
+        weights.remove("shared.weight").unwrap();
+        weights.remove("encoder.block.1.layer.1.DenseReluDense.wi_1.weight").unwrap();
+        weights.insert("lm_head.weight".into(), zeros(&[64, 24], DType::F32));
+    });
+    assert_says(
+        t5(folder.path()),
+        &[
+            "2 missing: encoder.block.1.layer.1.DenseReluDense.wi_1.weight [40, 24], shared.weight [64, 24];",
+            "1 unexpected: lm_head.weight [64, 24] in model.safetensors;",
+        ],
+    );
+    let folder = configured("t5", "", "feed_forward_proj", json!("gated-silu"));
+    assert_says(t5(folder.path()), &["feed_forward_proj is \"gated-silu\"", "\"gated-gelu\""]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use candle_core::{Device, IndexOp, Tensor};
 use fairlead_models::layers::composed_of_candle_ops;
 use fairlead_models::{
     AutoencoderKl, ClipModel, ClipTextModel, ClipTextModelWithProjection, Error, Judge, Result,
-    Sd3Transformer, SiglipModel, Tape, TextConditions, UNet2DConditionModel,
+    Sd3Transformer, SiglipModel, T5EncoderModel, Tape, TextConditions, UNet2DConditionModel,
 };
 
 fn folder(name: &str) -> PathBuf {
@@ -269,6 +269,20 @@ fn projected_clip_text_matches_transformers() {
         };
         close("penultimate", &text.penultimate);
         close("embeds", &text.embeds);
+    }
+}
+
+/// Both windows are longer than the distances T5 tells apart.
+#[test]
+fn the_t5_encoder_agrees_with_transformers() {
+    for name in ["t5", "t5_relu"] {
+        let golden = Golden::of(name);
+        let model = T5EncoderModel::load(&folder(name), &Device::Cpu).unwrap();
+        assert_eq!(model.width(), 24);
+        let y = model.forward(&golden.ids()).unwrap();
+        assert_close(name, &y, golden.get("y"), 1e-5);
+        let error = model.forward(&[vec![5, 64]]).unwrap_err().to_string();
+        assert!(error.contains("token id 64; the vocabulary has 64"), "{error}");
     }
 }
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, SiglipConfig,
-    SiglipImageProcessor, SiglipModel)
+    SiglipImageProcessor, SiglipModel, T5Config, T5EncoderModel)
 
 OUT = Path(__file__).parent / "networks"
 torch.set_num_threads(1)
@@ -159,6 +159,16 @@ def unet(name, half=True, sides=(8, 6), **config):
     golden(folder, x=x, timesteps=timesteps, context=context, y=y, dy=dy, dx=gradient(y, dy, x))
 
 
+def t5(name, half, length, **config):
+    """Windows longer than the distances that have a bias of their own. T5's attention is not scaled: queries start small."""
+    model = randomise(T5EncoderModel(T5Config(vocab_size=64, d_model=24, d_ff=40, num_layers=2, **config)), 18)
+    for layer in model.encoder.block:
+        layer.layer[0].SelfAttention.q.weight.data /= model.config.d_kv ** 0.5
+    folder = save(model, name, half)
+    ids = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(19))
+    golden(folder, ids=ids, y=model(ids).last_hidden_state)
+
+
 def mmdit(name, half, sides, equal, **config):
     """The last `equal` text tokens are the same, as those of an absent third text encoder are."""
     model = randomise(SD3Transformer2DModel(joint_attention_dim=20, pooled_projection_dim=12, **config), 16)
@@ -234,6 +244,9 @@ if __name__ == "__main__":
          flip_sin_to_cos=False, freq_shift=1, upcast_attention=True,
          down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
          up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
+    t5("t5", half=True, length=256, d_kv=8, num_heads=4, feed_forward_proj="gated-gelu")
+    t5("t5_relu", half=False, length=40, d_kv=6, num_heads=3, feed_forward_proj="relu", layer_norm_epsilon=1e-4,
+       relative_attention_num_buckets=8, relative_attention_max_distance=20)
     mmdit("mmdit", half=False, sides=(6, 8), equal=1, sample_size=8, patch_size=2, in_channels=4, num_layers=3,
           attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, out_channels=4, pos_embed_max_size=5)
     mmdit("mmdit_dual", half=True, sides=(4, 3), equal=7, sample_size=4, patch_size=1, in_channels=5, num_layers=3,

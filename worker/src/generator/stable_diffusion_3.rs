@@ -2,8 +2,8 @@
 
 use candle_core::{D, DType, Device, Tensor};
 use fairlead_models::{
-    AutoencoderKl, ClipTextModelWithProjection, ClipTokenizer, EncodedPrompt, PipelineFolder,
-    Sd3Transformer, Tape, TextConditions,
+    AutoencoderKl, ClipTextModelWithProjection, ClipTokenizer, EncodedPrompt, FileTokenizer,
+    PipelineFolder, Sd3Transformer, T5EncoderModel, Tape, TextConditions,
 };
 
 use super::{
@@ -47,9 +47,36 @@ impl Clip {
     }
 }
 
+/// The third text encoder with its tokenizer.
+struct T5 {
+    tokenizer: FileTokenizer,
+    encoder: T5EncoderModel,
+}
+
+impl T5 {
+    /// `None` if the pipeline has none, as diffusers allows.
+    fn load(folder: &PipelineFolder, device: &Device) -> Result<Option<Self>> {
+        if folder.component_class("text_encoder_3").is_none() {
+            return Ok(None);
+        }
+        let tokenizer = FileTokenizer::load(&folder.component("tokenizer_3")?, LONG_WINDOW)?;
+        let encoder = T5EncoderModel::load(&folder.component("text_encoder_3")?, device)?;
+        Ok(Some(Self { tokenizer, encoder }))
+    }
+
+    /// States `[chunks, 256, width]`.
+    fn encode(&self, prompt: &str) -> Result<Tensor> {
+        let prompt = self.tokenizer.encode(prompt)?;
+        // Each chunk by itself, as with the CLIPs.
+        let chunks = prompt.chunks.chunks(1).map(|chunk| self.encoder.forward(chunk));
+        Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>, _>>()?, 0)?)
+    }
+}
+
 /// The transformer and its text encoders.
 struct Network {
     clips: [Clip; 2],
+    t5: Option<T5>,
     transformer: Sd3Transformer,
     device: Device,
 }
@@ -63,10 +90,13 @@ pub(super) fn load(
     let chosen = sampler::for_flow(&folder.component("scheduler")?)?;
     let clips = [Clip::load(folder, "", device)?, Clip::load(folder, "_2", device)?];
     let vae = AutoencoderKl::load(&folder.component("vae")?, device)?;
-    let transformer = Sd3Transformer::load(&folder.component("transformer")?, LONG_WINDOW, device)?;
+    let t5 = T5::load(folder, device)?;
+    // Without it, one token of zeros counts for the whole window.
+    let repeats = if t5.is_some() { 1 } else { LONG_WINDOW };
+    let transformer = Sd3Transformer::load(&folder.component("transformer")?, repeats, device)?;
     let config = transformer.config();
     check_latents(folder, &vae, "transformer", (config.in_channels, config.out_channels))?;
-    fitting(folder, &clips, &transformer)?;
+    fitting(folder, &clips, t5.as_ref(), &transformer)?;
     let kind = Kind {
         family: "stable-diffusion-3",
         latent_side: config.sample_size,
@@ -75,12 +105,17 @@ pub(super) fn load(
         prompt_tokens: clips[0].tokenizer.max_length(),
         defaults: (28, 7.0),
     };
-    let network = Network { clips, transformer, device: device.clone() };
+    let network = Network { clips, t5, transformer, device: device.clone() };
     assemble(folder, name, &kind, vae, chosen, Box::new(network), device)
 }
 
 /// Refuses text encoders whose states the transformer cannot take.
-fn fitting(folder: &PipelineFolder, clips: &[Clip; 2], transformer: &Sd3Transformer) -> Result<()> {
+fn fitting(
+    folder: &PipelineFolder,
+    clips: &[Clip; 2],
+    t5: Option<&T5>,
+    transformer: &Sd3Transformer,
+) -> Result<()> {
     let config = transformer.config();
     let [first, second] = clips.each_ref().map(|clip| clip.tokenizer.max_length());
     if first != second {
@@ -104,6 +139,15 @@ fn fitting(folder: &PipelineFolder, clips: &[Clip; 2], transformer: &Sd3Transfor
             ),
         ));
     }
+    if let Some(width) = t5.map(|t5| t5.encoder.width()).filter(|width| *width != attended) {
+        return Err(refusal(
+            folder,
+            format!(
+                "text_encoder_3's states are {width} wide, the transformer attends to {attended}; \
+                 take both from the same model"
+            ),
+        ));
+    }
     let embeds = clips.each_ref().map(|clip| clip.encoder.projection_dim());
     if embeds.iter().sum::<usize>() != config.pooled_projection_dim {
         return Err(refusal(
@@ -119,8 +163,9 @@ fn fitting(folder: &PipelineFolder, clips: &[Clip; 2], transformer: &Sd3Transfor
 }
 
 impl Denoiser for Network {
-    /// The states of both CLIPs side by side in each token, filled up with zeros, and one token for the
-    /// third encoder; the projections side by side. A prompt of several chunks is pooled by its first.
+    /// The states of both CLIPs side by side in each token, filled up with zeros, then T5's states or
+    /// one token of zeros in their place; the projections side by side. A prompt of several chunks is
+    /// pooled by its first.
     fn encode(&self, prompt: &str) -> Result<EncodedText> {
         let prompts =
             [self.clips[0].tokenizer.encode(prompt)?, self.clips[1].tokenizer.encode(prompt)?];
@@ -136,7 +181,10 @@ impl Denoiser for Network {
                 Ok(both.pad_with_zeros(D::Minus1, 0, width - both.dim(D::Minus1)?)?)
             })
             .collect::<Result<Vec<_>>>()?;
-        let third = Tensor::zeros((1, 1, width), DType::F32, &self.device)?;
+        let third = match &self.t5 {
+            Some(t5) => t5.encode(prompt)?,
+            None => Tensor::zeros((1, 1, width), DType::F32, &self.device)?,
+        };
         Ok(EncodedText {
             parts: vec![Tensor::cat(&states, 0)?, third],
             pooled: Some(Tensor::cat(&[first_pooled, second_pooled], D::Minus1)?),

@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -197,6 +206,30 @@ def tiny_3(folder):
     pipeline.save_pretrained(folder)
 
 
+def tiny_3_long(folder, without):
+    """What `without` lacks: a third text encoder and its tokenizer. The other components are to be linked."""
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(13)
+    words = ["\u2581" + word for word in ("a", "cat", "dog", "on", "blue", "background")]
+    pieces = ["\u2581"] + list("abcdefghijklmnopqrstuvwxyz")
+    vocabulary = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
+    vocabulary += [(word, -3.0 - 0.01 * i) for i, word in enumerate(words)]
+    vocabulary += [(piece, -6.0 - 0.01 * i) for i, piece in enumerate(pieces)]
+    T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder / "tokenizer_3")
+    encoder = T5EncoderModel(T5Config(
+        vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    ))
+    with torch.no_grad():
+        encoder.encoder.final_layer_norm.weight.mul_(4.0)
+    encoder.half().save_pretrained(folder / "text_encoder_3")
+    index = json.loads((without / "model_index.json").read_text())
+    index |= {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5Tokenizer"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for part in folder.rglob("*"):
+        part.chmod(0o755 if part.is_dir() else 0o644)
+
+
 def load(folder):
     """The pipeline that the folder's model_index.json names; diffusers wants to be told what is absent."""
     index = json.loads((folder / "model_index.json").read_text())
@@ -275,6 +308,12 @@ def main():
     folder = HERE / "tiny-sd3"
     tiny_3(folder)
     image_of(load(folder), "tiny-sd3")
+    long = HERE / "tiny-sd3-t5"
+    tiny_3_long(long, folder)
+    with tempfile.TemporaryDirectory() as whole:
+        shutil.copytree(folder, whole, dirs_exist_ok=True)
+        shutil.copytree(long, whole, dirs_exist_ok=True)
+        image_of(load(Path(whole)), "tiny-sd3-t5")
 
 
 main()

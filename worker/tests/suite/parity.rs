@@ -130,6 +130,13 @@ fn assert_parity(folder: &Path, golden: &Image) {
     assert!(worst <= 2, "{}: a pixel differs by {worst}/255", folder.display());
 }
 
+/// Links parts of a pipeline folder of the goldens into another folder.
+fn link(name: &str, parts: &[&str], into: &Path) {
+    for part in parts {
+        std::os::unix::fs::symlink(golden(name).join(part), into.join(part)).expect("it is linked");
+    }
+}
+
 #[test]
 fn an_image_agrees_with_the_stable_diffusion_pipeline() {
     assert_parity(&golden("tiny-sd"), &read("tiny-sd-epsilon.json"));
@@ -139,10 +146,7 @@ fn an_image_agrees_with_the_stable_diffusion_pipeline() {
 fn an_image_agrees_in_v_prediction_with_zero_snr() {
     let image: Image = read("tiny-sd-v.json");
     let dir = tempfile::tempdir().expect("a folder");
-    for part in ["model_index.json", "unet", "vae", "text_encoder", "tokenizer"] {
-        std::os::unix::fs::symlink(golden("tiny-sd").join(part), dir.path().join(part))
-            .expect("it is linked");
-    }
+    link("tiny-sd", &["model_index.json", "unet", "vae", "text_encoder", "tokenizer"], dir.path());
     let mut scheduler = image.scheduler.clone().expect("this golden changes the scheduler");
     scheduler.insert("_class_name".into(), "DDIMScheduler".into());
     std::fs::create_dir(dir.path().join("scheduler")).expect("a folder");
@@ -154,6 +158,16 @@ fn an_image_agrees_in_v_prediction_with_zero_snr() {
 #[test]
 fn an_image_agrees_with_the_stable_diffusion_3_pipeline() {
     assert_parity(&golden("tiny-sd3"), &read("tiny-sd3.json"));
+}
+
+#[test]
+fn an_image_agrees_with_a_third_text_encoder() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let shared = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"];
+    link("tiny-sd3", &shared, dir.path());
+    link("tiny-sd3", &["transformer", "vae"], dir.path());
+    link("tiny-sd3-t5", &["model_index.json", "text_encoder_3", "tokenizer_3"], dir.path());
+    assert_parity(dir.path(), &read("tiny-sd3-t5.json"));
 }
 
 #[test]
