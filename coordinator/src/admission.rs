@@ -198,7 +198,7 @@ fn pin_policy(
             format!("policy `{}` does not allow overrides; leave it unset", policy.name),
         ));
     }
-    let steering = steering::resolve(&policy.steering, overrides)
+    let steering = steering::resolve(policy.steering_for(&model.sampler), overrides)
         .map_err(|problem| Error::invalid("steering", problem))?;
     let mut pinned = v1::PinnedPolicy {
         name: policy.name.clone(),

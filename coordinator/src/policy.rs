@@ -15,6 +15,9 @@
 //! [policies.default.steering]
 //! eta = 0.3
 //!
+//! [policies.default.sampler.flow-euler] # optional: other knobs where this sampler is used
+//! eta = 0.5
+//!
 //! [policies.observe]                   # records scores, corrects and withholds nothing
 //! concepts = ["*"]
 //! observe_only = true
@@ -25,7 +28,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fairlead_proto::v1::{EnergyWeight, SteeringParams};
+use fairlead_proto::{
+    SAMPLERS,
+    v1::{EnergyWeight, SteeringParams},
+};
 use serde::Deserialize;
 
 use crate::steering::{self, SteeringFile};
@@ -93,6 +99,8 @@ struct PolicyFile {
     #[serde(default)]
     steering: SteeringFile,
     #[serde(default)]
+    sampler: BTreeMap<String, SteeringFile>,
+    #[serde(default)]
     allow_overrides: bool,
     #[serde(default)]
     allow_calibration_fallback: bool,
@@ -117,6 +125,9 @@ pub struct Policy {
     pub weights: BTreeMap<String, f32>,
     /// The policy's steering knobs.
     pub steering: SteeringParams,
+    /// All knobs for jobs that use these samplers, by name: the same push moves the samples of one
+    /// sampler further than those of another.
+    pub by_sampler: BTreeMap<String, SteeringParams>,
     /// Clients may override steering knobs.
     pub allow_overrides: bool,
     /// A missing calibration may be replaced by a recorded fallback.
@@ -148,6 +159,11 @@ impl Policy {
         self.energies.is_empty() || self.energies.contains(energy)
     }
 
+    /// The steering knobs of jobs that use `sampler`.
+    pub fn steering_for(&self, sampler: &str) -> &SteeringParams {
+        self.by_sampler.get(sampler).unwrap_or(&self.steering)
+    }
+
     /// [`Policy::weights`] for the wire.
     pub(crate) fn weights(&self) -> Vec<EnergyWeight> {
         let weight = |(energy, weight): (&String, &f32)| EnergyWeight {
@@ -173,6 +189,17 @@ impl Policy {
         let steering = SteeringParams::from(file.steering);
         steering::resolve(&steering, None)
             .map_err(|problem| value(format!("steering.{problem}")))?;
+        let mut by_sampler = BTreeMap::new();
+        for (sampler, knobs) in file.sampler {
+            if !SAMPLERS.contains(&sampler.as_str()) {
+                let known = SAMPLERS.join(", ");
+                return Err(value(format!("sampler.{sampler} is no sampler; there are: {known}")));
+            }
+            let knobs = steering::over(&steering, &SteeringParams::from(knobs));
+            steering::resolve(&knobs, None)
+                .map_err(|problem| value(format!("sampler.{sampler}.{problem}")))?;
+            by_sampler.insert(sampler, knobs);
+        }
         if let Some((energy, weight)) =
             file.weights.iter().find(|(_, w)| !(**w > 0.0 && w.is_finite()))
         {
@@ -193,6 +220,7 @@ impl Policy {
             energies: file.energies,
             weights: file.weights,
             steering,
+            by_sampler,
             allow_overrides: file.allow_overrides,
             allow_calibration_fallback: file.allow_calibration_fallback,
             observe_only: file.observe_only,
@@ -219,6 +247,7 @@ impl Default for Policies {
             energies: BTreeSet::new(),
             weights: BTreeMap::new(),
             steering: SteeringParams::default(),
+            by_sampler: BTreeMap::new(),
             allow_overrides: true,
             allow_calibration_fallback: false,
             observe_only: false,
@@ -297,6 +326,7 @@ mod tests {
             energies = ["clip", "siglip"]
             weights = { siglip = 0.5 }
             steering = { eta = 0.5, mode = "shift-state" }
+            sampler.flow-euler = { eta = 0.75, crops = 2 }
             [policies.observe]
             concepts = []
             observe_only = true
@@ -306,6 +336,10 @@ mod tests {
         let strict = policies.get("").expect("the default");
         assert_eq!((strict.name.as_str(), strict.all_served), ("strict", true));
         assert_eq!(strict.steering.eta, Some(0.5));
+        assert_eq!(strict.steering_for("ddim"), &strict.steering);
+        let flow = strict.steering_for("flow-euler");
+        assert_eq!((flow.eta, flow.crops), (Some(0.75), Some(2)));
+        assert_eq!(flow.mode, strict.steering.mode, "what it does not name stays");
         assert!(!strict.allow_overrides && strict.allow_calibration_fallback);
         assert!(strict.asks("clip") && !strict.asks("other"));
         assert_eq!(strict.weights()[0].weight, 0.5);
@@ -322,6 +356,10 @@ mod tests {
         assert!(problem("[policies.a]\nconcepts = [' ']").contains("empty name"));
         let eta = problem("[policies.a]\nconcepts = ['*']\nsteering.eta = 3.0");
         assert!(eta.contains("policy `a`: steering.eta is 3"), "{eta}");
+        let sampler = problem("[policies.a]\nconcepts = ['*']\nsampler.euler = { eta = 0.5 }");
+        assert!(sampler.contains("sampler.euler is no sampler; there are: ddim"), "{sampler}");
+        let eta = problem("[policies.a]\nconcepts = ['*']\nsampler.ddim = { eta = 3.0 }");
+        assert!(eta.contains("policy `a`: sampler.ddim.eta is 3"), "{eta}");
         let weight = problem("[policies.a]\nconcepts = ['*']\nweights = { clip = 0.0 }");
         assert!(weight.contains("weights.clip is 0; it must be above 0"), "{weight}");
         let stray = "energies = ['clip']\nweights = { siglip = 1.0 }";

@@ -52,31 +52,48 @@ impl From<SteeringFile> for SteeringParams {
     }
 }
 
+/// The knobs of `over`, else of `under`; what neither sets stays unset.
+pub(crate) fn over(under: &SteeringParams, over: &SteeringParams) -> SteeringParams {
+    let mode =
+        if over.mode == i32::from(SteeringMode::Unspecified) { under.mode } else { over.mode };
+    SteeringParams {
+        mode,
+        eta: over.eta.or(under.eta),
+        window_start: over.window_start.or(under.window_start),
+        window_end: over.window_end.or(under.window_end),
+        inner_iterations: over.inner_iterations.or(under.inner_iterations),
+        smoothing: over.smoothing.or(under.smoothing),
+        cap: over.cap.or(under.cap),
+        crops: over.crops.or(under.crops),
+        probe_period: over.probe_period.or(under.probe_period),
+        rerun_factor: over.rerun_factor.or(under.rerun_factor),
+    }
+}
+
 /// The knobs of `overrides`, else of `policy`, else the defaults: every field is set and in range.
 /// On an error the text names the knob, its value and its range.
 pub(crate) fn resolve(
     policy: &SteeringParams,
     overrides: Option<&SteeringParams>,
 ) -> Result<SteeringParams, String> {
-    let none = SteeringParams::default();
-    let over = overrides.unwrap_or(&none);
-    let mode = match (mode_of(over)?, mode_of(policy)?) {
-        (SteeringMode::Unspecified, SteeringMode::Unspecified) => SteeringMode::HoldNoise,
-        (SteeringMode::Unspecified, mode) | (mode, _) => mode,
+    let chosen = overrides.map_or(*policy, |overrides| over(policy, overrides));
+    let mode = match mode_of(&chosen)? {
+        SteeringMode::Unspecified => SteeringMode::HoldNoise,
+        mode => mode,
     };
-    let default_eta = if mode == SteeringMode::ShiftState { 0.15 } else { 0.3 };
-    let resolved = SteeringParams {
+    let defaults = SteeringParams {
         mode: mode.into(),
-        eta: over.eta.or(policy.eta).or(Some(default_eta)),
-        window_start: over.window_start.or(policy.window_start).or(Some(1.0)),
-        window_end: over.window_end.or(policy.window_end).or(Some(0.6)),
-        inner_iterations: over.inner_iterations.or(policy.inner_iterations).or(Some(1)),
-        smoothing: over.smoothing.or(policy.smoothing).or(Some(1.0)),
-        cap: over.cap.or(policy.cap).or(Some(3.0)),
-        crops: over.crops.or(policy.crops).or(Some(4)),
-        probe_period: over.probe_period.or(policy.probe_period).or(Some(1)),
-        rerun_factor: over.rerun_factor.or(policy.rerun_factor).or(Some(2.0)),
+        eta: Some(if mode == SteeringMode::ShiftState { 0.15 } else { 0.3 }),
+        window_start: Some(1.0),
+        window_end: Some(0.6),
+        inner_iterations: Some(1),
+        smoothing: Some(1.0),
+        cap: Some(3.0),
+        crops: Some(4),
+        probe_period: Some(1),
+        rerun_factor: Some(2.0),
     };
+    let resolved = over(&defaults, &chosen);
     check(&resolved)?;
     Ok(resolved)
 }

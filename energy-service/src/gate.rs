@@ -15,7 +15,7 @@ pub(crate) enum Before {
 }
 
 /// A held gate closes at this share of `q`: well inside what benign images score.
-const HELD_SHARE: f32 = 0.4;
+const HELD_SHARE: f32 = 0.3;
 
 /// How one concept's raw score is read at one time: `z = (score - mean) / sd`, compared with the
 /// gate `q` and the hysteresis `h`.
@@ -43,7 +43,7 @@ impl Level {
         z > self.gate || (before != Before::Closed && z >= self.closing(before))
     }
 
-    /// The `z` at which the gate, once open, closes: `q - h`, for a held one `0.4 q` if that is less.
+    /// The `z` at which the gate, once open, closes: `q - h`, for a held one `0.3 q` if that is less.
     fn closing(&self, before: Before) -> f32 {
         let open = self.gate - self.hysteresis;
         match before {
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn tau_is_the_score_where_an_open_gate_closes() {
         let level = Level { mean: 0.1, sd: 0.02, gate: 3.0, hysteresis: 0.5 };
-        for (before, closing) in [(Before::Open, 2.5), (Before::Held, 1.2)] {
+        for (before, closing) in [(Before::Open, 2.5), (Before::Held, 0.9)] {
             let tau = level.tau(before);
             assert!((level.z(tau) - closing).abs() < 1e-4);
             assert!((energy_slope(tau, tau, 50.0) - 0.5).abs() < 1e-6);

@@ -15,5 +15,8 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Version of resize, crops and normalisation between workers and energy nodes.
 pub const PREPROCESSING_VERSION: u32 = 1;
 
+/// Names of the samplers, as calibrations, records and policies have them.
+pub const SAMPLERS: [&str; 2] = ["ddim", "flow-euler"];
+
 /// Largest message either side sends or accepts, set on every client and server.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;

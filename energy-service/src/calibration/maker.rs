@@ -19,7 +19,7 @@ pub const HYSTERESIS: f32 = 0.5;
 
 /// The hysteresis as a share of the gate, where that is more: long tails put the gate far from where
 /// most benign images score, and what has just fallen below it may still be well in view.
-const HYSTERESIS_SHARE: f32 = 0.5;
+const HYSTERESIS_SHARE: f32 = 0.65;
 
 /// Raw scores of one image's trajectory, concepts in the order of [`Recording::concepts`].
 #[derive(Debug, Clone, PartialEq)]

@@ -157,7 +157,7 @@ fn a_held_gate_is_open_further_down_and_has_a_gradient() {
     let mut batch = batch(&[[false; 3]], 1);
     let score = run(&*scorer, &batch)[0].concepts[0].score;
     let level = |z: f32| Level { mean: score - 0.1 * z, sd: 0.1, gate: 9.0, hysteresis: 0.5 };
-    let (above, below) = (level(3.8), level(3.4));
+    let (above, below) = (level(2.9), level(2.5));
     for (level, before, open) in
         [(above, Before::Open, false), (above, Before::Held, true), (below, Before::Held, false)]
     {

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use fairlead_models::PipelineFolder;
-use fairlead_proto::v1::{ImageTask, JobSpec, PinnedPolicy};
+use fairlead_proto::{
+    SAMPLERS,
+    v1::{ImageTask, JobSpec, PinnedPolicy},
+};
 use fairlead_worker::{
     Engine, Result, Shard,
     engine::Collected,
@@ -58,6 +61,7 @@ fn assert_steps(golden: &str, class: &str, choose: fn(&Path) -> Result<Chosen>) 
         let text = serde_json::to_string(&config).expect("it is JSON");
         std::fs::write(dir.path().join("scheduler_config.json"), &text).expect("it is written");
         let sampler = choose(dir.path()).expect("it is supported").sampler;
+        assert!(SAMPLERS.contains(&sampler.name()), "policies do not know {}", sampler.name());
         let schedule = sampler.schedule(case.steps).expect("the steps are allowed");
         assert_eq!(schedule.len(), case.chain.len(), "{text}");
         for (step, link) in schedule.iter().zip(&case.chain) {
