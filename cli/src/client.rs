@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use fairlead_common::grpc;
+use fairlead_common::{grpc, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
@@ -15,7 +15,8 @@ use fairlead_proto::{
     },
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, transport::Channel};
+use tonic::{Code, Request, transport::Channel};
+use tracing::Span;
 
 /// A watch that breaks is resumed this many times in a row before it is an error.
 const WATCH_RETRIES: u32 = 10;
@@ -69,6 +70,8 @@ impl Client {
 
     pub(crate) async fn submit(&self, spec: JobSpec) -> Result<Job> {
         let request = SubmitJobRequest { spec: Some(spec), idempotency_key: String::new() };
+        let mut request = Request::new(request);
+        trace::send(&Span::current(), "", request.metadata_mut());
         let reply = self.generation.clone().submit_job(request).await;
         reply.with_context(|| self.trouble())?.into_inner().job.context("an answer without a job")
     }

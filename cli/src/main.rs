@@ -17,6 +17,7 @@ mod table;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use commands::services::ServiceArgs;
 use fairlead_common::telemetry::{self, LogFormat};
 
 // The engine allocates and frees activations of many megabytes at every step; with the system
@@ -37,6 +38,9 @@ struct Cli {
     /// How log lines look: human or json.
     #[arg(long, global = true, env = "FAIRLEAD_LOG_FORMAT", default_value = "human")]
     log_format: LogFormat,
+    /// Send traces to this OTLP receiver's gRPC endpoint, e.g. http://127.0.0.1:4317.
+    #[arg(long, global = true, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -48,11 +52,11 @@ enum Command {
     /// Turn prompts into steered images.
     Generate(commands::generate::GenerateArgs),
     /// Run the coordinator: admission, shards, leases, release.
-    Coordinator(fairlead_coordinator::CoordinatorArgs),
+    Coordinator(ServiceArgs<fairlead_coordinator::CoordinatorArgs>),
     /// Run a generator worker attached to a coordinator.
-    Worker(fairlead_worker::WorkerArgs),
+    Worker(ServiceArgs<fairlead_worker::WorkerArgs>),
     /// Run an energy node: a frozen model that scores concepts and answers with gradients.
-    Energy(fairlead_energy::EnergyArgs),
+    Energy(ServiceArgs<fairlead_energy::EnergyArgs>),
     /// List the concepts a cluster steers away from and who serves them.
     Concepts(commands::concepts::ConceptsArgs),
     /// Measure a generator's benign images and set the gate from them.
@@ -73,20 +77,41 @@ impl Command {
             _ => "error",
         }
     }
+
+    /// What the process is called in traces.
+    fn service(&self) -> &'static str {
+        match self {
+            Self::Coordinator(_) => "fairlead-coordinator",
+            Self::Worker(_) => "fairlead-worker",
+            Self::Energy(_) => "fairlead-energy",
+            _ => "fairlead",
+        }
+    }
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     fairlead_models::keep_freed_memory();
     let cli = Cli::parse();
-    telemetry::init(cli.log_format, cli.command.default_filter());
-    match run(cli.command).await {
-        Ok(code) => code,
+    let options = telemetry::Options {
+        format: cli.log_format,
+        filter: cli.command.default_filter(),
+        service: cli.command.service(),
+        otlp: cli.otlp.as_deref(),
+    };
+    let telemetry = match telemetry::init(options) {
+        Ok(telemetry) => telemetry,
         Err(error) => {
-            eprintln!("error: {}", output::chain(&error));
-            ExitCode::FAILURE
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
         }
-    }
+    };
+    let code = run(cli.command).await.unwrap_or_else(|error| {
+        eprintln!("error: {}", output::chain(&error));
+        ExitCode::FAILURE
+    });
+    telemetry.stop().await;
+    code
 }
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {

@@ -3,8 +3,10 @@
 pub mod backoff;
 pub mod grpc;
 pub mod ids;
+pub mod metrics;
 pub mod probe;
 pub mod record;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tensor;
+pub mod trace;

@@ -341,6 +341,7 @@ fn build(
         },
         model: v1::ModelInfo { workers: 0, ..model.clone() },
         last_sequence: 0,
+        traceparent: String::new(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 
+use fairlead_common::trace;
 use fairlead_proto::v1::{
     self, catalog_service_server::CatalogService, generation_service_server::GenerationService,
     registry_service_server::RegistryService, worker_service_server::WorkerService,
@@ -9,6 +10,7 @@ use fairlead_proto::v1::{
 use futures::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 use crate::{clock::millis, error::Error, service::Coordinator};
 
@@ -37,7 +39,11 @@ impl GenerationService for Grpc {
         &self,
         request: Request<v1::SubmitJobRequest>,
     ) -> Answer<v1::SubmitJobResponse> {
-        let job = self.coordinator.submit(request.into_inner()).await?;
+        let incoming = trace::incoming(request.metadata()).to_owned();
+        let span = tracing::info_span!("submit_job", otel.kind = "server");
+        trace::follow(&span, &incoming);
+        let admitted = self.coordinator.submit(request.into_inner(), &incoming);
+        let job = admitted.instrument(span).await?;
         Ok(Response::new(v1::SubmitJobResponse { job: Some(job) }))
     }
 

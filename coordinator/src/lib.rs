@@ -13,6 +13,7 @@ mod events;
 mod grpc;
 mod hub;
 mod lease;
+mod metrics;
 mod outputs;
 mod placement;
 mod policy;

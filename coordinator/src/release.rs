@@ -5,13 +5,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use fairlead_common::{
     probe::{Probe, names_asked},
-    record,
+    record, trace,
 };
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
@@ -21,10 +21,12 @@ use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tonic::{Code, transport::Channel};
+use tracing::Instrument;
 
 use crate::{
     admission,
     clock::unix_ms,
+    metrics,
     outputs::{Outputs, sha256_hex},
     registry::Registry,
     routing::{self, LiveNode, Unserved},
@@ -110,7 +112,11 @@ impl Gate {
         let claimed = outcome.record.unwrap_or_default();
         let proposed = v1::ImageStatus::try_from(outcome.status).unwrap_or_default();
         let judgement = match proposed {
-            ImageStatus::Released => Some(self.check(&job, &image, &png, &claimed).await?),
+            ImageStatus::Released => {
+                let span = tracing::info_span!("release", job = job.job.job_id, image = index);
+                trace::follow(&span, &job.traceparent);
+                Some(self.check(&job, &image, &png, &claimed).instrument(span).await?)
+            }
             _ => None,
         };
         let released = judgement.as_ref().is_some_and(|judgement| !judgement.flagged);
@@ -183,7 +189,7 @@ impl Gate {
                     scores_only: policy.observe_only,
                     open_concepts: names_asked(&endpoint.concepts, &steered_away),
                 };
-                self.ask(endpoint, request, &policy, &sha256)
+                self.ask(endpoint, request, &policy, &sha256, &job.traceparent)
             });
             for (endpoint, answer) in endpoints.iter().zip(join_all(asks).await) {
                 let node = endpoint.node.clone().unwrap_or_default();
@@ -216,6 +222,7 @@ impl Gate {
         request: v1::CheckRequest,
         policy: &v1::PinnedPolicy,
         image_sha256: &str,
+        traceparent: &str,
     ) -> Result<v1::CheckResponse, String> {
         let address = endpoint.node.as_ref().map(|node| node.address.as_str()).unwrap_or_default();
         let channel = self.channel(address)?;
@@ -225,7 +232,13 @@ impl Gate {
         // The deadline travels along, so that the node does not work on what nobody waits for.
         let mut request = tonic::Request::new(request);
         request.set_timeout(self.timeout);
-        let answer = client.check(request).await.map_err(|status| match status.code() {
+        let node = endpoint.node.as_ref().map(|node| node.node_id.as_str()).unwrap_or_default();
+        let span = tracing::info_span!("check", otel.kind = "client", node);
+        trace::send(&span, traceparent, request.metadata_mut());
+        let asked = Instant::now();
+        let answer = client.check(request).instrument(span).await;
+        metrics::check(asked.elapsed(), answer.is_ok());
+        let answer = answer.map_err(|status| match status.code() {
             Code::Cancelled | Code::DeadlineExceeded => {
                 format!("no answer within {:?}", self.timeout)
             }

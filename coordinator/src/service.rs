@@ -2,13 +2,14 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use fairlead_common::ids::JobId;
+use fairlead_common::{ids::JobId, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
 use prost::Message;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use tracing::Span;
 
 use crate::{
     admission::{self, Cluster, Identity},
@@ -18,6 +19,7 @@ use crate::{
     events::Events,
     hub::{Hub, HubOptions},
     lease::Phase,
+    metrics,
     outputs::{Outputs, sha256_hex},
     policy::Policies,
     registry::Registry,
@@ -84,8 +86,12 @@ impl Coordinator {
         &self.hub
     }
 
-    /// Admits and stores a job.
-    pub(crate) async fn submit(&self, request: v1::SubmitJobRequest) -> Result<v1::Job> {
+    /// Admits and stores a job. `incoming` is the client's traceparent.
+    pub(crate) async fn submit(
+        &self,
+        request: v1::SubmitJobRequest,
+        incoming: &str,
+    ) -> Result<v1::Job> {
         if self.stopping.is_cancelled() {
             return Err(Error::Stopping);
         }
@@ -108,12 +114,14 @@ impl Coordinator {
         let (nodes, seen) = (self.registry.live(), self.registry.seen());
         let cluster =
             Cluster { models: &models, seen_models: &seen_models, nodes: &nodes, seen: &seen };
-        let record = admission::admit(&spec, &self.policies, &cluster, identity)?;
+        let mut record = admission::admit(&spec, &self.policies, &cluster, identity)?;
+        record.traceparent = trace::traceparent_or(&Span::current(), incoming);
         let max_queued = self.options.max_queued;
         let key = (!key.is_empty()).then_some((key, body));
         let new = NewJob { record, key: key.clone(), max_queued };
         match self.store.create(new, now).await? {
             Created::New(record) => {
+                metrics::admitted();
                 tracing::info!(
                     job = record.job.job_id,
                     model = record.model.name,

@@ -24,6 +24,10 @@ pub(crate) struct JobRecord {
     /// Sequence number of the newest durable event; the first is 1.
     #[prost(uint64, tag = "4")]
     pub(crate) last_sequence: u64,
+    /// W3C traceparent of its admission; empty if nothing traces it. Kept, so that a job which
+    /// outlives a process stays one trace.
+    #[prost(string, tag = "5")]
+    pub(crate) traceparent: String,
 }
 
 /// Consecutive images of a job that one worker makes at once.

@@ -7,6 +7,7 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     thread,
+    time::Instant,
 };
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -16,6 +17,7 @@ use crate::{
     concepts::ConceptSet,
     error::{Error, RequestError},
     evaluate::{Batch, Evaluation, evaluate},
+    metrics,
     scorer::{Scorer, ScorerDescription, ScorerLoader},
 };
 
@@ -31,6 +33,7 @@ struct Work {
     batch: Batch,
     reply: oneshot::Sender<Result<Vec<Evaluation>, RequestError>>,
     span: Span,
+    since: Instant,
 }
 
 /// Hands work to the engine; cheap to clone. The thread ends with the last handle.
@@ -47,7 +50,7 @@ impl EngineHandle {
             return Err(RequestError::Stopped(reason.clone()));
         }
         let (reply, answer) = oneshot::channel();
-        let work = Work { batch, reply, span: Span::current() };
+        let work = Work { batch, reply, span: Span::current(), since: Instant::now() };
         self.work.try_send(work).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 RequestError::QueueFull { queue: self.work.max_capacity() }
@@ -136,11 +139,16 @@ fn run(
 
 /// Answers one request; the error is the message of a panic.
 fn compute(scorer: &dyn Scorer, work: Work) -> Result<(), String> {
-    let Work { batch, reply, span } = work;
+    let Work { batch, reply, span, since } = work;
     let _entered = span.enter();
+    metrics::waited(since.elapsed());
+    let begun = Instant::now();
     let run = || evaluate(scorer, &batch, || reply.is_closed());
     let (answer, outcome) = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(Ok(Some(evaluations))) => (Ok(evaluations), Ok(())),
+        Ok(Ok(Some(evaluations))) => {
+            metrics::computed(begun.elapsed(), evaluations.len());
+            (Ok(evaluations), Ok(()))
+        }
         Ok(Ok(None)) => {
             tracing::debug!("the caller is gone, the evaluation was dropped");
             return Ok(());

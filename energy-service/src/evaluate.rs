@@ -10,6 +10,7 @@ use crate::{
     crops::{self, Window},
     error::RequestError,
     gate::{self, Before, Level},
+    metrics,
     scorer::{Pass, Scorer, ScorerDescription, ScorerError},
 };
 
@@ -188,6 +189,7 @@ fn verdict(scores: &[f32], gates: &[Gate], concepts: &[AskedConcept], steepness:
             verdict.energy += weight * gate::energy(score, tau, steepness);
             verdict.slopes[k] = weight * gate::energy_slope(score, tau, steepness);
             verdict.amplitude = verdict.amplitude.max(level.amplitude(z, *before));
+            metrics::opened(&concepts[k].name);
         }
         verdict.concepts.push(Scored { score, z, gate: level.gate, open });
     }

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use fairlead_common::trace;
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
@@ -10,10 +11,11 @@ use fairlead_proto::{
         energy_service_server::{EnergyService, EnergyServiceServer},
     },
 };
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tracing::Instrument;
 
-use crate::{error::RequestError, service::Node};
+use crate::{error::RequestError, metrics, service::Node};
 
 /// The node, once its model is loaded.
 pub(crate) type NodeCell = Arc<OnceLock<Arc<Node>>>;
@@ -52,28 +54,36 @@ impl EnergyService for EnergyGrpc {
         Ok(Response::new(DescribeResponse { node: Some(node) }))
     }
 
-    #[tracing::instrument(skip_all, fields(images = request.get_ref().samples.len()))]
     async fn evaluate(
         &self,
         request: Request<EvaluateRequest>,
     ) -> Result<Response<EvaluateResponse>, Status> {
-        let answer = self.node()?.evaluate(request.into_inner()).await;
-        answer.map(Response::new).map_err(refused)
+        let images = request.get_ref().samples.len();
+        let span = tracing::info_span!("evaluate", otel.kind = "server", images);
+        trace::follow(&span, trace::incoming(request.metadata()));
+        let answer = async { self.node()?.evaluate(request.into_inner()).await };
+        answered("evaluate", answer.instrument(span).await)
     }
 
-    #[tracing::instrument(skip_all)]
     async fn check(
         &self,
         request: Request<CheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
-        let answer = self.node()?.check(request.into_inner()).await;
-        answer.map(Response::new).map_err(refused)
+        let span = tracing::info_span!("check", otel.kind = "server");
+        trace::follow(&span, trace::incoming(request.metadata()));
+        let answer = async { self.node()?.check(request.into_inner()).await };
+        answered("check", answer.instrument(span).await)
     }
 }
 
-fn refused(error: RequestError) -> Status {
-    tracing::warn!(code = ?error.code(), %error, "request refused");
-    error.into()
+/// Counts an answer and puts it on the wire.
+fn answered<T>(call: &'static str, answer: Result<T, RequestError>) -> Result<Response<T>, Status> {
+    let code = answer.as_ref().map_or_else(RequestError::code, |_| Code::Ok);
+    metrics::answered(call, code);
+    answer.map(Response::new).map_err(|error| {
+        tracing::warn!(?code, %error, "request refused");
+        error.into()
+    })
 }
 
 /// Reflection of the whole contract, health included.

@@ -14,6 +14,7 @@ mod error;
 mod evaluate;
 mod gate;
 mod grpc;
+mod metrics;
 mod preprocess;
 mod random;
 mod register;

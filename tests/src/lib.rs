@@ -27,6 +27,8 @@ use tonic::{Streaming, transport::Channel};
 
 /// Anything a test waits for comes within this time on a busy machine, or never.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+/// What a service says before the address of its metrics.
+const METRICS: &str = "metrics at ";
 const POLL: Duration = Duration::from_millis(25);
 
 /// The `fairlead` binary that was built with this test.
@@ -58,23 +60,62 @@ pub struct Sandbox {
     folder: tempfile::TempDir,
     processes: Vec<(String, Child)>,
     address: String,
+    /// Further arguments of every service.
+    observed: Vec<String>,
+    /// Where services show their metrics, by name.
+    metrics: Vec<(String, String)>,
 }
 
 impl Sandbox {
     /// Starts a coordinator with `policies` (TOML) and further `arguments`.
     pub async fn with_policies(policies: &str, arguments: &[&str]) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let file = folder.path().join("policies.toml");
+        Self::start(policies, arguments, Vec::new()).await
+    }
+
+    async fn start(policies: &str, arguments: &[&str], observed: Vec<String>) -> Result<Self> {
+        let mut sandbox = Self::empty(observed)?;
+        let file = sandbox.folder().join("policies.toml");
         std::fs::write(&file, policies)?;
         let mut coordinator = command();
         coordinator
             .args(["coordinator", "--listen", "127.0.0.1:0", "--data-dir"])
-            .arg(folder.path().join("data"))
+            .arg(sandbox.folder().join("data"))
             .arg("--policies")
             .arg(file)
             .args(arguments);
-        let mut sandbox = Self { folder, processes: Vec::new(), address: String::new() };
-        sandbox.address = sandbox.spawn("coordinator", coordinator).await?;
+        sandbox.address = sandbox.spawn("coordinator", coordinator, "listening on ").await?;
+        Ok(sandbox)
+    }
+
+    fn empty(observed: Vec<String>) -> Result<Self> {
+        Ok(Self {
+            folder: tempfile::tempdir()?,
+            processes: Vec::new(),
+            address: String::new(),
+            observed,
+            metrics: Vec::new(),
+        })
+    }
+
+    /// `fairlead up` with its data in `data`, as the one process "up".
+    pub async fn up(data: &Path) -> Result<Self> {
+        let mut sandbox = Self::empty(Vec::new())?;
+        let mut up = command();
+        up.args(["up", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(data)
+            .env("FAIRLEAD_ASSETS", asset(""));
+        sandbox.address = sandbox.spawn("up", up, "cluster ready at ").await?;
+        Ok(sandbox)
+    }
+
+    /// As [`Sandbox::emojiland`], with traces sent to the OTLP receiver at `otlp` and metrics shown.
+    pub async fn emojiland_observed(otlp: &str) -> Result<Self> {
+        let policies = std::fs::read_to_string(asset("policies.toml"))?;
+        let observed = ["--otlp", otlp, "--metrics-listen", "127.0.0.1:0"];
+        let mut sandbox = Self::start(&policies, &[], observed.map(str::to_owned).to_vec()).await?;
+        sandbox.energy("energy").await?;
+        sandbox.worker("worker").await?;
+        sandbox.ready().await?;
         Ok(sandbox)
     }
 
@@ -100,7 +141,7 @@ impl Sandbox {
             .arg(asset("concepts"))
             .arg("--calibrations")
             .arg(asset("calibrations"));
-        self.spawn(name, energy).await.map(drop)
+        self.spawn(name, energy, "listening on ").await.map(drop)
     }
 
     /// Starts a worker with the embedded generator.
@@ -109,11 +150,18 @@ impl Sandbox {
         worker
             .args(["worker", "--worker-id", name, "--coordinator", &self.address])
             .arg("--model")
-            .arg(asset("emojiland-sd"))
-            .stdout(Stdio::null());
-        let child = worker.spawn().context("the worker did not start")?;
+            .arg(asset("emojiland-sd"));
+        if !self.observed.is_empty() {
+            return self.spawn(name, worker, METRICS).await.map(drop);
+        }
+        let child = worker.stdout(Stdio::null()).spawn().context("the worker did not start")?;
         self.processes.push((name.to_owned(), child));
         Ok(())
+    }
+
+    /// Where each observed service shows its metrics, by name.
+    pub fn metrics(&self) -> &[(String, String)] {
+        &self.metrics
     }
 
     /// Waits until a generator is attached and concepts are served.
@@ -212,16 +260,25 @@ impl Sandbox {
         Ok(grpc::channel(&self.address, PATIENCE)?)
     }
 
-    /// Starts a service and reads the address it prints.
-    async fn spawn(&mut self, name: &str, mut command: Command) -> Result<String> {
+    /// Starts a service and reads the address it prints after `words`, and before it perhaps that of
+    /// its metrics.
+    async fn spawn(&mut self, name: &str, mut command: Command, words: &str) -> Result<String> {
+        command.args(&self.observed).env("OTEL_BSP_SCHEDULE_DELAY", "50");
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let stdout = child.stdout.take().context("stdout was piped")?;
         let mut lines = BufReader::new(stdout).lines();
-        let line = timeout(PATIENCE, lines.next_line())
-            .await
-            .with_context(|| format!("`{name}` said nothing"))??
-            .with_context(|| format!("`{name}` ended at once"))?;
-        let address = line.strip_prefix("listening on ").with_context(|| line.clone())?.to_owned();
+        let address = loop {
+            let line = timeout(PATIENCE, lines.next_line())
+                .await
+                .with_context(|| format!("`{name}` said nothing"))??
+                .with_context(|| format!("`{name}` ended at once"))?;
+            if let Some(address) = line.strip_prefix(METRICS) {
+                self.metrics.push((name.to_owned(), address.to_owned()));
+            }
+            if let Some(address) = line.strip_prefix(words) {
+                break address.to_owned();
+            }
+        };
         self.processes.push((name.to_owned(), child));
         Ok(address)
     }

@@ -11,6 +11,7 @@ pub mod engine;
 mod error;
 pub mod generator;
 mod hub;
+mod metrics;
 pub mod noise;
 pub mod output;
 pub mod sampler;

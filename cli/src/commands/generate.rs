@@ -11,6 +11,7 @@ use clap::{Args, ValueEnum};
 use fairlead_common::shutdown;
 use fairlead_proto::v1::{ImageStatus, JobSpec, JobState, SteeringMode, SteeringParams};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::{
     assets::ModelArgs,
@@ -202,7 +203,8 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
             (Client::new(cluster.address())?, Some(cluster))
         }
     };
-    let outcome = generate_all(&client, &args, &folder, &stop).await;
+    let generate = generate_all(&client, &args, &folder, &stop);
+    let outcome = generate.instrument(tracing::info_span!("generate")).await;
     if let Some(cluster) = cluster {
         cluster.stop().await?;
     }

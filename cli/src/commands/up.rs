@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use fairlead_common::shutdown;
 
+use super::services::MetricsArgs;
 use crate::{
     assets::ModelArgs,
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
@@ -32,10 +33,13 @@ pub(crate) struct UpArgs {
     /// Most images the worker makes at once.
     #[arg(long, value_name = "N")]
     max_batch: Option<u32>,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
+    args.metrics.serve(&stop).await?;
     let options = ClusterOptions {
         models: args.models,
         listen: args.listen,

@@ -21,6 +21,7 @@ use crate::{
     clock::{millis, unix_ms},
     error::Result,
     lease::{Failure, LeaseKey},
+    metrics,
     placement::{self, Candidate, Waiting},
     routing,
     state::{ActiveShard, JobRecord},
@@ -86,6 +87,12 @@ async fn tick(shared: &Arc<Shared>, stuck: &mut Stuck) -> Result<Option<Duration
     for shard in leased.iter().filter(|shard| shard.expires_unix_ms <= now) {
         expire(shared, shard).await;
     }
+    metrics::round(&metrics::Round {
+        queued: queue.len(),
+        running: leased.len(),
+        workers: shared.state.lock().workers.len(),
+        nodes: shared.registry.live().len(),
+    });
     stuck.forget_all_but(&queue);
     let due = queue.iter().map(|shard| shard.not_before_unix_ms).filter(|&at| at > now).min();
     queue.retain(|shard| shard.not_before_unix_ms <= now);
@@ -118,6 +125,7 @@ async fn expire(shared: &Shared, shard: &ActiveShard) {
     let Some((job, lease)) = shard.ids() else { return };
     match shared.apply(job, Transition::Expire { lease }).await {
         Ok(_) => {
+            metrics::delivery("expired");
             tracing::warn!(%job, %lease, worker = shard.holder, "lease expired");
             shared.stop_session(lease, "the lease expired");
             shared.wake.notify_one();
@@ -295,7 +303,7 @@ impl Grant {
             policy: Some(self.job.policy()),
             images: mine.map(task).collect(),
             energies,
-            traceparent: String::new(),
+            traceparent: self.job.traceparent.clone(),
             attempt: self.attempt,
         }
     }

@@ -22,6 +22,7 @@ use crate::{
     error::Result,
     events::Events,
     lease::{Failure, LeaseKey},
+    metrics,
     registry::Registry,
     release::Gate,
     state::JobRecord,
@@ -168,6 +169,9 @@ impl Shared {
         let applied = self.store.apply(job, transition, unix_ms()).await?;
         if applied.has_events {
             self.events.changed(job);
+            if applied.record.is_terminal() {
+                metrics::ended(&applied.record);
+            }
         }
         Ok(applied)
     }
@@ -191,6 +195,7 @@ impl Shared {
 
     /// Ends a delivery without a result. A refusal means that it had ended already.
     async fn fail(&self, job: JobId, lease: LeaseKey, failure: Failure) {
+        metrics::delivery("failed");
         tracing::warn!(%job, %lease, reason = failure.reason, "delivery failed");
         match self.apply(job, Transition::Fail { lease, failure }).await {
             Ok(_) | Err(StoreError::Refused(_)) => {}

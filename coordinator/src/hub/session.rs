@@ -13,6 +13,7 @@ use super::{Shared, state::SessionPhase};
 use crate::{
     clock::millis,
     lease::{Failure, LeaseKey},
+    metrics,
     release::{Proposal, Rejection},
     state::JobRecord,
     store::StoreError,
@@ -131,11 +132,13 @@ impl ShardTask {
         let commit = Transition::Commit { lease, images: images.clone(), notices };
         match self.shared.apply(self.job_id, commit).await {
             Ok(_) => {
+                metrics::committed(&images);
                 tracing::info!(job = %self.job_id, %lease, worker = self.worker_id, "shard done");
                 self.reply(v1::CommitStatus::Accepted, String::new());
                 self.shared.remove_session(lease);
             }
             Err(StoreError::Refused(refusal)) => {
+                metrics::delivery("refused");
                 tracing::info!(job = %self.job_id, %lease, %refusal, "late result refused");
                 self.discard(&images).await;
                 self.reply(v1::CommitStatus::Aborted, refusal.to_string());

@@ -37,6 +37,7 @@ fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
         model: v1::ModelInfo { name: "sd".into(), ..Default::default() },
         shards: crate::placement::split(images, per_shard).into_iter().map(shard).collect(),
         last_sequence: 0,
+        traceparent: String::new(),
     };
     (id, record)
 }

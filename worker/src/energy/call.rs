@@ -1,8 +1,13 @@
 //! One call to one energy node: connection, deadline, headers, and the check of what came back.
 
-use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use fairlead_common::grpc;
+use fairlead_common::{grpc, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -13,8 +18,10 @@ use fairlead_proto::{
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tonic::{Code, Request, Status, transport::Channel};
+use tracing::Span;
 
 use super::{Answer, Verdict, validate};
+use crate::metrics;
 
 /// The transport's and the node's deadlines lie so much later than the worker's own, which therefore
 /// tells what happened.
@@ -59,7 +66,7 @@ pub struct PoolOptions {
     pub channels: Channels,
     /// Deadline of one call.
     pub timeout: Duration,
-    /// W3C traceparent sent along; empty for none.
+    /// W3C traceparent of the shard, sent along where spans are not exported; empty for none.
     pub traceparent: String,
 }
 
@@ -81,15 +88,11 @@ impl PoolOptions {
         Ok((self.channels.client(&node.address, self.timeout)?, input))
     }
 
-    /// A request with the deadline and the trace.
+    /// A request with the deadline and the trace, as a part of the present span.
     pub(super) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(self.timeout + LENIENCE);
-        if let Ok(value) = self.traceparent.parse()
-            && !self.traceparent.is_empty()
-        {
-            request.metadata_mut().insert("traceparent", value);
-        }
+        trace::send(&Span::current(), &self.traceparent, request.metadata_mut());
         request
     }
 }
@@ -147,12 +150,16 @@ impl Trouble {
     }
 }
 
-/// Ends `call` at the deadline whatever the transport does.
+/// Ends `call`, which is named `name`, at the deadline whatever the transport does.
 async fn within<T>(
+    name: &'static str,
     timeout: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, Trouble> {
-    match tokio::time::timeout(timeout, call).await {
+    let begun = Instant::now();
+    let answer = tokio::time::timeout(timeout, call).await;
+    metrics::energy_call(name, begun.elapsed(), matches!(answer, Ok(Ok(_))));
+    match answer {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(Trouble::status(&status)),
         Err(_) => Err(Trouble {
@@ -190,7 +197,7 @@ pub(super) async fn evaluate(
     for part in parts {
         let (concepts, batch) = (part.get_ref().concepts.clone(), part.get_ref().samples.len());
         let scores_only = part.get_ref().scores_only;
-        let mut response = within(timeout, client.evaluate(part)).await?;
+        let mut response = within("evaluate", timeout, client.evaluate(part)).await?;
         used = calibration(
             std::mem::take(&mut response.calibration_id),
             std::mem::take(&mut response.calibration_fallback),
@@ -221,7 +228,7 @@ pub(super) async fn check(
     for (request, hash) in requests {
         let concepts = request.get_ref().concepts.clone();
         let scores_only = request.get_ref().scores_only;
-        let mut response = within(timeout, client.check(request)).await?;
+        let mut response = within("check", timeout, client.check(request)).await?;
         used = calibration(
             std::mem::take(&mut response.calibration_id),
             std::mem::take(&mut response.calibration_fallback),

@@ -18,6 +18,7 @@ use futures::future::{BoxFuture, join_all};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
+use tracing::{Instrument, Span};
 
 use super::{
     Answer, Candidate, Energy, PoolOptions, Render, Sample, Sources, Terms, Verdict,
@@ -173,6 +174,12 @@ fn unserved(concepts: &[ConceptRef]) -> NodeFailure {
     }
 }
 
+/// The span of a call to one node.
+fn span_of(route: &Route, call: &'static str, images: usize) -> Span {
+    let node = route.node.node_id.as_str();
+    tracing::info_span!("energy_call", otel.kind = "client", call, node, images)
+}
+
 /// The parts of a batch as requests to one node, each at most as large as it takes.
 fn parts(
     options: &PoolOptions,
@@ -248,8 +255,10 @@ impl Energy for EnergyPool {
                 Err(trouble) => return Ok(hopeless(trouble)),
             };
             let pixels = render(&input)?;
-            let parts = parts(&options, terms, route, samples, &pixels, &input);
-            Ok(Box::pin(call::evaluate(client, parts, input, options.timeout)))
+            let span = span_of(route, "evaluate", samples.len());
+            let parts = span.in_scope(|| parts(&options, terms, route, samples, &pixels, &input));
+            let call = call::evaluate(client, parts, input, options.timeout);
+            Ok(Box::pin(call.instrument(span)))
         })?;
         let weighted = |(route, answer): (Route, Answer)| {
             let weight = terms.weights.get(&route.concepts[0].energy).copied().unwrap_or(1.0);
@@ -270,8 +279,9 @@ impl Energy for EnergyPool {
                 Ok(ready) => ready,
                 Err(trouble) => return Ok(hopeless(trouble)),
             };
-            let requests = checks(&options, terms, route, candidates);
-            Ok(Box::pin(call::check(client, requests, options.timeout)))
+            let span = span_of(route, "check", candidates.len());
+            let requests = span.in_scope(|| checks(&options, terms, route, candidates));
+            Ok(Box::pin(call::check(client, requests, options.timeout).instrument(span)))
         })?;
         let mut verdicts = vec![Verdict::default(); candidates.len()];
         for (_, answer) in answers {

@@ -8,6 +8,7 @@ use super::{MAX_RERUNS, Run, Track, estimate, record::Ending};
 use crate::{
     energy::{Candidate, Verdict},
     error::{Error, Result},
+    metrics,
     output::{PARAMETERS_KEY, Parameters, RECORD_KEY, Rgb8, sha256},
 };
 
@@ -39,6 +40,7 @@ impl Run<'_> {
                 .any(|step| step.attempt == attempt && step.correction > 0.0);
             // Where nothing pushed and nothing new is held, a rerun would change nothing.
             if again && attempt < MAX_RERUNS && (track.hold(&verdict) || was_pushed) {
+                metrics::rerun();
                 tracing::info!(index = track.task.index, attempt, "not gone, running again");
                 rerun.push(track);
             } else {
@@ -116,6 +118,7 @@ impl Run<'_> {
     ) -> ImageOutcome {
         let status = if withheld { ImageStatus::Withheld } else { ImageStatus::Released };
         let index = track.task.index;
+        metrics::finished(status, track.spent_time);
         let ending = Ending {
             status,
             verdict,

@@ -1,12 +1,14 @@
 //! The loop over the steps of one attempt.
 
+use std::time::Instant;
+
 use candle_core::Tensor;
 use fairlead_proto::v1::{ConceptScore, StepProgress, StepRecord};
 
 use super::{Run, Track, estimate};
 use crate::{
     error::{Error, Result},
-    noise,
+    metrics, noise,
     sampler::{Advance, Step},
 };
 
@@ -40,9 +42,14 @@ impl Run<'_> {
         for index in 0..self.schedule.len() {
             self.alive()?;
             let step = self.schedule[index];
+            let _step = tracing::info_span!("step", index, time = step.time, attempt).entered();
+            let begun = Instant::now();
             let mut moments = self.denoise(tracks, &step, index as u32, attempt)?;
+            metrics::denoised(begun.elapsed());
             if !self.concepts().is_empty() && self.shard.knobs.window.contains(step.time) {
+                let begun = Instant::now();
                 self.steer(tracks, &mut moments, &step, in_window)?;
+                metrics::steered(begun.elapsed());
                 in_window += 1;
             } else {
                 self.preview_outside(tracks, &mut moments)?;

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     energy::{Answer, Sample, is_open},
     error::{Error, Result},
+    metrics,
     sampler::Step,
     steering::{Knobs, Push, correct, smooth},
 };
@@ -171,6 +172,7 @@ impl<'a> Run<'a> {
         moment.report.correction += correction.relative;
         track.spent += correction.relative;
         track.steered = true;
+        metrics::corrected();
         Ok(())
     }
 }

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fairlead_common::trace;
 use fairlead_proto::{
     PROTOCOL_VERSION,
     v1::{
@@ -22,6 +23,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming, transport::Channel};
+use tracing::Instrument;
 
 use super::{
     HANDSHAKE, Hub,
@@ -230,7 +232,7 @@ impl<'a> Session<'a> {
                 runtime: Handle::current(),
                 channels: self.hub.channels.clone(),
                 timeout: self.hub.options.energy_timeout,
-                traceparent: std::mem::take(&mut assignment.traceparent),
+                traceparent: assignment.traceparent.clone(),
             },
             assignment,
             endpoints: receiver,
@@ -241,7 +243,10 @@ impl<'a> Session<'a> {
         if let Some(older) = self.held.insert(lease.shard_id.clone(), held) {
             older.control.stop(Stop::Lost);
         }
-        self.work.spawn(async move { (lease, work.run().await) });
+        let images = work.assignment.images.len();
+        let span = tracing::info_span!("shard", shard = %lease.shard_id, images);
+        trace::follow(&span, &work.assignment.traceparent);
+        self.work.spawn(async move { (lease, work.run().await) }.instrument(span));
     }
 
     /// A shard's task ended: without a commit to wait for the lease is over.

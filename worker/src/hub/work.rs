@@ -19,6 +19,7 @@ use crate::{
     energy::{EnergyPool, PoolOptions},
     engine::{EngineHandle, Observer},
     error::{Error, Result},
+    metrics,
 };
 
 /// Why a shard was stopped.
@@ -122,6 +123,7 @@ impl Work {
             (_, Some(Stop::HandedBack)) => (LEAVING.to_owned(), true),
             (error, None) => (error.to_string(), error.retryable()),
         };
+        metrics::failed();
         tracing::warn!(shard = %self.lease.shard_id, retryable, cancelled, "shard failed: {reason}");
         let lease = Some(self.lease.clone());
         let failure = ShardFailure { lease, reason, retryable, cancelled, handed_back };

@@ -1,0 +1,64 @@
+//! What the coordinator counts; `fairlead_common::metrics` shows it.
+
+use std::time::Duration;
+
+use fairlead_proto::v1;
+use metrics::{counter, gauge, histogram};
+
+use crate::{clock::unix_ms, state::JobRecord};
+
+/// What the dispatcher sees in one round.
+pub(crate) struct Round {
+    /// Shards that wait for a worker.
+    pub(crate) queued: usize,
+    /// Shards that workers hold.
+    pub(crate) running: usize,
+    /// Attached workers.
+    pub(crate) workers: usize,
+    /// Registered energy nodes.
+    pub(crate) nodes: usize,
+}
+
+pub(crate) fn round(round: &Round) {
+    gauge!("fairlead_coordinator_shards_queued").set(round.queued as f64);
+    gauge!("fairlead_coordinator_shards_running").set(round.running as f64);
+    gauge!("fairlead_coordinator_workers").set(round.workers as f64);
+    gauge!("fairlead_coordinator_energy_nodes").set(round.nodes as f64);
+}
+
+pub(crate) fn admitted() {
+    counter!("fairlead_coordinator_jobs_admitted_total").increment(1);
+}
+
+/// A job has just come to its end.
+pub(crate) fn ended(record: &JobRecord) {
+    let state = record.job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase();
+    counter!("fairlead_coordinator_jobs_total", "state" => state).increment(1);
+    let took = unix_ms().saturating_sub(record.job.created_unix_ms).max(0);
+    histogram!("fairlead_coordinator_job_seconds").record(took as f64 / 1000.0);
+}
+
+/// A delivery's images were accepted.
+pub(crate) fn committed(images: &[v1::ImageInfo]) {
+    delivery("committed");
+    for image in images {
+        let status = match image.status() {
+            v1::ImageStatus::Released => "released",
+            _ => "withheld",
+        };
+        counter!("fairlead_coordinator_images_total", "status" => status).increment(1);
+    }
+}
+
+/// A delivery ended: committed, failed, refused (too late) or expired.
+pub(crate) fn delivery(outcome: &'static str) {
+    counter!("fairlead_coordinator_deliveries_total", "outcome" => outcome).increment(1);
+}
+
+/// A final check of one image by one node; an error is one without an answer.
+pub(crate) fn check(took: Duration, is_answered: bool) {
+    histogram!("fairlead_coordinator_check_seconds").record(took);
+    if !is_answered {
+        counter!("fairlead_coordinator_check_failures_total").increment(1);
+    }
+}
