@@ -65,6 +65,17 @@ pub struct EnergyArgs {
         value_parser = clap::value_parser!(u32).range(1..=4096)
     )]
     pub queue: u32,
+    /// Images, of as many requests as wait, that share one pass of the model. More keep a large device
+    /// busy and take as much more memory. On another device than the CPU a sum's order may depend
+    /// on it, and with it an image's last bits: 1 rules that out.
+    #[arg(
+        long,
+        value_name = "N",
+        env = "FAIRLEAD_ENERGY_MAX_BATCH",
+        default_value_t = DEFAULT_MAX_BATCH,
+        value_parser = clap::value_parser!(u32).range(1..=64)
+    )]
+    pub max_batch: u32,
     /// Device the model runs on: cpu or cuda:N.
     #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_ENERGY_DEVICE", default_value = "cpu")]
     pub device: String,
@@ -72,6 +83,7 @@ pub struct EnergyArgs {
 
 const DEFAULT_CROPS: u32 = 4;
 const DEFAULT_QUEUE: u32 = 64;
+const DEFAULT_MAX_BATCH: u32 = 4;
 
 /// What [`crate::run`] needs besides a listener.
 #[derive(Debug, Clone)]
@@ -92,6 +104,8 @@ pub struct EnergyOptions {
     pub crops: u32,
     /// Requests that may wait for the model, at least 1.
     pub queue: u32,
+    /// Images that share one pass of the model, at least 1.
+    pub max_batch: u32,
     /// "cpu" or "cuda:N".
     pub device: String,
 }
@@ -109,6 +123,7 @@ impl EnergyOptions {
             node_id: ids::process_name("energy"),
             crops: DEFAULT_CROPS,
             queue: DEFAULT_QUEUE,
+            max_batch: DEFAULT_MAX_BATCH,
             device: "cpu".to_owned(),
         }
     }
@@ -125,6 +140,7 @@ impl From<EnergyArgs> for EnergyOptions {
             node_id: args.node_id.unwrap_or_else(|| ids::process_name("energy")),
             crops: args.crops,
             queue: args.queue,
+            max_batch: args.max_batch,
             device: args.device,
         }
     }

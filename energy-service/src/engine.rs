@@ -1,7 +1,8 @@
 //! The scorer on its own thread, behind a bounded queue.
 //!
-//! Async code sends work and waits; the thread computes. Work whose caller is gone (a deadline
-//! passed, a connection closed) is dropped before or between its images. A panic of the scorer ends
+//! Async code sends work and waits; the thread computes, and takes what has come meanwhile together.
+//! Work whose caller is gone (a deadline passed, a connection closed) is dropped before or between
+//! its passes. A panic of the scorer ends
 //! the engine for good: what a broken model says next is no verdict.
 
 use std::{
@@ -79,18 +80,20 @@ pub(crate) struct Engine {
     pub(crate) description: ScorerDescription,
 }
 
-/// Starts the thread and loads the scorer on it; `queue` requests may wait.
+/// Starts the thread and loads the scorer on it; `queue` requests may wait, and `most` images share
+/// a pass.
 pub(crate) async fn start(
     loader: ScorerLoader,
     concepts: ConceptSet,
     queue: usize,
+    most: usize,
 ) -> Result<Engine, Error> {
     let (work, inbox) = mpsc::channel(queue);
     let (state, state_receiver) = watch::channel(EngineState::Serving);
     let (loaded, description) = oneshot::channel();
     thread::Builder::new()
         .name("energy-engine".to_owned())
-        .spawn(move || run(loader, &concepts, loaded, inbox, &state))
+        .spawn(move || run(loader, &concepts, loaded, inbox, &state, [queue, most]))
         .map_err(|source| Error::System {
             what: "cannot start the engine's thread".into(),
             source,
@@ -107,6 +110,7 @@ fn run(
     loaded: oneshot::Sender<Result<ScorerDescription, Error>>,
     mut inbox: mpsc::Receiver<Work>,
     state: &watch::Sender<EngineState>,
+    [queue, most]: [usize; 2],
 ) {
     let scorer = match catch_unwind(AssertUnwindSafe(|| loader(concepts))) {
         Ok(Ok(scorer)) => scorer,
@@ -124,8 +128,11 @@ fn run(
     if loaded.send(Ok(scorer.describe().clone())).is_err() {
         return;
     }
-    while let Some(work) = inbox.blocking_recv() {
-        let Err(reason) = compute(&*scorer, work) else { continue };
+    while let Some(first) = inbox.blocking_recv() {
+        let mut waiting = vec![first];
+        // What has come meanwhile shares the passes.
+        waiting.extend(std::iter::from_fn(|| inbox.try_recv().ok()).take(queue));
+        let Err(reason) = answer_all(&*scorer, waiting, most) else { continue };
         tracing::error!(%reason, "the energy model panicked; this node no longer scores");
         state.send_replace(EngineState::Failed(reason.clone()));
         // Refuse what waits, and whatever was sent before the state was seen.
@@ -137,31 +144,56 @@ fn run(
     }
 }
 
-/// Answers one request; the error is the message of a panic.
-fn compute(scorer: &dyn Scorer, work: Work) -> Result<(), String> {
-    let Work { batch, reply, span, since } = work;
-    let _entered = span.enter();
-    metrics::waited(since.elapsed());
+/// Answers requests, those together that ask for the same; the error is the message of a panic, which
+/// all that were not answered are refused with.
+fn answer_all(scorer: &dyn Scorer, mut waiting: Vec<Work>, most: usize) -> Result<(), String> {
+    while let Some(first) = waiting.first() {
+        let key = first.batch.asks();
+        let (group, rest): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|work| work.batch.asks() == key);
+        waiting = rest;
+        if let Err(reason) = answer(scorer, group, most) {
+            for work in waiting {
+                let _ = work.reply.send(Err(RequestError::Stopped(reason.clone())));
+            }
+            return Err(reason);
+        }
+    }
+    Ok(())
+}
+
+/// Answers requests that ask for the same.
+fn answer(scorer: &dyn Scorer, group: Vec<Work>, most: usize) -> Result<(), String> {
     let begun = Instant::now();
-    let run = || evaluate(scorer, &batch, || reply.is_closed());
-    let (answer, outcome) = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(Ok(Some(evaluations))) => {
-            metrics::computed(begun.elapsed(), evaluations.len());
-            (Ok(evaluations), Ok(()))
+    for work in &group {
+        metrics::waited(begun.duration_since(work.since));
+    }
+    // The spans of the others wait meanwhile, which is what happens.
+    let entered = group[0].span.clone().entered();
+    let batches: Vec<&Batch> = group.iter().map(|work| &work.batch).collect();
+    let run = || evaluate(scorer, &batches, most, |of| group[of].reply.is_closed());
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(outcomes) => {
+            metrics::computed(begun.elapsed(), batches.iter().map(|b| b.samples.len()).sum());
+            drop(entered);
+            for (work, outcome) in group.into_iter().zip(outcomes) {
+                match outcome.transpose() {
+                    // A caller that has gone meanwhile needs no answer.
+                    Some(answer) => drop(work.reply.send(answer)),
+                    None => tracing::debug!("the caller is gone, the evaluation was dropped"),
+                }
+            }
+            Ok(())
         }
-        Ok(Ok(None)) => {
-            tracing::debug!("the caller is gone, the evaluation was dropped");
-            return Ok(());
-        }
-        Ok(Err(error)) => (Err(error), Ok(())),
         Err(panic) => {
             let reason = format!("the energy model panicked: {}", panic_message(&*panic));
-            (Err(RequestError::Stopped(reason.clone())), Err(reason))
+            drop(entered);
+            for work in group {
+                let _ = work.reply.send(Err(RequestError::Stopped(reason.clone())));
+            }
+            Err(reason)
         }
-    };
-    // A caller that is gone needs no answer.
-    let _ = reply.send(answer);
-    outcome
+    }
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {

@@ -1,8 +1,10 @@
 //! One evaluation, from pixels to scores, gates, energy and gradient.
 //!
-//! Each image is one pass of the scorer over its own crops: the arithmetic of an image has the same
-//! shape whatever else is in the batch, so its numbers do not depend on it, and the backward pass
-//! runs only for images with an open gate, once for all of their concepts.
+//! A pass of the scorer is over the crops of several images, of as many requests as wait; a scorer's
+//! numbers for an image do not depend on the others. The backward pass runs only where a gate is
+//! open, once for all concepts.
+
+use std::collections::BTreeSet;
 
 use candle_core::Tensor;
 
@@ -11,7 +13,7 @@ use crate::{
     error::RequestError,
     gate::{self, Before, Level},
     metrics,
-    scorer::{Pass, Scorer, ScorerDescription, ScorerError},
+    scorer::{Scorer, ScorerDescription, ScorerError},
 };
 
 /// Images to score, `[samples, 3, h, w]` in the scorer's size.
@@ -24,6 +26,13 @@ pub(crate) struct Batch {
     pub(crate) crops: u32,
     /// Whether to run a backward pass where a gate is open.
     pub(crate) gradient: bool,
+}
+
+impl Batch {
+    /// What must be alike for batches to share a pass: crops and concepts.
+    pub(crate) fn asks(&self) -> (u32, Vec<usize>) {
+        (self.crops, self.concepts.iter().map(|concept| concept.index).collect())
+    }
 }
 
 /// A concept of the request.
@@ -62,7 +71,7 @@ pub(crate) struct Scored {
 }
 
 /// Everything about one image.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Evaluation {
     /// One per concept of the request.
     pub(crate) concepts: Vec<Scored>,
@@ -72,86 +81,236 @@ pub(crate) struct Evaluation {
     pub(crate) gradient: Option<Vec<f32>>,
 }
 
-/// Evaluates `batch`, image by image; none if `abandoned` says so before it is through.
+/// What becomes of one batch: its evaluations, or none if it was abandoned.
+pub(crate) type Outcome = Result<Option<Vec<Evaluation>>, RequestError>;
+
+/// One image of one of several batches.
+#[derive(Clone, Copy)]
+struct Image<'a> {
+    batch: &'a Batch,
+    /// Index of the batch.
+    of: usize,
+    /// Index in the batch.
+    at: usize,
+}
+
+impl Image<'_> {
+    fn sample(&self) -> &Sample {
+        &self.batch.samples[self.at]
+    }
+
+    fn wants_gradient(&self) -> bool {
+        self.batch.gradient && self.sample().gates.is_some()
+    }
+
+    /// A gate was open the last time, so one probably still is.
+    fn is_likely_open(&self) -> bool {
+        let gates = self.sample().gates.iter().flatten();
+        self.wants_gradient() && gates.into_iter().any(|gate| gate.before != Before::Closed)
+    }
+}
+
+/// Evaluates batches that ask for the same concepts with as many crops, `most` images in one pass of
+/// the scorer. Between passes a batch is left for which `abandoned` holds.
+///
+/// Images that had a gate open go first, in passes that are ready for a gradient. The others are
+/// scored without; those whose gate has just opened then pass once more.
 pub(crate) fn evaluate(
     scorer: &dyn Scorer,
-    batch: &Batch,
-    abandoned: impl Fn() -> bool,
-) -> Result<Option<Vec<Evaluation>>, RequestError> {
-    let ScorerDescription { height, width, .. } = *scorer.describe();
-    let mut evaluations = Vec::with_capacity(batch.samples.len());
-    for (image, pixels) in batch.pixels.chunks_exact(3 * height * width).enumerate() {
-        if abandoned() {
-            return Ok(None);
+    batches: &[&Batch],
+    most: usize,
+    abandoned: impl Fn(usize) -> bool,
+) -> Vec<Outcome> {
+    let images = batches
+        .iter()
+        .enumerate()
+        .flat_map(|(of, batch)| (0..batch.samples.len()).map(move |at| Image { batch, of, at }));
+    let (likely, others): (Vec<_>, Vec<_>) = images.partition(Image::is_likely_open);
+    let mut together = Together {
+        scorer,
+        most,
+        abandoned: &abandoned,
+        outcomes: batches
+            .iter()
+            .map(|batch| Ok(Some(vec![Evaluation::default(); batch.samples.len()])))
+            .collect(),
+    };
+    together.passes(&likely, true);
+    // A single image records its pass: going on from there costs less than a second pass.
+    let opened = together.passes(&others, most == 1);
+    together.passes(&opened, true);
+    together.outcomes
+}
+
+/// Batches on their way.
+struct Together<'a> {
+    scorer: &'a dyn Scorer,
+    most: usize,
+    abandoned: &'a dyn Fn(usize) -> bool,
+    outcomes: Vec<Outcome>,
+}
+
+impl Together<'_> {
+    /// Evaluates `images` in passes; returns those that lack the gradient they want.
+    fn passes<'b>(&mut self, images: &[Image<'b>], recording: bool) -> Vec<Image<'b>> {
+        let mut left = images.to_vec();
+        let mut lacking = Vec::new();
+        while !left.is_empty() {
+            for of in left.iter().map(|image| image.of).collect::<BTreeSet<_>>() {
+                if (self.abandoned)(of) && self.outcomes[of].is_ok() {
+                    self.outcomes[of] = Ok(None);
+                }
+            }
+            // An image whose batch has come to nothing is not computed.
+            left.retain(|image| matches!(self.outcomes[image.of], Ok(Some(_))));
+            let rest = left.split_off(self.most.min(left.len()));
+            for (image, result) in left.iter().zip(self.pass(&left, recording)) {
+                match result {
+                    Ok(evaluation) => {
+                        if evaluation.gradient.is_none()
+                            && image.wants_gradient()
+                            && evaluation.concepts.iter().any(|concept| concept.open)
+                        {
+                            lacking.push(*image);
+                        }
+                        if let Ok(Some(evaluations)) = &mut self.outcomes[image.of] {
+                            evaluations[image.at] = evaluation;
+                        }
+                    }
+                    Err(error) => self.outcomes[image.of] = Err(error),
+                }
+            }
+            left = rest;
         }
+        lacking
+    }
+
+    /// One pass; if it fails as a whole, each image by itself, so that only the one that made it fail
+    /// is to blame.
+    fn pass(&self, images: &[Image<'_>], recording: bool) -> Vec<Result<Evaluation, RequestError>> {
+        match pass(self.scorer, images, recording) {
+            Ok(results) => results,
+            Err(error) if images.len() == 1 => vec![Err(error)],
+            Err(_) => {
+                let single = |image| match pass(self.scorer, std::slice::from_ref(image), recording)
+                {
+                    Ok(mut results) => results.remove(0),
+                    Err(error) => Err(error),
+                };
+                images.iter().map(single).collect()
+            }
+        }
+    }
+}
+
+/// One pass of the scorer over the crops of `images`, backward as well if it is `recording` and a
+/// gate is open.
+fn pass(
+    scorer: &dyn Scorer,
+    images: &[Image<'_>],
+    recording: bool,
+) -> Result<Vec<Result<Evaluation, RequestError>>, RequestError> {
+    let Some(Image { batch: first, .. }) = images.first() else { return Ok(Vec::new()) };
+    let ScorerDescription { height, width, steepness, .. } = *scorer.describe();
+    let size = 3 * height * width;
+    let mut windows = Vec::with_capacity(images.len());
+    let mut views = Vec::with_capacity(images.len());
+    for image in images {
+        let pixels = &image.batch.pixels[image.at * size..][..size];
         let pixels = Tensor::from_slice(pixels, (1, 3, height, width), scorer.device())
             .map_err(ScorerError::from)?;
-        evaluations.push(evaluate_image(scorer, batch, image, &pixels)?);
+        windows.push(crops::windows(image.sample().crop_seed, first.crops, height, width));
+        views.push(crops::cut(&pixels, &windows[windows.len() - 1])?);
     }
-    Ok(Some(evaluations))
+    let views = Tensor::cat(&views, 0).map_err(ScorerError::from)?;
+    let (crops, concepts) = (first.crops as usize, first.concepts.len());
+    let indices = first.concepts.iter().map(|concept| concept.index).collect::<Vec<_>>();
+    let recording = recording && images.iter().any(Image::wants_gradient);
+    let pass = scorer.forward(&views, &indices, recording)?;
+    let scores = pass.scores();
+    if scores.len() != images.len() * crops * concepts {
+        let (got, expected) = (vec![scores.len()], vec![images.len() * crops * concepts]);
+        return Err(ScorerError::Shape { what: "scores", got, expected }.into());
+    }
+    let judged = images.iter().zip(scores.chunks_exact(crops * concepts));
+    let judged: Vec<_> = judged.map(|(image, scores)| judge(image, scores, steepness)).collect();
+    let pushed = |judged: &Result<Judged, RequestError>, image: &Image<'_>| {
+        image.wants_gradient() && judged.as_ref().is_ok_and(Judged::is_open)
+    };
+    let mut gradients = None;
+    if recording && judged.iter().zip(images).any(|(judged, image)| pushed(judged, image)) {
+        // Images that are not pushed take part with slopes of zero.
+        let slopes = judged.iter().zip(images).flat_map(|(judged, image)| match judged {
+            Ok(it) if pushed(judged, image) => it.on_scores(crops),
+            _ => vec![0.0; crops * concepts],
+        });
+        let on_crops = pass.backward(&slopes.collect::<Vec<_>>())?;
+        expect_shape("gradient", &on_crops, &[images.len() * crops, 3, height, width])?;
+        gradients = Some(on_crops);
+    }
+    let finished = judged.into_iter().zip(images).zip(&windows).enumerate();
+    let finish = |(i, ((judged, image), windows)): (usize, ((_, &Image<'_>), &Vec<Window>))| {
+        let pushed = pushed(&judged, image);
+        let mut evaluation = judged?.evaluation;
+        if let Some(gradients) = gradients.as_ref().filter(|_| pushed) {
+            let mine = gradients.narrow(0, i * crops, crops).map_err(ScorerError::from)?;
+            let gradient = crops::cut_backward(&mine, windows)?;
+            let gradient = gradient.flatten_all().and_then(|g| g.to_vec1());
+            let gradient = gradient.map_err(ScorerError::from)?;
+            check_gradient(&gradient, image.at, &evaluation.concepts, &image.batch.concepts)?;
+            evaluation.gradient = Some(gradient);
+        }
+        Ok(evaluation)
+    };
+    Ok(finished.map(finish).collect())
 }
 
-fn evaluate_image(
-    scorer: &dyn Scorer,
-    batch: &Batch,
-    image: usize,
-    pixels: &Tensor,
-) -> Result<Evaluation, RequestError> {
-    let ScorerDescription { height, width, steepness, .. } = *scorer.describe();
-    let sample = &batch.samples[image];
-    let windows = crops::windows(sample.crop_seed, batch.crops, height, width);
-    let views = crops::cut(pixels, &windows)?;
-    let indices = batch.concepts.iter().map(|concept| concept.index).collect::<Vec<_>>();
-    let wants_gradient = batch.gradient && sample.gates.is_some();
-    let pass = scorer.forward(&views, &indices, wants_gradient)?;
-    let (scores, shares) =
-        combined_scores(pass.scores(), windows.len(), &batch.concepts, steepness)?;
-    let Some(gates) = &sample.gates else {
+/// What an image's scores say.
+struct Judged {
+    /// Without a gradient.
+    evaluation: Evaluation,
+    /// dE/dscore per concept; 0 where the gate is closed.
+    slopes: Vec<f32>,
+    /// Shares `[concepts][crops]` of the crops in each score.
+    shares: Vec<Vec<f32>>,
+}
+
+impl Judged {
+    fn is_open(&self) -> bool {
+        self.evaluation.concepts.iter().any(|concept| concept.open)
+    }
+
+    /// dE/dscore of each crop, `[crops, concepts]`.
+    fn on_scores(&self, crops: usize) -> Vec<f32> {
+        let of_crop = |crop: usize| {
+            self.slopes.iter().zip(&self.shares).map(move |(slope, share)| slope * share[crop])
+        };
+        (0..crops).flat_map(of_crop).collect()
+    }
+}
+
+fn judge(image: &Image<'_>, scores: &[f32], steepness: f32) -> Result<Judged, RequestError> {
+    let concepts = &image.batch.concepts;
+    let (scores, shares) = combined_scores(scores, concepts, steepness)?;
+    let Some(gates) = &image.sample().gates else {
         let raw = |score| Scored { score, z: 0.0, gate: 0.0, open: false };
-        let concepts = scores.into_iter().map(raw).collect();
-        return Ok(Evaluation { concepts, energy: 0.0, amplitude: 0.0, gradient: None });
+        let evaluation =
+            Evaluation { concepts: scores.into_iter().map(raw).collect(), ..Evaluation::default() };
+        return Ok(Judged { evaluation, slopes: Vec::new(), shares });
     };
     let Verdict { concepts, slopes, energy, amplitude } =
-        verdict(&scores, gates, &batch.concepts, steepness);
-    let gradient = if batch.gradient && concepts.iter().any(|concept| concept.open) {
-        let gradient = pixel_gradient(pass, &windows, &slopes, &shares, (height, width))?;
-        check_gradient(&gradient, image, &concepts, &batch.concepts)?;
-        Some(gradient)
-    } else {
-        None
-    };
-    Ok(Evaluation { concepts, energy, amplitude, gradient })
-}
-
-/// dE/dpixels `[3, h, w]` of one image, from dE/dscore per concept and the shares
-/// `[concepts][crops]` of its crops in each score.
-fn pixel_gradient(
-    pass: Box<dyn Pass + '_>,
-    windows: &[Window],
-    slopes: &[f32],
-    shares: &[Vec<f32>],
-    (height, width): (usize, usize),
-) -> Result<Vec<f32>, ScorerError> {
-    let of_crop =
-        |crop: usize| slopes.iter().zip(shares).map(move |(slope, share)| slope * share[crop]);
-    let on_scores = (0..windows.len()).flat_map(of_crop).collect::<Vec<_>>();
-    let on_crops = pass.backward(&on_scores)?;
-    expect_shape("gradient", &on_crops, &[windows.len(), 3, height, width])?;
-    Ok(crops::cut_backward(&on_crops, windows)?.flatten_all()?.to_vec1()?)
+        verdict(&scores, gates, concepts, steepness);
+    let evaluation = Evaluation { concepts, energy, amplitude, gradient: None };
+    Ok(Judged { evaluation, slopes, shares })
 }
 
 /// The scores of one image, all finite, and for each concept their derivatives by its crops'
 /// scores, from those scores `[crops, concepts]`.
 fn combined_scores(
     scores: &[f32],
-    crops: usize,
     concepts: &[AskedConcept],
     steepness: f32,
 ) -> Result<(Vec<f32>, Vec<Vec<f32>>), RequestError> {
-    if scores.len() != crops * concepts.len() {
-        let (got, expected) = (vec![scores.len()], vec![crops * concepts.len()]);
-        return Err(ScorerError::Shape { what: "scores", got, expected }.into());
-    }
     let combined = |k: usize| {
         let of_crops = scores.iter().skip(k).step_by(concepts.len()).copied();
         crops::combine(&of_crops.collect::<Vec<_>>(), steepness)

@@ -132,7 +132,9 @@ async fn load(
     concepts: ConceptSet,
     identity: Identity,
 ) -> Result<Arc<Node>, Error> {
-    let engine = engine::start(loader, concepts.clone(), options.queue as usize).await?;
+    let engine =
+        engine::start(loader, concepts.clone(), options.queue as usize, options.max_batch as usize)
+            .await?;
     let served = Served::new(&concepts, &engine.description);
     let calibrations = match &options.calibrations {
         Some(directory) => Calibrations::load(directory, &served)?,

@@ -17,7 +17,7 @@ fn set() -> ConceptSet {
 
 async fn engine(queue: usize) -> (EngineHandle, Probe) {
     let (loader, probe) = TestScorer::loader();
-    (start(loader, set(), queue).await.expect("started").handle, probe)
+    (start(loader, set(), queue, 1).await.expect("started").handle, probe)
 }
 
 fn batch(images: usize) -> Batch {
@@ -111,9 +111,9 @@ async fn a_panic_ends_scoring_for_good_and_says_so() {
 async fn a_loader_that_fails_or_panics_is_an_error() {
     let failing: ScorerLoader =
         Box::new(|_| Err(ScorerError::Features { phrase: "an axe".to_owned() }));
-    let error = start(failing, set(), 1).await.err().expect("failed");
+    let error = start(failing, set(), 1, 1).await.err().expect("failed");
     assert!(error.to_string().contains("an axe"), "{error}");
     let panicking: ScorerLoader = Box::new(|_| panic!("no such device"));
-    let error = start(panicking, set(), 1).await.err().expect("failed");
+    let error = start(panicking, set(), 1, 1).await.err().expect("failed");
     assert!(error.to_string().contains("no such device"), "{error}");
 }

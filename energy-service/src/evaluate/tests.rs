@@ -57,7 +57,12 @@ fn batch(open: &[[bool; 3]], crops: u32) -> Batch {
 }
 
 fn run(scorer: &dyn Scorer, batch: &Batch) -> Vec<Evaluation> {
-    evaluate(scorer, batch, || false).expect("evaluated").expect("not abandoned")
+    run_together(scorer, &[batch], 1).remove(0)
+}
+
+fn run_together(scorer: &dyn Scorer, batches: &[&Batch], most: usize) -> Vec<Vec<Evaluation>> {
+    let outcomes = evaluate(scorer, batches, most, |_| false).into_iter();
+    outcomes.map(|outcome| outcome.expect("evaluated").expect("not abandoned")).collect()
 }
 
 #[test]
@@ -201,8 +206,8 @@ fn broken_scorers_are_found_out_and_concepts_named() {
         (Fault::WrongGradientShape, ["gradient", "[2, 3, 11, 11]"]),
     ] {
         probe.set(fault);
-        let error =
-            evaluate(&*scorer, &batch(&[[false, true, false]], 2), || false).expect_err("refused");
+        let faulty = batch(&[[false, true, false]], 2);
+        let error = evaluate(&*scorer, &[&faulty], 1, |_| false).remove(0).expect_err("refused");
         assert_eq!(error.code(), tonic::Code::Internal);
         let text = error.to_string();
         assert!(parts.iter().all(|part| text.contains(part)), "{fault:?}: {text}");
@@ -212,7 +217,57 @@ fn broken_scorers_are_found_out_and_concepts_named() {
 #[test]
 fn a_batch_is_left_between_images() {
     let (scorer, probe) = scorer();
-    let out = evaluate(&*scorer, &batch(&[[true; 3]; 4], 1), || probe.forwards() == 2);
+    let batch = batch(&[[true; 3]; 4], 1);
+    let out = evaluate(&*scorer, &[&batch], 1, |_| probe.forwards() == 2).remove(0);
     assert!(out.expect("no error").is_none());
     assert_eq!(probe.forwards(), 2);
+}
+
+/// Batches with images of every kind: open before and now, just opened, just closed, and closed.
+fn mixed() -> [Batch; 3] {
+    let mut one = batch(&[[true; 3], [false; 3], [true, false, false]], 3);
+    let mut two = batch(&[[false; 3], [false, true, false]], 3);
+    two.pixels.reverse();
+    for (batch, image) in [(&mut one, 0), (&mut two, 0)] {
+        for gate in batch.samples[image].gates.iter_mut().flatten() {
+            gate.before = Before::Open;
+        }
+    }
+    let mut check = batch(&[[true; 3]], 3);
+    check.gradient = false;
+    [one, two, check]
+}
+
+#[test]
+fn batches_together_give_what_each_gives_alone() {
+    let (scorer, probe) = scorer();
+    let batches = mixed();
+    let alone: Vec<_> = batches.iter().map(|batch| run(&*scorer, batch)).collect();
+    let before = probe.forwards();
+    let batches = batches.each_ref();
+    assert_eq!(run_together(&*scorer, &batches, 64), alone);
+    // Open before; all others; those whose gate has just opened.
+    assert_eq!(probe.forwards() - before, 3);
+    assert_eq!(run_together(&*scorer, &batches, 2), alone);
+}
+
+#[test]
+fn a_broken_image_fails_its_own_batch_only() {
+    let (scorer, _) = scorer();
+    let [good, mut bad, _] = mixed();
+    bad.pixels[5] = f32::NAN;
+    let outcomes = evaluate(&*scorer, &[&good, &bad], 64, |_| false);
+    assert_eq!(outcomes[0].as_ref().expect("good").as_deref(), Some(&run(&*scorer, &good)[..]));
+    let error = outcomes[1].as_ref().expect_err("refused").to_string();
+    assert!(error.contains("not finite"), "{error}");
+}
+
+#[test]
+fn an_abandoned_batch_costs_nothing_and_the_others_go_on() {
+    let (scorer, probe) = scorer();
+    let [one, two, _] = mixed();
+    let outcomes = evaluate(&*scorer, &[&one, &two], 64, |of| of == 0);
+    assert!(outcomes[0].as_ref().expect("no error").is_none());
+    assert_eq!(outcomes[1].as_ref().expect("good").as_deref(), Some(&run(&*scorer, &two)[..]));
+    assert!(probe.forwards() <= 3 + two.samples.len());
 }
