@@ -22,7 +22,8 @@ lint: tools ## Check formatting, clippy, dependencies and the contract.
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" cargo-deny --locked check licenses bans sources
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" buf lint
 
-bench: tools ## Time the frozen layers beside torch (needs a Python with torch: FAIRLEAD_PYTHON).
+bench: tools ## Time layers beside torch and what steering costs (needs a Python with torch: FAIRLEAD_PYTHON).
+	$(CARGO) build --release --locked --quiet --package fairlead
 	$(CARGO) run --release --locked --quiet --package fairlead-bench
 
 measure: tools ## Measure steering on 200 prompts of each kind, judged by the judge; out/evaluation.

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
-use fairlead_models::layers::{Conv2d, Conv2dConfig};
-use fairlead_models::{AutoencoderKl, ClipModel, Tape};
+use fairlead_models::layers::{Activation, Attention, Conv2d, Conv2dConfig};
+use fairlead_models::{
+    AutoencoderKl, ClipModel, Sd3Transformer, Tape, TextConditions, UNet2DConditionModel,
+};
 
 use crate::fixture;
 
@@ -18,6 +20,14 @@ pub(crate) enum Case {
     Vae(usize, bool),
     /// Image features of CLIP ViT-B/32.
     Clip(bool),
+    /// 8 heads of 40 over 4,096 tokens, the largest attention of Stable Diffusion 1 at 512 pixels.
+    Attention(bool),
+    /// The exact GELU of 4,096 x 1,280 values.
+    Gelu(bool),
+    /// Stable Diffusion 1's UNet at 256 pixels, 860 million weights.
+    Unet,
+    /// Six of the 24 blocks of Stable Diffusion 3 medium's transformer at 512 pixels.
+    Mmdit,
 }
 
 /// A case that is ready to run.
@@ -25,7 +35,7 @@ pub(crate) type Run = Box<dyn Fn() -> Result<()>>;
 
 impl Case {
     /// All cases, in the order of the table.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Conv(false),
         Self::Conv(true),
         Self::Vae(128, false),
@@ -34,6 +44,12 @@ impl Case {
         Self::Vae(256, true),
         Self::Clip(false),
         Self::Clip(true),
+        Self::Attention(false),
+        Self::Attention(true),
+        Self::Gelu(false),
+        Self::Gelu(true),
+        Self::Unet,
+        Self::Mmdit,
     ];
 
     /// Its name, which `peer.py` knows too.
@@ -47,6 +63,12 @@ impl Case {
             Self::Vae(_, true) => "vae-256-gradient",
             Self::Clip(false) => "clip",
             Self::Clip(true) => "clip-gradient",
+            Self::Attention(false) => "attention",
+            Self::Attention(true) => "attention-gradient",
+            Self::Gelu(false) => "gelu",
+            Self::Gelu(true) => "gelu-gradient",
+            Self::Unet => "unet",
+            Self::Mmdit => "mmdit",
         }
     }
 
@@ -63,7 +85,10 @@ impl Case {
     /// The ratio to torch's time that it should stay under.
     pub(crate) fn goal(self) -> f64 {
         match self {
+            Self::Vae(256, true) => 0.6,
             Self::Conv(_) | Self::Vae(..) => 0.7,
+            Self::Attention(_) | Self::Gelu(_) => 1.0,
+            Self::Unet | Self::Mmdit => 1.2,
             Self::Clip(_) => 1.3,
         }
     }
@@ -74,7 +99,16 @@ impl Case {
             Self::Conv(gradient) => conv(gradient),
             Self::Vae(side, gradient) => vae(models, side, gradient),
             Self::Clip(gradient) => clip(models, gradient),
+            Self::Attention(gradient) => attention(gradient),
+            Self::Gelu(gradient) => gelu(gradient),
+            Self::Unet => unet(models),
+            Self::Mmdit => mmdit(models),
         }
+    }
+
+    /// Whether torch has to write its model, which then has both sides load it.
+    pub(crate) fn needs_torch(self) -> bool {
+        matches!(self, Self::Unet | Self::Mmdit)
     }
 }
 
@@ -122,6 +156,52 @@ fn clip(models: &Path, gradient: bool) -> Result<Run> {
         if gradient {
             clip.image_features_backward(&dy, &mut tape)?;
         }
+        Ok(())
+    }))
+}
+
+fn attention(gradient: bool) -> Result<Run> {
+    let layer = Attention::new(1.0 / 40f64.sqrt());
+    let shape = [1, 8, 4096, 40];
+    let [q, k, v, dy] = [noise(&shape)?, noise(&shape)?, noise(&shape)?, noise(&shape)?];
+    Ok(Box::new(move || {
+        let mut tape = tape(gradient);
+        layer.forward(&q, &k, &v, &mut tape)?;
+        if gradient {
+            layer.backward(&dy, &mut tape)?;
+        }
+        Ok(())
+    }))
+}
+
+fn gelu(gradient: bool) -> Result<Run> {
+    let (x, dy) = (noise(&[1, 4096, 1280])?, noise(&[1, 4096, 1280])?);
+    Ok(Box::new(move || {
+        let mut tape = tape(gradient);
+        Activation::GeluErf.forward(&x, &mut tape)?;
+        if gradient {
+            Activation::GeluErf.backward(&dy, &mut tape)?;
+        }
+        Ok(())
+    }))
+}
+
+fn unet(models: &Path) -> Result<Run> {
+    let unet = UNet2DConditionModel::load(&models.join("unet"), &Device::Cpu)?;
+    let (x, text) = (noise(&[1, 4, 32, 32])?, noise(&[1, 77, 768])?);
+    Ok(Box::new(move || {
+        unet.forward(&x, &[500.0], &text, &mut Tape::off())?;
+        Ok(())
+    }))
+}
+
+fn mmdit(models: &Path) -> Result<Run> {
+    let transformer = Sd3Transformer::load(&models.join("mmdit"), 1, &Device::Cpu)?;
+    let (x, states) = (noise(&[1, 16, 64, 64])?, noise(&[1, 77 + 256, 4096])?);
+    let pooled = noise(&[1, 2048])?;
+    Ok(Box::new(move || {
+        let text = TextConditions { states: &states, pooled: &pooled };
+        transformer.forward(&x, &[500.0], text, &mut Tape::off())?;
         Ok(())
     }))
 }

@@ -1,10 +1,11 @@
-//! `make bench`: the frozen layers beside torch, in one run.
+//! `make bench`: the frozen layers beside torch, in one run, and what steering costs on a cluster.
 //!
 //! Every case runs in two child processes, ours and torch's, which take turns, so that whatever else the
 //! machine does meets both. The table shows the medians, their ratio and each process's peak memory.
 
 mod case;
 mod child;
+mod cluster;
 mod fixture;
 mod report;
 
@@ -21,10 +22,13 @@ use report::Row;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// The name of the measurements on a cluster.
+const CLUSTER: &str = "cluster";
+
 /// Times the frozen layers beside torch.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Runs only the cases whose names contain this.
+    /// Runs only the cases whose names contain this; `cluster` is what steering costs.
     #[arg(default_value = "")]
     filter: String,
     /// Threads of each side.
@@ -49,6 +53,13 @@ fn main() -> Result<()> {
     if let (Some(name), Some(models)) = (&options.serve, &options.models) {
         return serve(name, models, options.threads);
     }
+    if options.filter.is_empty() || options.filter == CLUSTER {
+        // First: here a missing binary is found out at once.
+        tokio::runtime::Runtime::new()?.block_on(cluster::run(options.rounds))?;
+    }
+    if options.filter == CLUSTER {
+        return Ok(());
+    }
     let models = tempfile::tempdir().context("a folder for the random models")?;
     fixture::write(models.path())?;
     let cases: Vec<Case> =
@@ -59,11 +70,12 @@ fn main() -> Result<()> {
         options.filter,
         Case::names()
     );
-    if let Err(why) = peer(&options, "probe") {
+    if let Err(why) = peer(&options, "probe", models.path()) {
         eprintln!(
-            "torch is skipped: {why:#}; set FAIRLEAD_PYTHON to a Python with torch, diffusers and transformers"
+            "torch is skipped, and what needs its models: {why:#}; set FAIRLEAD_PYTHON to a Python with torch, diffusers and transformers"
         );
-        return run(&cases, &options, models.path(), false);
+        let ours: Vec<Case> = cases.into_iter().filter(|case| !case.needs_torch()).collect();
+        return run(&ours, &options, models.path(), false);
     }
     run(&cases, &options, models.path(), true)
 }
@@ -72,9 +84,12 @@ fn run(cases: &[Case], options: &Options, models: &Path, torch: bool) -> Result<
     report::header(options.threads, options.rounds);
     for case in cases {
         let name = case.name();
+        if case.needs_torch() {
+            write(&options.python, name, models).with_context(|| format!("case {name}"))?;
+        }
         let mut ours = ours(options, name, models).with_context(|| format!("case {name}"))?;
         let mut theirs = torch
-            .then(|| peer(options, name))
+            .then(|| peer(options, name, models))
             .transpose()
             .with_context(|| format!("torch on case {name}"))?;
         let (mut our_times, mut their_times) = (Vec::new(), Vec::new());
@@ -108,10 +123,24 @@ fn ours(options: &Options, name: &str, models: &Path) -> Result<Child> {
 }
 
 /// The same case in torch.
-fn peer(options: &Options, name: &str) -> Result<Child> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peer.py");
+fn peer(options: &Options, name: &str, models: &Path) -> Result<Child> {
     let threads = options.threads.to_string();
-    Child::spawn(&options.python, &[script.as_ref(), name.as_ref(), threads.as_ref()])
+    let arguments = [name.as_ref(), threads.as_ref(), models.as_ref()];
+    Child::spawn(&options.python, &[&[script().as_ref()], &arguments[..]].concat())
+}
+
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("peer.py")
+}
+
+/// Has torch write the random model of a case.
+fn write(python: &Path, name: &str, models: &Path) -> Result<()> {
+    let status = std::process::Command::new(python)
+        .args([script().as_os_str(), "write".as_ref(), name.as_ref(), models.as_ref()])
+        .status()
+        .with_context(|| format!("cannot start {}", python.display()))?;
+    anyhow::ensure!(status.success(), "torch did not write its model: {status}");
+    Ok(())
 }
 
 /// Builds a case, then answers every line of input with the seconds that one run took.

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::scratch::{Unset, written};
 use super::simd::dispatch;
 use crate::layers::Activation;
 
@@ -86,25 +87,25 @@ pub(super) fn silu_slope(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn map(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32) {
+fn map(x: &[f32], y: &mut Unset, f: impl Fn(f32) -> f32) {
     for (y, x) in y.iter_mut().zip(x) {
-        *y = f(*x);
+        y.write(f(*x));
     }
 }
 
 #[inline(always)]
-fn map2(x: &[f32], dy: &[f32], dx: &mut [f32], slope: impl Fn(f32) -> f32) {
+fn map2(x: &[f32], dy: &[f32], dx: &mut Unset, slope: impl Fn(f32) -> f32) {
     for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-        *dx = dy * slope(*x);
+        dx.write(dy * slope(*x));
     }
 }
 
 dispatch! {
-    fn activate(kind: Activation, x: &[f32], y: &mut [f32]) = activate_body;
+    fn activate(kind: Activation, x: &[f32], y: &mut Unset) = activate_body;
 }
 
 #[inline(always)]
-fn activate_body(kind: Activation, x: &[f32], y: &mut [f32]) {
+fn activate_body(kind: Activation, x: &[f32], y: &mut Unset) {
     match kind {
         Activation::GeluErf => map(x, y, |x| x * normal_cdf(x)),
         Activation::GeluTanh => map(x, y, |x| x * sigmoid(TANH_SCALE * (x + CUBIC * x * x * x))),
@@ -114,11 +115,11 @@ fn activate_body(kind: Activation, x: &[f32], y: &mut [f32]) {
 }
 
 dispatch! {
-    fn activate_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mut [f32]) = activate_backward_body;
+    fn activate_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mut Unset) = activate_backward_body;
 }
 
 #[inline(always)]
-fn activate_backward_body(kind: Activation, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+fn activate_backward_body(kind: Activation, x: &[f32], dy: &[f32], dx: &mut Unset) {
     match kind {
         Activation::GeluErf => {
             map2(x, dy, dx, |x| normal_cdf(x) + x * DENSITY * exp(-0.5 * x * x));
@@ -135,28 +136,42 @@ fn activate_backward_body(kind: Activation, x: &[f32], dy: &[f32], dx: &mut [f32
     }
 }
 
-/// `y = f(x)`.
-pub(crate) fn activation(kind: Activation, x: &[f32], y: &mut [f32]) {
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| activate(kind, x, y));
+/// `f(x)`.
+pub(crate) fn activation(kind: Activation, x: &[f32]) -> Vec<f32> {
+    let fill = |y: &mut Unset| {
+        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| activate(kind, x, y));
+    };
+    // SAFETY: both have as many elements.
+    unsafe { written(x.len(), fill) }
 }
 
-/// `dx = dy f'(x)`.
-pub(crate) fn activation_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mut [f32]) {
-    dx.par_chunks_mut(CHUNK)
-        .zip(x.par_chunks(CHUNK))
-        .zip(dy.par_chunks(CHUNK))
-        .for_each(|((dx, x), dy)| activate_backward(kind, x, dy, dx));
+/// `dy f'(x)`.
+pub(crate) fn activation_backward(kind: Activation, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    assert_eq!(x.len(), dy.len(), "activation: sizes");
+    let fill = |dx: &mut Unset| {
+        dx.par_chunks_mut(CHUNK)
+            .zip(x.par_chunks(CHUNK))
+            .zip(dy.par_chunks(CHUNK))
+            .for_each(|((dx, x), dy)| activate_backward(kind, x, dy, dx));
+    };
+    // SAFETY: all three have as many elements.
+    unsafe { written(x.len(), fill) }
 }
 
-/// `y = a + b`.
-pub(crate) fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
-    y.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(
-        |((y, a), b)| {
-            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                *y = a + b;
-            }
-        },
-    );
+/// `a + b`.
+pub(crate) fn add(a: &[f32], b: &[f32]) -> Vec<f32> {
+    assert_eq!(a.len(), b.len(), "add: sizes");
+    let fill = |y: &mut Unset| {
+        y.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(
+            |((y, a), b)| {
+                for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+                    y.write(a + b);
+                }
+            },
+        );
+    };
+    // SAFETY: all three have as many elements.
+    unsafe { written(a.len(), fill) }
 }
 
 /// Rows of one width that samples hold so many of each, and one factor per sample and column.

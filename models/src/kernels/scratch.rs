@@ -1,6 +1,7 @@
 //! Working memory and output memory of the kernels.
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
@@ -16,6 +17,22 @@ pub(crate) fn with_scratch<T>(len: usize, f: impl FnOnce(&mut [f32]) -> T) -> T 
     let result = f(&mut buffer[..len]);
     FREE.with_borrow_mut(|free| free.push(buffer));
     result
+}
+
+/// An output that nobody has written yet.
+pub(crate) type Unset = [MaybeUninit<f32>];
+
+/// A vector of `len` floats that `fill` writes. It is not cleared before: on large tensors that takes as
+/// long as an activation.
+///
+/// # Safety
+/// `fill` writes every element.
+pub(crate) unsafe fn written(len: usize, fill: impl FnOnce(&mut Unset)) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    fill(&mut values.spare_capacity_mut()[..len]);
+    // SAFETY: the capacity is there, and the caller promises that all elements are written.
+    unsafe { values.set_len(len) };
+    values
 }
 
 /// A pointer to an output that several tasks write at once, each its own elements.

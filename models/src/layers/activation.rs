@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::cpu::{build, floats};
+use super::cpu::{floats, tensor};
 use super::{composed, use_kernels};
 use crate::kernels::elementwise;
 use crate::{Error, Result, Tape};
@@ -30,7 +30,7 @@ impl Activation {
         let x = &x.contiguous()?;
         let y = if use_kernels(x.device()) {
             let values = floats(x)?;
-            build(x.shape(), |y| elementwise::activation(*self, &values, y))?
+            tensor(elementwise::activation(*self, &values), x.shape())?
         } else {
             composed::activation(*self, x)?
         };
@@ -55,6 +55,6 @@ impl Activation {
         }
         let dy = dy.contiguous()?;
         let (x, dy_values) = (floats(&x)?, floats(&dy)?);
-        build(dy.shape(), |dx| elementwise::activation_backward(*self, &x, &dy_values, dx))
+        tensor(elementwise::activation_backward(*self, &x, &dy_values), dy.shape())
     }
 }

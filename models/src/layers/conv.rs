@@ -65,6 +65,10 @@ pub struct Conv2d {
 /// memory of the kernels, so large ones are made anew at each call.
 const KEPT: usize = 1 << 22;
 
+/// Pixels up to which a layer whose transformed weights are not kept multiplies directly: at 8 x 8 Winograd's
+/// tiles fill a panel by a quarter.
+const SMALL: usize = 64;
+
 impl Conv2d {
     /// A layer from its weight `[c_out, c_in, k, k]` and bias `[c_out]`.
     ///
@@ -154,9 +158,9 @@ impl Conv2d {
         let window = self.window(h, w)?;
         let (xs, weight) = (floats(x)?, floats(&self.weight)?);
         let bias = self.bias.as_ref().map(floats).transpose()?;
+        let kernels = Kernels::forward(&weight, c_out, c_in);
         build((b, c_out, window.out.0, window.out.1), |y| match (window.side, self.config) {
-            (3, Conv2dConfig::SAME_3X3) => {
-                let kernels = Kernels::forward(&weight, c_out, c_in);
+            (3, Conv2dConfig::SAME_3X3) if !is_small(kernels, h, w) => {
                 let u = self.transformed(0, kernels);
                 conv3x3(kernels, u, bias.as_deref(), &xs, [b, h, w], y);
             }
@@ -205,4 +209,9 @@ impl Conv2d {
         }
         Weights::Kept(self.winograd[pass].get_or_init(|| kernels.transform()))
     }
+}
+
+/// Whether the image is so small that making the transformed weights costs more than they save.
+fn is_small(kernels: Kernels<'_>, h: usize, w: usize) -> bool {
+    kernels.transformed_len() > KEPT && h * w <= SMALL
 }
