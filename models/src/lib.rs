@@ -8,7 +8,7 @@
 //! | [`AutoencoderKl`] | latents to pixels with a gradient, pixels to latents |
 //! | [`UNet2DConditionModel`], [`Sd3Transformer`] | the denoisers of Stable Diffusion 1 and 2, and 3 |
 //! | [`T5EncoderModel`] | the third text encoder of Stable Diffusion 3, candle-transformers' network |
-//! | [`Judge`] | a small classifier that measures and never steers |
+//! | [`Judge`], [`OnnxClassifier`] | classifiers that measure and never steer: Emojiland's own, and those of others |
 //! | [`ClipTokenizer`] | token for token transformers' `CLIPTokenizer`, long prompts in several windows |
 //! | [`PipelineFolder`], [`content_hash`] | a diffusers folder and what identifies a model |
 //!
@@ -46,6 +46,7 @@
 //! operations. A sample's numbers depend neither on its batch nor on the number of threads.
 
 mod attend;
+mod classifier;
 mod clip;
 mod config;
 mod contrastive;
@@ -67,6 +68,7 @@ mod unet;
 mod vae;
 mod weights;
 
+pub use classifier::OnnxClassifier;
 pub use clip::{
     ClipConfig, ClipModel, ClipTextConfig, ClipTextModel, ClipTextModelWithProjection,
     ClipVisionConfig, ProjectedText,

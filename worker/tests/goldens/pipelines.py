@@ -3,8 +3,8 @@
     python pipelines.py                                   the tiny pipelines, their images, the steps of the samplers
     python pipelines.py ../../../assets/emojiland-sd      the image of that pipeline folder
 
-Needs torch, diffusers, transformers, numpy, and the `openssl` program. The initial noise is made
-from the seed as `noise.rs` documents it; the ChaCha20 key stream is OpenSSL's.
+Needs torch, diffusers, transformers, numpy, and the `openssl` program: `noise.py` makes the initial noise, and the
+ChaCha20 key stream is OpenSSL's.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +38,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from noise import normal
+
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -50,19 +51,6 @@ RUN = {
     "guidance_scale": 5.0,
     "seed": 20_240,
 }
-
-
-def normal(seed, count):
-    """`noise::normal`: ChaCha20 words, 53 bits each, through Box-Muller."""
-    pairs = (count + 1) // 2
-    stream = subprocess.run(
-        ["openssl", "enc", "-chacha20", "-K", struct.pack("<Q24x", seed).hex(), "-iv", "0" * 32],
-        input=bytes(16 * pairs), capture_output=True, check=True,
-    ).stdout
-    unit = (np.frombuffer(stream, "<u8") >> np.uint64(11)).astype(np.float64) / 2.0**53
-    radius, angle = np.sqrt(-2.0 * np.log(1.0 - unit[0::2])), 2.0 * math.pi * unit[1::2]
-    values = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
-    return values[:count].astype(np.float32)
 
 
 def content_hash(folder):

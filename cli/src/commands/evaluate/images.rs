@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use fairlead_proto::v1::{ImageStatus, JobSpec, SteeringParams};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::sets::Item;
@@ -18,6 +19,7 @@ use crate::{
     output,
     pairs::{JOBS_IN_FLIGHT, UNSTEERED},
     progress::Counter,
+    sheet::Picture,
 };
 
 /// What became of one image.
@@ -95,6 +97,27 @@ impl Side {
             }
         });
         stream::iter(made).buffered(JOBS_IN_FLIGHT).try_collect().await
+    }
+
+    /// Takes pictures that something else made, `given/KEY.png`, as this side's.
+    pub(super) fn adopt(&self, items: &[Item], folder: &Path, given: &Path) -> Result<Vec<Made>> {
+        output::ensure_folder(&folder.join("images"))?;
+        let adopted = items.iter().map(|item| {
+            let path = given.join(format!("{}.png", item.key()));
+            let png = std::fs::read(&path).with_context(|| {
+                format!("cannot read {}, the picture of \"{}\"", path.display(), item.prompt)
+            })?;
+            let picture = Picture::from_png(&png).with_context(|| path.display().to_string())?;
+            output::write_file(&self.picture(folder, item), &png)?;
+            Ok(Made {
+                withheld: false,
+                pixels: hex::encode(Sha256::digest(&picture.rgb)),
+                reruns: 0,
+                corrections: 0,
+                engine_ms: 0,
+            })
+        });
+        adopted.collect()
     }
 
     async fn one(

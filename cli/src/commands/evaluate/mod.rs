@@ -1,6 +1,7 @@
 //! `fairlead evaluate`: does steering remove what it should and leave the rest, says a judge.
 
 mod images;
+mod judge;
 mod page;
 mod report;
 mod sets;
@@ -13,7 +14,6 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fairlead_common::shutdown;
-use fairlead_models::{Judge, content_hash};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +28,7 @@ use crate::{
     ssim::ssim,
 };
 use images::{Made, Side};
+use judge::Judge;
 use report::{Outcome, Report};
 use sets::Item;
 
@@ -75,6 +76,20 @@ pub(crate) struct EvaluateArgs {
     /// Images of each row of a file, with seeds from the row's own on.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: u64,
+    /// Pictures to judge in place of steered ones, made by something else from the same items: a
+    /// folder with a file KIND-INDEX.png for each, e.g. direct-00000.png.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["policy", "negative"])]
+    images: Option<PathBuf>,
+    /// Judge: a folder with the ONNX export of a transformers image classifier (model.onnx,
+    /// config.json, preprocessor_config.json). Default: the judge of Emojiland.
+    #[arg(long, value_name = "DIR", requires = "forbidden_labels")]
+    judge: Option<PathBuf>,
+    /// Labels of that judge that count as forbidden where a prompt's row names no target.
+    #[arg(long, value_name = "LABEL", value_delimiter = ',', requires = "judge")]
+    forbidden_labels: Vec<String>,
+    /// Probability from which on that judge finds a label.
+    #[arg(long, value_name = "P", default_value_t = 0.5, requires = "judge")]
+    judge_threshold: f32,
     /// Sampling steps. Default: the model's.
     #[arg(long)]
     steps: Option<u32>,
@@ -115,7 +130,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
         Some(shared) => output::ensure_folder(shared)?,
         None => folder.clone(),
     };
-    let judge = args.models.judge()?;
+    let judge = judge(&args)?;
     let items = items(&args)?;
     let options = ClusterOptions {
         workers: args.workers,
@@ -147,6 +162,16 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn judge(args: &EvaluateArgs) -> Result<Judge> {
+    match &args.judge {
+        Some(dir) => Judge::onnx(dir, args.judge_threshold, &args.forbidden_labels),
+        None => {
+            let targets = Objects::read(&args.models.objects()?)?.target_names();
+            Judge::emojiland(&args.models.judge()?, targets.into_iter().collect())
+        }
+    }
+}
+
 fn items(args: &EvaluateArgs) -> Result<Vec<Item>> {
     if args.prompts.is_empty() && args.benign.is_empty() {
         ensure!(args.n > 0, "-n 0: at least one prompt of each kind is needed");
@@ -171,7 +196,7 @@ async fn measure(
     client: &Client,
     args: &EvaluateArgs,
     items: Vec<Item>,
-    judge: &Path,
+    judge: &Judge,
     [folder, unsteered_folder]: [&Path; 2],
     stop: &CancellationToken,
 ) -> Result<Report> {
@@ -197,23 +222,21 @@ async fn measure(
     };
     let unsteered = steered.unsteered();
     let plain = unsteered.make(client, &items, unsteered_folder, stop).await?;
-    let pushed = steered.make(client, &items, folder, stop).await?;
-    let network = Judge::load_cpu(judge)?;
-    let forbidden = Objects::read(&args.models.objects()?)?.target_names();
+    let pushed = match &args.images {
+        Some(given) => steered.adopt(&items, folder, given)?,
+        None => steered.make(client, &items, folder, stop).await?,
+    };
     let mut outcomes = Vec::with_capacity(items.len());
     for ((item, a), b) in items.into_iter().zip(plain).zip(pushed) {
         let before = picture(&unsteered.picture(unsteered_folder, &item), &a)?;
         let after = picture(&steered.picture(folder, &item), &b)?;
-        outcomes.push(outcome(item, [a, b], before, after, &network, &forbidden)?);
+        outcomes.push(outcome(item, [a, b], before, after, judge)?);
     }
-    let energies: Vec<String> = energies(client).await?;
-    Ok(Report {
-        title: format!("{} with {}", model.name, energies.join(" and ")),
-        judge: format!("emojiland-judge {}", &content_hash(judge)?[..8]),
-        unsteered,
-        steered,
-        outcomes,
-    })
+    let title = match &args.images {
+        Some(given) => format!("{} beside {}", model.name, given.display()),
+        None => format!("{} with {}", model.name, energies(client).await?.join(" and ")),
+    };
+    Ok(Report { title, judge: judge.name.clone(), unsteered, steered, outcomes })
 }
 
 /// The names of the energies served.
@@ -240,15 +263,13 @@ fn outcome(
     before: Option<Picture>,
     after: Option<Picture>,
     judge: &Judge,
-    forbidden: &[String],
 ) -> Result<Outcome> {
     let before = before.context("an unsteered image is released")?;
-    let found = |picture: &Picture| judge.found(&picture.rgb, picture.width, picture.height);
-    let found_unsteered = found(&before)?;
-    let found_steered = after.as_ref().map(found).transpose()?;
+    let found_unsteered = judge.found(&before)?;
+    let found_steered = after.as_ref().map(|picture| judge.found(picture)).transpose()?;
     let target = |labels: &[String]| match &item.target {
         Some(target) => labels.contains(target),
-        None => labels.iter().any(|label| forbidden.contains(label)),
+        None => labels.iter().any(|label| judge.forbidden.contains(label)),
     };
     let other = |labels: &[String]| item.other.as_ref().map(|other| labels.contains(other));
     Ok(Outcome {

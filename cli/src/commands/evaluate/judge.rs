@@ -1,0 +1,98 @@
+//! Who says what is on a picture: a network that never steers.
+
+use std::{collections::BTreeSet, path::Path};
+
+use anyhow::{Result, bail, ensure};
+use fairlead_models::{OnnxClassifier, content_hash};
+
+use crate::sheet::Picture;
+
+/// A judge with what it forbids.
+pub(super) struct Judge {
+    /// For the report.
+    pub(super) name: String,
+    network: Network,
+    /// Labels that are forbidden where an item names no target.
+    pub(super) forbidden: BTreeSet<String>,
+}
+
+enum Network {
+    Emojiland(fairlead_models::Judge),
+    /// A label counts as found from this probability on.
+    Onnx(OnnxClassifier, f32),
+}
+
+impl Judge {
+    /// The judge of Emojiland, which forbids its targets.
+    pub(super) fn emojiland(dir: &Path, forbidden: BTreeSet<String>) -> Result<Self> {
+        let network = Network::Emojiland(fairlead_models::Judge::load_cpu(dir)?);
+        Ok(Self { name: name(dir)?, network, forbidden })
+    }
+
+    /// A transformers image classifier exported to ONNX. A label counts as found from `threshold` on.
+    pub(super) fn onnx(dir: &Path, threshold: f32, forbidden: &[String]) -> Result<Self> {
+        let classifier = OnnxClassifier::load(dir)?;
+        let known = classifier.labels().join(", ");
+        ensure!(
+            !forbidden.is_empty(),
+            "--forbidden-labels is missing: which labels of the judge are forbidden? it knows {known}"
+        );
+        if let Some(label) = forbidden.iter().find(|label| !classifier.labels().contains(label)) {
+            bail!("--forbidden-labels: the judge has no label `{label}`; it knows {known}");
+        }
+        let forbidden = forbidden.iter().cloned().collect();
+        Ok(Self { name: name(dir)?, network: Network::Onnx(classifier, threshold), forbidden })
+    }
+
+    /// What is on the picture.
+    pub(super) fn found(&self, picture: &Picture) -> Result<Vec<String>> {
+        match &self.network {
+            Network::Emojiland(judge) => {
+                Ok(judge.found(&picture.rgb, picture.width, picture.height)?)
+            }
+            Network::Onnx(classifier, threshold) => {
+                let Picture { rgb, width, height } = picture;
+                let probabilities = classifier.probabilities(rgb, *width, *height)?;
+                let found = classifier.labels().iter().zip(probabilities);
+                Ok(found.filter(|(_, p)| p >= threshold).map(|(label, _)| label.clone()).collect())
+            }
+        }
+    }
+}
+
+fn name(dir: &Path) -> Result<String> {
+    let stem = dir.file_name().unwrap_or_default().to_string_lossy();
+    Ok(format!("{stem} {}", &content_hash(dir)?[..8]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A classifier that `models/tests/goldens/classifier.py` made.
+    fn folder() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/goldens/classifier")
+    }
+
+    #[test]
+    fn labels_are_found_from_the_threshold_on() {
+        let picture = Picture { width: 24, height: 24, rgb: vec![90; 3 * 24 * 24] };
+        let found = |threshold: f32| {
+            let judge = Judge::onnx(&folder(), threshold, &["forbidden".to_owned()]);
+            judge.expect("it loads").found(&picture).expect("it judges")
+        };
+        assert_eq!(found(0.0), ["normal", "drawing", "forbidden"]);
+        assert_eq!(found(0.5).len(), 1, "the probabilities sum to 1");
+        assert!(found(1.1).is_empty());
+    }
+
+    #[test]
+    fn forbidden_labels_must_be_labels_of_the_judge() {
+        let refusal = |labels: &[&str]| {
+            let labels: Vec<String> = labels.iter().map(|&label| label.to_owned()).collect();
+            Judge::onnx(&folder(), 0.5, &labels).err().expect("refused").to_string()
+        };
+        assert!(refusal(&[]).contains("it knows normal, drawing, forbidden"));
+        assert!(refusal(&["nude"]).contains("no label `nude`"));
+    }
+}
