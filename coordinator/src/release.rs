@@ -173,7 +173,8 @@ impl Gate {
             let mut nodes = self.registry.live();
             nodes.retain(|node| !failed.contains_key(&node.info.node_id));
             let need = admission::calibration(&policy, &run);
-            let routing::Assignment { endpoints, unserved } = routing::assign(&left, &nodes, need);
+            let routing::Assignment { endpoints, unserved, .. } =
+                routing::assign(&left, &nodes, need);
             if let Some(unserved) = unserved.first() {
                 return Err(nobody_answers(unserved, &failed));
             }

@@ -1,6 +1,6 @@
 //! Which energy node answers for which concept. Pure.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams};
 
@@ -107,8 +107,17 @@ impl fmt::Display for Unserved {
 pub(crate) struct Assignment {
     /// Each served concept under exactly one node.
     pub(crate) endpoints: Vec<EnergyEndpoint>,
+    /// Further nodes that serve some of them, to be asked if one of those fails.
+    pub(crate) replicas: Vec<EnergyEndpoint>,
     /// Concepts without a node.
     pub(crate) unserved: Vec<Unserved>,
+}
+
+impl Assignment {
+    /// What a worker is told: whom to ask first, then the replicas.
+    pub(crate) fn told(&self) -> Vec<EnergyEndpoint> {
+        [&self.endpoints[..], &self.replicas].concat()
+    }
 }
 
 /// Assigns each of `concepts` to exactly one of `nodes`. Calibrated nodes come first, then the
@@ -128,20 +137,30 @@ pub(crate) fn assign(
     };
     order.sort_by_key(|node| (uncalibrated(node), node.load, node.info.node_id.clone()));
     let mut left: Vec<ConceptRef> = concepts.to_vec();
-    let mut endpoints = Vec::new();
+    let (mut endpoints, mut replicas) = (Vec::new(), Vec::new());
     for node in order {
         let (taken, rest): (Vec<_>, Vec<_>) = left.into_iter().partition(|c| node.serves(c));
         left = rest;
-        if !taken.is_empty() {
-            let node = Some(NodeInfo::clone(&node.info));
-            endpoints.push(EnergyEndpoint { node, concepts: taken });
+        let is_taken = |concept: &ConceptRef| taken.contains(concept);
+        let spare = concepts.iter().filter(|c| node.serves(c) && !is_taken(c));
+        let spare: Vec<ConceptRef> = spare.cloned().collect();
+        for (list, concepts) in [(&mut replicas, spare), (&mut endpoints, taken)] {
+            if !concepts.is_empty() {
+                list.push(EnergyEndpoint { node: Some(NodeInfo::clone(&node.info)), concepts });
+            }
         }
     }
     let unserved = left.into_iter().map(|concept| {
         let uncalibrated = nodes.iter().any(|node| node.serves(&concept));
         Unserved { concept, uncalibrated }
     });
-    Assignment { endpoints, unserved: unserved.collect() }
+    Assignment { endpoints, replicas, unserved: unserved.collect() }
+}
+
+/// The ids of the endpoints' nodes.
+pub(crate) fn node_ids(endpoints: &[EnergyEndpoint]) -> BTreeSet<&str> {
+    let nodes = endpoints.iter().filter_map(|endpoint| endpoint.node.as_ref());
+    nodes.map(|node| node.node_id.as_str()).collect()
 }
 
 /// Whether every endpoint is still live at the same address with the same concepts.
@@ -201,7 +220,12 @@ mod tests {
         let nodes = [node("a", &["x", "y"], 3, true), node("b", &["x", "y"], 1, true)];
         let run = run();
         let both = [concept("x"), concept("y")];
-        assert_eq!(ids(&assign(&both, &nodes, Calibration::Required(&run))), ["b"]);
+        let assignment = assign(&both, &nodes, Calibration::Required(&run));
+        assert_eq!(ids(&assignment), ["b"]);
+        let told = assignment.told();
+        assert_eq!(node_ids(&told), BTreeSet::from(["a", "b"]));
+        assert_eq!(told[1].node.as_ref().map(|node| node.node_id.as_str()), Some("a"));
+        assert_eq!(told[1].concepts, both, "the replica serves all of them");
     }
 
     #[test]
@@ -246,7 +270,7 @@ mod tests {
                 node(&format!("n{i}"), &names, *load, true)
             }).collect();
             let concepts: Vec<_> = wanted.iter().map(|name| concept(name)).collect();
-            let Assignment { endpoints, unserved } = assign(&concepts, &nodes, Calibration::Unneeded);
+            let Assignment { endpoints, unserved, .. } = assign(&concepts, &nodes, Calibration::Unneeded);
             prop_assert!(still_live(&endpoints, &nodes));
             let mut all: Vec<_> = endpoints.iter().flat_map(|e| e.concepts.clone()).collect();
             all.extend(unserved.iter().map(|u| u.concept.clone()));

@@ -183,6 +183,21 @@ impl Sandbox {
         timeout(PATIENCE, attached).await.context("the cluster did not become ready")
     }
 
+    /// Waits until so many nodes serve every concept.
+    pub async fn served_by(&self, nodes: usize) -> Result<()> {
+        let catalog = CatalogServiceClient::new(self.channel()?);
+        let served = async {
+            loop {
+                let answer = catalog.clone().list_concepts(ListConceptsRequest {}).await?;
+                if answer.into_inner().concepts.iter().all(|served| served.nodes.len() == nodes) {
+                    return Ok(());
+                }
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        timeout(PATIENCE, served).await.context("the nodes did not register")?
+    }
+
     /// Kills a process with SIGKILL and waits for its end.
     pub async fn kill(&mut self, name: &str) -> Result<()> {
         let position = self.processes.iter().position(|(other, _)| other == name);

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use fairlead_proto::v1::{
-    CancelJobRequest, ImageStatus, JobSpec, JobState, watch_job_response::Event,
+    CancelJobRequest, GetRecordRequest, ImageStatus, JobSpec, JobState, watch_job_response::Event,
 };
 use fairlead_tests::{PATIENCE, Sandbox, asset};
 use tokio::time::timeout;
@@ -132,6 +132,42 @@ async fn an_energy_node_gone_mid_job_releases_nothing() -> Result<()> {
         let status = sandbox.png(&job.job_id, image.index).await.expect_err("nothing is released");
         assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
     }
+    Ok(())
+}
+
+/// The registration of a killed node lasts; its replica is known to the worker from the start.
+#[tokio::test]
+async fn a_replica_takes_over_within_the_step() -> Result<()> {
+    let mut sandbox = sandbox_with(&["--node-ttl", "1h"]).await?;
+    sandbox.energy("spare").await?;
+    sandbox.served_by(2).await?;
+    let spec = JobSpec {
+        steps: Some(200),
+        policy: "lenient".into(),
+        ..spec("an owl on a green background", 1)
+    };
+    let (_, calm) = sandbox.images(spec.clone()).await?;
+    let job = sandbox.submit(spec).await?;
+    let mut events = sandbox.watch(&job).await?;
+    let first_score = async {
+        while let Some(response) = events.message().await? {
+            if matches!(&response.event, Some(Event::Progress(step)) if !step.scores.is_empty()) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("the job ended before its first score")
+    };
+    timeout(PATIENCE, first_score).await??;
+    sandbox.kill("energy").await?;
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    assert_eq!(pixels(&sandbox.png(&job.job_id, 0).await?), pixels(&calm[0]));
+    let request =
+        GetRecordRequest { record_id: job.images[0].record_id.clone(), ..Default::default() };
+    let record = sandbox.client()?.get_record(request).await?.into_inner().record;
+    let nodes = record.context("a record")?.energy_nodes;
+    let names: Vec<&str> = nodes.iter().filter_map(|node| node.split(' ').next()).collect();
+    assert_eq!(names, ["energy", "spare"]);
     Ok(())
 }
 

@@ -210,7 +210,7 @@ async fn deliver(
             if let Effect::Granted { lease, attempt } = applied.effect {
                 let job = Arc::new(applied.record);
                 let grant = Grant { job_id, job, lease, attempt, connection };
-                grant.open(shared, assignment.endpoints).await;
+                grant.open(shared, assignment).await;
             }
             Ok(())
         }
@@ -237,11 +237,11 @@ struct Grant {
 
 impl Grant {
     /// Opens the session and sends the assignment; a worker that left in between loses it again.
-    async fn open(self, shared: &Arc<Shared>, endpoints: Vec<v1::EnergyEndpoint>) {
+    async fn open(self, shared: &Arc<Shared>, nodes: routing::Assignment) {
         let Self { job_id, lease, attempt, connection, .. } = self;
         let Some(shard) = self.job.shard(lease.shard) else { return };
         let images = shard.images();
-        let assignment = self.assignment(images.clone(), endpoints.clone());
+        let assignment = self.assignment(images.clone(), nodes.told());
         let opened = {
             let mut state = shared.state.lock();
             let worker_id = state.workers.get(&connection).map(|worker| worker.id.clone());
@@ -258,8 +258,8 @@ impl Grant {
                     phase: SessionPhase::Running,
                     inbox,
                     abort: abort.clone(),
-                    reservation: shared.registry.reserve(&endpoints),
-                    endpoints,
+                    reservation: shared.registry.reserve(&nodes.endpoints),
+                    endpoints: nodes.told(),
                     attempt,
                 };
                 state.sessions.insert(lease, session);
@@ -309,7 +309,7 @@ impl Grant {
     }
 }
 
-/// Tells the workers of running shards whose nodes are gone or were missing which to ask now.
+/// Tells the workers of running shards whose nodes have come or gone which to ask now.
 fn update_nodes(shared: &Shared) {
     let nodes = shared.registry.live();
     let mut state = shared.state.lock();
@@ -317,17 +317,17 @@ fn update_nodes(shared: &Shared) {
     let mut updates = Vec::new();
     for (lease, session) in sessions.iter_mut().filter(|(_, s)| s.phase == SessionPhase::Running) {
         let policy = session.job.policy();
-        let covered: usize = session.endpoints.iter().map(|e| e.concepts.len()).sum();
-        if covered == policy.concepts.len() && routing::still_live(&session.endpoints, &nodes) {
-            continue;
-        }
         let run = session.job.run();
         let need = admission::calibration(&policy, &run);
-        let energies = routing::assign(&policy.concepts, &nodes, need).endpoints;
-        if energies == session.endpoints {
+        let assignment = routing::assign(&policy.concepts, &nodes, need);
+        let energies = assignment.told();
+        // Another order, by another load, is no news.
+        if routing::still_live(&session.endpoints, &nodes)
+            && routing::node_ids(&energies) == routing::node_ids(&session.endpoints)
+        {
             continue;
         }
-        session.reservation = shared.registry.reserve(&energies);
+        session.reservation = shared.registry.reserve(&assignment.endpoints);
         session.endpoints = energies.clone();
         let shard_id = lease.shard.to_string();
         updates.push((session.connection, v1::NodeUpdate { shard_id, energies }));
