@@ -5,7 +5,7 @@ TOOLS := .tools
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench measure tools audit
+.PHONY: help demo test lint bench evaluate tools audit
 
 help: ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,8 +26,9 @@ bench: tools ## Time layers beside torch and what steering costs (needs a Python
 	$(CARGO) build --release --locked --quiet --package fairlead
 	$(CARGO) run --release --locked --quiet --package fairlead-bench
 
-measure: tools ## Measure steering on 200 prompts of each kind, judged by the judge; out/evaluation.
-	$(CARGO) run --release --locked --quiet --package fairlead -- evaluate -n 200 --workers 2
+evaluate: tools ## Measure steering in every cell of EVALUATION.md; hours. N=20 CELLS=emojiland-sd-both: minutes.
+	$(CARGO) build --release --locked --quiet --package fairlead
+	scripts/evaluate.sh
 
 audit: tools ## Check dependencies against the RustSec advisories (needs the internet).
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" cargo-deny --locked check advisories

@@ -8,7 +8,7 @@ set -eu
 N=${N:-250}
 OUT=${OUT:-out/evaluation}
 CELLS=${CELLS:-emojiland-sd-both emojiland-sd3-both emojiland-sd-clip emojiland-sd3-clip emojiland-sd-siglip emojiland-sd3-siglip}
-FAIRLEAD=${FAIRLEAD:-target/release/fairlead}
+FAIRLEAD=${FAIRLEAD:-${CARGO_TARGET_DIR:-target}/release/fairlead}
 
 for cell in $CELLS; do
     generator=${cell%-*}
