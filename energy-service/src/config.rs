@@ -66,16 +66,15 @@ pub struct EnergyArgs {
     )]
     pub queue: u32,
     /// Images, of as many requests as wait, that share one pass of the model. More keep a large device
-    /// busy and take as much more memory. On another device than the CPU a sum's order may depend
-    /// on it, and with it an image's last bits: 1 rules that out.
+    /// busy and take as much more memory. Default: 4 on the CPU; 1 elsewhere, where the order of a sum
+    /// may depend on it, and with it an image's last bits.
     #[arg(
         long,
         value_name = "N",
         env = "FAIRLEAD_ENERGY_MAX_BATCH",
-        default_value_t = DEFAULT_MAX_BATCH,
         value_parser = clap::value_parser!(u32).range(1..=64)
     )]
-    pub max_batch: u32,
+    pub max_batch: Option<u32>,
     /// Device the model runs on: cpu or cuda:N.
     #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_ENERGY_DEVICE", default_value = "cpu")]
     pub device: String,
@@ -83,7 +82,8 @@ pub struct EnergyArgs {
 
 const DEFAULT_CROPS: u32 = 4;
 const DEFAULT_QUEUE: u32 = 64;
-const DEFAULT_MAX_BATCH: u32 = 4;
+/// Images of a pass on the CPU, where a batch changes no bit.
+const CPU_BATCH: u32 = 4;
 
 /// What [`crate::run`] needs besides a listener.
 #[derive(Debug, Clone)]
@@ -104,8 +104,8 @@ pub struct EnergyOptions {
     pub crops: u32,
     /// Requests that may wait for the model, at least 1.
     pub queue: u32,
-    /// Images that share one pass of the model, at least 1.
-    pub max_batch: u32,
+    /// Images that share one pass of the model, at least 1; `None` takes the device's default.
+    pub max_batch: Option<u32>,
     /// "cpu" or "cuda:N".
     pub device: String,
 }
@@ -123,9 +123,17 @@ impl EnergyOptions {
             node_id: ids::process_name("energy"),
             crops: DEFAULT_CROPS,
             queue: DEFAULT_QUEUE,
-            max_batch: DEFAULT_MAX_BATCH,
+            max_batch: None,
             device: "cpu".to_owned(),
         }
+    }
+}
+
+impl EnergyOptions {
+    /// Images that share one pass of the model.
+    pub(crate) fn images_of_a_pass(&self) -> usize {
+        let default = if self.device == "cpu" { CPU_BATCH } else { 1 };
+        self.max_batch.unwrap_or(default).max(1) as usize
     }
 }
 

@@ -93,7 +93,7 @@ pub(crate) async fn start(
     let (loaded, description) = oneshot::channel();
     thread::Builder::new()
         .name("energy-engine".to_owned())
-        .spawn(move || run(loader, &concepts, loaded, inbox, &state, [queue, most]))
+        .spawn(move || run(loader, &concepts, loaded, inbox, &state, most))
         .map_err(|source| Error::System {
             what: "cannot start the engine's thread".into(),
             source,
@@ -110,7 +110,7 @@ fn run(
     loaded: oneshot::Sender<Result<ScorerDescription, Error>>,
     mut inbox: mpsc::Receiver<Work>,
     state: &watch::Sender<EngineState>,
-    [queue, most]: [usize; 2],
+    most: usize,
 ) {
     let scorer = match catch_unwind(AssertUnwindSafe(|| loader(concepts))) {
         Ok(Ok(scorer)) => scorer,
@@ -130,8 +130,15 @@ fn run(
     }
     while let Some(first) = inbox.blocking_recv() {
         let mut waiting = vec![first];
-        // What has come meanwhile shares the passes.
-        waiting.extend(std::iter::from_fn(|| inbox.try_recv().ok()).take(queue));
+        // What has come meanwhile shares the pass; what would need another waits for its turn, so that
+        // nobody's answer waits for more than one pass of others.
+        let mut images = waiting[0].batch.samples.len();
+        while images < most
+            && let Ok(work) = inbox.try_recv()
+        {
+            images += work.batch.samples.len();
+            waiting.push(work);
+        }
         let Err(reason) = answer_all(&*scorer, waiting, most) else { continue };
         tracing::error!(%reason, "the energy model panicked; this node no longer scores");
         state.send_replace(EngineState::Failed(reason.clone()));

@@ -137,8 +137,16 @@ pub(crate) fn evaluate(
     };
     together.passes(&likely, true);
     // A single image records its pass: going on from there costs less than a second pass.
-    let opened = together.passes(&others, most == 1);
+    let opened = together.passes(&others, most == 1 || others.len() == 1);
     together.passes(&opened, true);
+    for (batch, outcome) in batches.iter().zip(&together.outcomes) {
+        let evaluations = outcome.iter().flatten().flatten().filter(|_| batch.gradient);
+        for (concept, scored) in evaluations.flat_map(|e| batch.concepts.iter().zip(&e.concepts)) {
+            if scored.open {
+                metrics::opened(&concept.name);
+            }
+        }
+    }
     together.outcomes
 }
 
@@ -348,7 +356,6 @@ fn verdict(scores: &[f32], gates: &[Gate], concepts: &[AskedConcept], steepness:
             verdict.energy += weight * gate::energy(score, tau, steepness);
             verdict.slopes[k] = weight * gate::energy_slope(score, tau, steepness);
             verdict.amplitude = verdict.amplitude.max(level.amplitude(z, *before));
-            metrics::opened(&concepts[k].name);
         }
         verdict.concepts.push(Scored { score, z, gate: level.gate, open });
     }

@@ -58,7 +58,7 @@ impl EnergyService for EnergyGrpc {
         &self,
         request: Request<EvaluateRequest>,
     ) -> Result<Response<EvaluateResponse>, Status> {
-        let images = request.get_ref().samples.len();
+        let images = request.get_ref().samples.len() as i64;
         let span = tracing::info_span!("evaluate", otel.kind = "server", images);
         trace::follow(&span, trace::incoming(request.metadata()));
         let answer = async { self.node()?.evaluate(request.into_inner()).await };

@@ -5,10 +5,10 @@ use std::time::Duration;
 use metrics::{counter, histogram};
 use tonic::Code;
 
-/// One request's time on the engine, and how many images it had.
+/// The time on the engine of requests that were answered together, and how many images they had.
 pub(crate) fn computed(took: Duration, images: usize) {
     histogram!("fairlead_energy_compute_seconds").record(took);
-    histogram!("fairlead_energy_request_images").record(images as f64);
+    histogram!("fairlead_energy_batch_images").record(images as f64);
 }
 
 /// How long a request waited for the engine.
@@ -22,7 +22,7 @@ pub(crate) fn answered(call: &'static str, code: Code) {
     counter!("fairlead_energy_requests_total", "call" => call, "code" => code).increment(1);
 }
 
-/// A concept's gate is open on an image.
+/// A concept's gate is open on a clean estimate.
 pub(crate) fn opened(concept: &str) {
     counter!("fairlead_energy_gates_open_total", "concept" => concept.to_owned()).increment(1);
 }

@@ -133,7 +133,7 @@ async fn load(
     identity: Identity,
 ) -> Result<Arc<Node>, Error> {
     let engine =
-        engine::start(loader, concepts.clone(), options.queue as usize, options.max_batch as usize)
+        engine::start(loader, concepts.clone(), options.queue as usize, options.images_of_a_pass())
             .await?;
     let served = Served::new(&concepts, &engine.description);
     let calibrations = match &options.calibrations {
