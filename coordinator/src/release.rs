@@ -113,7 +113,8 @@ impl Gate {
         let proposed = v1::ImageStatus::try_from(outcome.status).unwrap_or_default();
         let judgement = match proposed {
             ImageStatus::Released => {
-                let span = tracing::info_span!("release", job = job.job.job_id, image = index);
+                let span =
+                    tracing::info_span!("release", job = job.job.job_id, image = i64::from(index));
                 trace::follow(&span, &job.traceparent);
                 Some(self.check(&job, &image, &png, &claimed).instrument(span).await?)
             }

@@ -1,6 +1,6 @@
 //! Which energy node answers for which concept. Pure.
 
-use std::{collections::BTreeSet, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams};
 
@@ -107,17 +107,11 @@ impl fmt::Display for Unserved {
 pub(crate) struct Assignment {
     /// Each served concept under exactly one node.
     pub(crate) endpoints: Vec<EnergyEndpoint>,
-    /// Further nodes that serve some of them, to be asked if one of those fails.
-    pub(crate) replicas: Vec<EnergyEndpoint>,
+    /// Every usable node with all the concepts it serves, in the order in which they are to be asked:
+    /// a concept of the first that serves it, and of the next if that fails.
+    pub(crate) told: Vec<EnergyEndpoint>,
     /// Concepts without a node.
     pub(crate) unserved: Vec<Unserved>,
-}
-
-impl Assignment {
-    /// What a worker is told: whom to ask first, then the replicas.
-    pub(crate) fn told(&self) -> Vec<EnergyEndpoint> {
-        [&self.endpoints[..], &self.replicas].concat()
-    }
 }
 
 /// Assigns each of `concepts` to exactly one of `nodes`. Calibrated nodes come first, then the
@@ -136,42 +130,56 @@ pub(crate) fn assign(
         Calibration::Preferred(_) | Calibration::Unneeded => nodes.iter().collect(),
     };
     order.sort_by_key(|node| (uncalibrated(node), node.load, node.info.node_id.clone()));
-    let mut left: Vec<ConceptRef> = concepts.to_vec();
-    let (mut endpoints, mut replicas) = (Vec::new(), Vec::new());
-    for node in order {
-        let (taken, rest): (Vec<_>, Vec<_>) = left.into_iter().partition(|c| node.serves(c));
+    let served = order.into_iter().map(|node| EnergyEndpoint {
+        node: Some(NodeInfo::clone(&node.info)),
+        concepts: concepts.iter().filter(|concept| node.serves(concept)).cloned().collect(),
+    });
+    let told: Vec<EnergyEndpoint> = served.filter(|served| !served.concepts.is_empty()).collect();
+    let endpoints = first_asked(concepts, &told);
+    let is_served = |concept: &ConceptRef| endpoints.iter().any(|e| e.concepts.contains(concept));
+    let unserved = concepts.iter().filter(|concept| !is_served(concept)).map(|concept| {
+        let uncalibrated = nodes.iter().any(|node| node.serves(concept));
+        Unserved { concept: concept.clone(), uncalibrated }
+    });
+    Assignment { unserved: unserved.collect(), endpoints, told }
+}
+
+/// Each of `concepts` under the first of `told` that serves it.
+pub(crate) fn first_asked(concepts: &[ConceptRef], told: &[EnergyEndpoint]) -> Vec<EnergyEndpoint> {
+    let mut left = concepts.to_vec();
+    let mut endpoints = Vec::new();
+    for endpoint in told {
+        let (taken, rest): (Vec<_>, Vec<_>) =
+            left.into_iter().partition(|concept| endpoint.concepts.contains(concept));
         left = rest;
-        let is_taken = |concept: &ConceptRef| taken.contains(concept);
-        let spare = concepts.iter().filter(|c| node.serves(c) && !is_taken(c));
-        let spare: Vec<ConceptRef> = spare.cloned().collect();
-        for (list, concepts) in [(&mut replicas, spare), (&mut endpoints, taken)] {
-            if !concepts.is_empty() {
-                list.push(EnergyEndpoint { node: Some(NodeInfo::clone(&node.info)), concepts });
-            }
+        if !taken.is_empty() {
+            endpoints.push(EnergyEndpoint { node: endpoint.node.clone(), concepts: taken });
         }
     }
-    let unserved = left.into_iter().map(|concept| {
-        let uncalibrated = nodes.iter().any(|node| node.serves(&concept));
-        Unserved { concept, uncalibrated }
-    });
-    Assignment { endpoints, replicas, unserved: unserved.collect() }
+    endpoints
 }
 
-/// The ids of the endpoints' nodes.
-pub(crate) fn node_ids(endpoints: &[EnergyEndpoint]) -> BTreeSet<&str> {
-    let nodes = endpoints.iter().filter_map(|endpoint| endpoint.node.as_ref());
-    nodes.map(|node| node.node_id.as_str()).collect()
+/// `told`, those that `before` has first and in its order: a running shard stays with the nodes it
+/// asks, however the load has changed.
+pub(crate) fn keep_order(
+    mut told: Vec<EnergyEndpoint>,
+    before: &[EnergyEndpoint],
+) -> Vec<EnergyEndpoint> {
+    let place = |endpoint: &EnergyEndpoint| {
+        let id = |endpoint: &EnergyEndpoint| endpoint.node.as_ref().map(|n| n.node_id.clone());
+        let same = |other: &EnergyEndpoint| id(other) == id(endpoint);
+        before.iter().position(same).unwrap_or(usize::MAX)
+    };
+    told.sort_by_key(place);
+    told
 }
 
-/// Whether every endpoint is still live at the same address with the same concepts.
-pub(crate) fn still_live(endpoints: &[EnergyEndpoint], nodes: &[LiveNode]) -> bool {
-    endpoints.iter().all(|endpoint| {
-        nodes.iter().any(|node| {
-            endpoint.node.as_ref().is_some_and(|was| {
-                was.node_id == node.info.node_id && was.address == node.info.address
-            }) && endpoint.concepts.iter().all(|concept| node.serves(concept))
-        })
-    })
+/// Whether both name the same nodes, at the same addresses and for the same concepts.
+pub(crate) fn same_nodes(one: &[EnergyEndpoint], other: &[EnergyEndpoint]) -> bool {
+    let place =
+        |e: &EnergyEndpoint| e.node.as_ref().map(|n| (n.node_id.clone(), n.address.clone()));
+    one.len() == other.len()
+        && one.iter().zip(other).all(|(a, b)| place(a) == place(b) && a.concepts == b.concepts)
 }
 
 #[cfg(test)]
@@ -222,10 +230,35 @@ mod tests {
         let both = [concept("x"), concept("y")];
         let assignment = assign(&both, &nodes, Calibration::Required(&run));
         assert_eq!(ids(&assignment), ["b"]);
-        let told = assignment.told();
-        assert_eq!(node_ids(&told), BTreeSet::from(["a", "b"]));
+        let told = assignment.told;
+        assert_eq!(told.len(), 2);
         assert_eq!(told[1].node.as_ref().map(|node| node.node_id.as_str()), Some("a"));
         assert_eq!(told[1].concepts, both, "the replica serves all of them");
+    }
+
+    #[test]
+    fn a_running_shard_stays_with_its_nodes_while_they_live() {
+        let concepts = [concept("x"), concept("y")];
+        let told = |nodes: &[LiveNode]| assign(&concepts, nodes, Calibration::Unneeded).told;
+        let before = told(&[node("a", &["x", "y"], 0, true)]);
+        // A replica joins that nobody uses yet.
+        let busy = node("a", &["x", "y"], 8, true);
+        let joined = told(&[busy.clone(), node("b", &["x", "y"], 0, true)]);
+        let kept = keep_order(joined, &before);
+        assert!(!same_nodes(&kept, &before), "the worker hears of it");
+        let asked = |told: &[EnergyEndpoint]| {
+            let endpoints = first_asked(&concepts, told);
+            endpoints.into_iter().filter_map(|e| e.node).map(|n| n.node_id).collect::<Vec<_>>()
+        };
+        assert_eq!(asked(&kept), ["a"]);
+        // Its own node gone, the other takes over; back with fewer concepts, it shares.
+        let left = keep_order(told(&[node("b", &["x", "y"], 0, true)]), &kept);
+        assert_eq!(asked(&left), ["b"]);
+        let partly = [node("a", &["x"], 0, true), node("b", &["x", "y"], 3, true)];
+        assert_eq!(asked(&keep_order(told(&partly), &kept)), ["a", "b"]);
+        // Serving more than before under the same name and address is news.
+        let more = told(&[node("a", &["x"], 0, true)]);
+        assert!(!same_nodes(&told(&[node("a", &["x", "y"], 0, true)]), &more));
     }
 
     #[test]
@@ -270,8 +303,8 @@ mod tests {
                 node(&format!("n{i}"), &names, *load, true)
             }).collect();
             let concepts: Vec<_> = wanted.iter().map(|name| concept(name)).collect();
-            let Assignment { endpoints, unserved, .. } = assign(&concepts, &nodes, Calibration::Unneeded);
-            prop_assert!(still_live(&endpoints, &nodes));
+            let Assignment { endpoints, told, unserved } = assign(&concepts, &nodes, Calibration::Unneeded);
+            prop_assert_eq!(&first_asked(&concepts, &told), &endpoints);
             let mut all: Vec<_> = endpoints.iter().flat_map(|e| e.concepts.clone()).collect();
             all.extend(unserved.iter().map(|u| u.concept.clone()));
             all.sort_by(|a, b| a.name.cmp(&b.name));

@@ -241,7 +241,7 @@ impl Grant {
         let Self { job_id, lease, attempt, connection, .. } = self;
         let Some(shard) = self.job.shard(lease.shard) else { return };
         let images = shard.images();
-        let assignment = self.assignment(images.clone(), nodes.told());
+        let assignment = self.assignment(images.clone(), nodes.told.clone());
         let opened = {
             let mut state = shared.state.lock();
             let worker_id = state.workers.get(&connection).map(|worker| worker.id.clone());
@@ -259,7 +259,7 @@ impl Grant {
                     inbox,
                     abort: abort.clone(),
                     reservation: shared.registry.reserve(&nodes.endpoints),
-                    endpoints: nodes.told(),
+                    endpoints: nodes.told,
                     attempt,
                 };
                 state.sessions.insert(lease, session);
@@ -319,15 +319,13 @@ fn update_nodes(shared: &Shared) {
         let policy = session.job.policy();
         let run = session.job.run();
         let need = admission::calibration(&policy, &run);
-        let assignment = routing::assign(&policy.concepts, &nodes, need);
-        let energies = assignment.told();
-        // Another order, by another load, is no news.
-        if routing::still_live(&session.endpoints, &nodes)
-            && routing::node_ids(&energies) == routing::node_ids(&session.endpoints)
-        {
+        let told = routing::assign(&policy.concepts, &nodes, need).told;
+        let energies = routing::keep_order(told, &session.endpoints);
+        if routing::same_nodes(&energies, &session.endpoints) {
             continue;
         }
-        session.reservation = shared.registry.reserve(&assignment.endpoints);
+        let asked = routing::first_asked(&policy.concepts, &energies);
+        session.reservation = shared.registry.reserve(&asked);
         session.endpoints = energies.clone();
         let shard_id = lease.shard.to_string();
         updates.push((session.connection, v1::NodeUpdate { shard_id, energies }));

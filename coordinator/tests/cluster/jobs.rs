@@ -187,13 +187,19 @@ async fn a_worker_is_told_of_new_nodes_when_one_of_its_own_leaves() {
     let shard = worker.assignment().await;
     assert_eq!(shard.energies[0].node, Some(first.info.clone()));
     let spare = Node::start(&cluster, "b-spare", &["axe"], Script::Closed).await;
+    let told = |message| match message {
+        Down::Nodes(update) => Some(update),
+        _ => None,
+    };
+    let joined = worker.until(told).await;
+    assert_eq!(joined.shard_id, lease(&shard).shard_id);
+    let nodes = |update: &v1::NodeUpdate| -> Vec<String> {
+        let nodes = update.energies.iter().filter_map(|endpoint| endpoint.node.as_ref());
+        nodes.map(|node| node.node_id.clone()).collect()
+    };
+    assert_eq!(nodes(&joined), ["a-first", "b-spare"], "the shard stays with its node");
     first.leave(&cluster).await;
-    let update = worker
-        .until(|message| match message {
-            Down::Nodes(update) => Some(update),
-            _ => None,
-        })
-        .await;
-    assert_eq!(update.shard_id, lease(&shard).shard_id);
-    assert_eq!(update.energies[0].node, Some(spare.info.clone()), "the spare takes over");
+    let left = worker.until(told).await;
+    assert_eq!(left.energies[0].node, Some(spare.info.clone()), "the spare takes over");
+    assert_eq!(nodes(&left), ["b-spare"]);
 }
