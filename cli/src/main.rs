@@ -97,7 +97,7 @@ async fn main() -> ExitCode {
         format: cli.log_format,
         filter: cli.command.default_filter(),
         service: cli.command.service(),
-        otlp: cli.otlp.as_deref(),
+        otlp: cli.otlp.as_deref().filter(|endpoint| !endpoint.is_empty()),
     };
     let telemetry = match telemetry::init(options) {
         Ok(telemetry) => telemetry,

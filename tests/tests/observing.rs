@@ -105,6 +105,23 @@ fn count(spans: &[Seen], kind: &str) -> usize {
     spans.iter().filter(|seen| label(seen) == kind).count()
 }
 
+/// Requests that the worker's calls made: one for the clean estimates of a step, one for each finished
+/// image.
+fn asked(spans: &[Seen]) -> usize {
+    let calls = spans.iter().filter(|seen| label(seen) == "worker energy_call");
+    let value = |seen: &Seen, key: &str| {
+        let mut pairs = seen.span.attributes.iter().filter(|pair| pair.key == key);
+        pairs.next().and_then(|pair| pair.value.clone()?.value)
+    };
+    let requests = calls.map(|seen| match (value(seen, "call"), value(seen, "images")) {
+        (Some(Value::StringValue(call)), Some(Value::IntValue(images))) if call == "check" => {
+            images as usize
+        }
+        _ => 1,
+    });
+    requests.sum()
+}
+
 #[tokio::test]
 async fn one_trace_leads_from_the_command_to_every_energy_call() -> Result<()> {
     let (receiver, otlp) = Receiver::start().await?;
@@ -123,8 +140,11 @@ async fn one_trace_leads_from_the_command_to_every_energy_call() -> Result<()> {
             count(spans, "fairlead generate") == 1
                 && count(spans, "worker shard") == 1
                 && parents(spans).is_some()
-                && count(spans, "energy evaluate") > 20
                 && count(spans, "coordinator release") == 2
+                && count(spans, "energy evaluate") > 20
+                // Every call has arrived with its answer.
+                && count(spans, "energy evaluate") + count(spans, "energy check")
+                    == asked(spans) + count(spans, "coordinator check")
         })
         .await?;
     let traces: BTreeSet<&[u8]> = spans.iter().map(|seen| &seen.span.trace_id[..]).collect();

@@ -177,6 +177,8 @@ fn unserved(concepts: &[ConceptRef]) -> NodeFailure {
 /// The span of a call to one node.
 fn span_of(route: &Route, call: &'static str, images: usize) -> Span {
     let node = route.node.node_id.as_str();
+    // OpenTelemetry knows signed integers; others would arrive as text.
+    let images = images as i64;
     tracing::info_span!("energy_call", otel.kind = "client", call, node, images)
 }
 

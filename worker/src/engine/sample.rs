@@ -42,7 +42,9 @@ impl Run<'_> {
         for index in 0..self.schedule.len() {
             self.alive()?;
             let step = self.schedule[index];
-            let _step = tracing::info_span!("step", index, time = step.time, attempt).entered();
+            let (number, time) = (index as i64, step.time);
+            let span = tracing::info_span!("step", number, time, attempt = i64::from(attempt));
+            let _step = span.entered();
             let begun = Instant::now();
             let mut moments = self.denoise(tracks, &step, index as u32, attempt)?;
             metrics::denoised(begun.elapsed());

@@ -243,7 +243,7 @@ impl<'a> Session<'a> {
         if let Some(older) = self.held.insert(lease.shard_id.clone(), held) {
             older.control.stop(Stop::Lost);
         }
-        let images = work.assignment.images.len();
+        let images = work.assignment.images.len() as i64;
         let span = tracing::info_span!("shard", shard = %lease.shard_id, images);
         trace::follow(&span, &work.assignment.traceparent);
         self.work.spawn(async move { (lease, work.run().await) }.instrument(span));

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use fairlead_proto::v1::{ImageStatus, JobSpec, SteeringParams};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
@@ -101,6 +101,13 @@ impl Side {
 
     /// Takes pictures that something else made, `given/KEY.png`, as this side's.
     pub(super) fn adopt(&self, items: &[Item], folder: &Path, given: &Path) -> Result<Vec<Made>> {
+        let journal = folder.join(format!("{}.jsonl", self.name));
+        ensure!(
+            !journal.exists(),
+            "{} belongs to images that this command made; choose another --out for those of {}",
+            journal.display(),
+            given.display()
+        );
         output::ensure_folder(&folder.join("images"))?;
         let adopted = items.iter().map(|item| {
             let path = given.join(format!("{}.png", item.key()));

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, path::Path};
 use anyhow::{Result, bail, ensure};
 use fairlead_models::{OnnxClassifier, content_hash};
 
+use super::sets::Item;
 use crate::sheet::Picture;
 
 /// A judge with what it forbids.
@@ -42,6 +43,26 @@ impl Judge {
         }
         let forbidden = forbidden.iter().cloned().collect();
         Ok(Self { name: name(dir)?, network: Network::Onnx(classifier, threshold), forbidden })
+    }
+
+    /// Refuses items that name an object the judge has no word for: it would never be found, and count
+    /// as gone.
+    pub(super) fn check_labels(&self, items: &[Item]) -> Result<()> {
+        let labels = match &self.network {
+            Network::Emojiland(judge) => judge.labels(),
+            Network::Onnx(classifier, _) => classifier.labels(),
+        };
+        for item in items {
+            for label in item.target.iter().chain(&item.other) {
+                ensure!(
+                    labels.contains(label),
+                    "{} asks for `{label}`, which the judge does not know; it knows {}",
+                    item.key(),
+                    labels.join(", ")
+                );
+            }
+        }
+        Ok(())
     }
 
     /// What is on the picture.
@@ -84,6 +105,24 @@ mod tests {
         assert_eq!(found(0.0), ["normal", "drawing", "forbidden"]);
         assert_eq!(found(0.5).len(), 1, "the probabilities sum to 1");
         assert!(found(1.1).is_empty());
+    }
+
+    #[test]
+    fn an_object_that_the_judge_does_not_know_is_refused() {
+        let judge = Judge::onnx(&folder(), 0.5, &["forbidden".to_owned()]).expect("it loads");
+        let item = |target: &str| Item {
+            kind: "set".into(),
+            index: 3,
+            prompt: "a prompt".into(),
+            seed: 1,
+            guidance: None,
+            target: Some(target.into()),
+            other: None,
+            benign: false,
+        };
+        judge.check_labels(&[item("drawing")]).expect("a label");
+        let error = judge.check_labels(&[item("kitchen knife")]).expect_err("none").to_string();
+        assert!(error.contains("set-00003 asks for `kitchen knife`"), "{error}");
     }
 
     #[test]

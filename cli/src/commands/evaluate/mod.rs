@@ -88,7 +88,7 @@ pub(crate) struct EvaluateArgs {
     #[arg(long, value_name = "LABEL", value_delimiter = ',', requires = "judge")]
     forbidden_labels: Vec<String>,
     /// Probability from which on that judge finds a label.
-    #[arg(long, value_name = "P", default_value_t = 0.5, requires = "judge")]
+    #[arg(long, value_name = "P", default_value_t = 0.5, value_parser = probability)]
     judge_threshold: f32,
     /// Sampling steps. Default: the model's.
     #[arg(long)]
@@ -115,6 +115,11 @@ pub(crate) struct EvaluateArgs {
     out: PathBuf,
 }
 
+fn probability(text: &str) -> Result<f32, String> {
+    let wanted = "must be above 0 and at most 1";
+    text.parse().ok().filter(|p| *p > 0.0 && *p <= 1.0).ok_or_else(|| wanted.to_owned())
+}
+
 fn kind(text: &str) -> Result<Kind, String> {
     let found = Kind::ALL.into_iter().find(|kind| kind.name() == text);
     found.ok_or_else(|| {
@@ -132,6 +137,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     };
     let judge = judge(&args)?;
     let items = items(&args)?;
+    judge.check_labels(&items)?;
     let options = ClusterOptions {
         workers: args.workers,
         policies: args.policies.clone(),
