@@ -6,7 +6,9 @@
 #     CELLS=emojiland-sd-clip N=20 scripts/evaluate.sh      one cell, a few minutes
 set -eu
 N=${N:-250}
-OUT=${OUT:-out/evaluation}
+# A folder holds the prompts of one number.
+if [ "$N" = 250 ]; then folder=out/evaluation; else folder=out/evaluation-$N; fi
+OUT=${OUT:-$folder}
 CELLS=${CELLS:-emojiland-sd-both emojiland-sd3-both emojiland-sd-clip emojiland-sd3-clip emojiland-sd-siglip emojiland-sd3-siglip}
 FAIRLEAD=${FAIRLEAD:-${CARGO_TARGET_DIR:-target}/release/fairlead}
 

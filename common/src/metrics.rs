@@ -7,7 +7,6 @@ use std::{sync::OnceLock, time::Duration};
 use axum::{Router, http::header, routing::get};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 /// Upper bounds of the buckets of `_seconds`: from a small model's step to a large model's image.
 const SECONDS: [f64; 15] =
@@ -36,11 +35,11 @@ fn recorder() -> &'static PrometheusHandle {
     })
 }
 
-/// Answers `GET /metrics` on `listener` until `shutdown`.
+/// Answers `GET /metrics` on `listener`.
 ///
 /// # Errors
 /// If the listener fails.
-pub async fn serve(listener: TcpListener, shutdown: CancellationToken) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener) -> std::io::Result<()> {
     let handle = recorder();
     let page = move || async move {
         ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], handle.render())
@@ -52,9 +51,8 @@ pub async fn serve(listener: TcpListener, shutdown: CancellationToken) -> std::i
         }
     };
     let router = Router::new().route("/metrics", get(page));
-    let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned());
     tokio::select! {
-        served = server.into_future() => served,
+        served = axum::serve(listener, router).into_future() => served,
         () = upkeep => Ok(()),
     }
 }

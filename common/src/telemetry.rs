@@ -121,7 +121,10 @@ fn provider(endpoint: &str, service: &'static str) -> Result<SdkTracerProvider, 
 
 /// An endpoint that spans cannot be sent to.
 #[derive(Debug, thiserror::Error)]
-#[error("--otlp `{endpoint}`: {problem}; give a receiver's gRPC endpoint, http://host:4317")]
+#[error(
+    "--otlp or OTEL_EXPORTER_OTLP_ENDPOINT is `{endpoint}`: {problem}; give a receiver's gRPC endpoint, \
+     http://host:4317, or leave it empty"
+)]
 pub struct OtlpError {
     endpoint: String,
     problem: String,

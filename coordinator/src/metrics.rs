@@ -50,7 +50,8 @@ pub(crate) fn committed(images: &[v1::ImageInfo]) {
     }
 }
 
-/// A delivery ended: committed, failed, refused (too late) or expired.
+/// A delivery ended: committed, failed or expired; or its result was refused, because it had ended
+/// before.
 pub(crate) fn delivery(outcome: &'static str) {
     counter!("fairlead_coordinator_deliveries_total", "outcome" => outcome).increment(1);
 }

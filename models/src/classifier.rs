@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tract_onnx::prelude::*;
 
 use crate::layers::{Filter, resize};
@@ -19,6 +20,7 @@ type Plan = Arc<TypedSimplePlan>;
 pub struct OnnxClassifier {
     plan: Plan,
     labels: Vec<String>,
+    hash: String,
     /// Probabilities are independent of each other (sigmoid), not shares of one (softmax).
     is_multi_label: bool,
     preprocess: Preprocess,
@@ -39,6 +41,14 @@ struct Preprocess {
     resample: u32,
     #[serde(default = "yes")]
     do_normalize: bool,
+    #[serde(default = "yes")]
+    do_resize: bool,
+    #[serde(default)]
+    do_center_crop: bool,
+    #[serde(default = "yes")]
+    do_rescale: bool,
+    #[serde(default = "byte")]
+    rescale_factor: f64,
     #[serde(default)]
     image_mean: Vec<f32>,
     #[serde(default)]
@@ -58,6 +68,10 @@ fn bilinear() -> u32 {
 
 fn yes() -> bool {
     true
+}
+
+fn byte() -> f64 {
+    1.0 / 255.0
 }
 
 impl OnnxClassifier {
@@ -84,7 +98,14 @@ impl OnnxClassifier {
         let plan = plan(model, height, width)
             .map_err(|error| Error::malformed(model, format!("it cannot be run: {error:#}")))?;
         let is_multi_label = config.problem_type.as_deref() == Some("multi_label_classification");
-        Ok(Self { plan, labels, is_multi_label, preprocess })
+        let bytes = std::fs::read(model).map_err(|source| Error::unreadable(model, source))?;
+        let hash = hex::encode(Sha256::digest(&bytes));
+        Ok(Self { plan, labels, hash, is_multi_label, preprocess })
+    }
+
+    /// SHA-256 of `model.onnx`, in hex.
+    pub fn hash(&self) -> &str {
+        &self.hash
     }
 
     /// The labels, in the order of the probabilities.
@@ -142,6 +163,16 @@ impl Preprocess {
             if self.do_normalize && values.len() != 3 {
                 return Err(format!("{name} must have three numbers"));
             }
+        }
+        // What is not done here must not be wanted: a judge that sees other pixels judges wrongly.
+        if !self.do_resize || self.do_center_crop {
+            return Err(
+                "do_resize must be true and do_center_crop false: pictures are resized whole"
+                    .into(),
+            );
+        }
+        if !self.do_rescale || (self.rescale_factor * 255.0 - 1.0).abs() > 1e-6 {
+            return Err("rescale_factor must be 1/255, with do_rescale true".into());
         }
         if self.image_std.iter().any(|std| *std <= 0.0) {
             return Err("image_std must be above 0".into());

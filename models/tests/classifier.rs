@@ -59,6 +59,10 @@ fn what_is_wrong_with_a_classifier_is_said() {
     assert!(refusal(gap.path()).contains("must number the labels from 0"));
     let filter = changed("preprocessor_config.json", "resample", json!(0));
     assert!(refusal(filter.path()).contains("resample is 0"));
+    let cropped = changed("preprocessor_config.json", "do_center_crop", json!(true));
+    assert!(refusal(cropped.path()).contains("do_center_crop false"));
+    let scaled = changed("preprocessor_config.json", "rescale_factor", json!(1.0));
+    assert!(refusal(scaled.path()).contains("rescale_factor must be 1/255"));
     let broken = changed("config.json", "problem_type", Value::Null);
     std::fs::write(broken.path().join("model.onnx"), "no model").unwrap();
     assert!(refusal(broken.path()).contains("it cannot be run"));

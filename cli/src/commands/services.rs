@@ -9,7 +9,6 @@ use fairlead_coordinator::CoordinatorArgs;
 use fairlead_energy::{EnergyArgs, EnergyOptions};
 use fairlead_worker::WorkerArgs;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 /// A service's own options and what every service has.
 #[derive(Args)]
@@ -30,14 +29,15 @@ pub(crate) struct MetricsArgs {
 }
 
 impl MetricsArgs {
-    /// Starts recording and serving, if asked to, until `stop`.
-    pub(crate) async fn serve(self, stop: &CancellationToken) -> Result<()> {
+    /// Starts recording and serving, if asked to, until the process ends: what happens while a service
+    /// drains counts too.
+    pub(crate) async fn serve(self) -> Result<()> {
         let Some(address) = self.metrics_listen else { return Ok(()) };
         let listener = TcpListener::bind(address).await.with_context(|| {
             format!("cannot listen on {address}; choose another address with --metrics-listen")
         })?;
         println!("metrics at http://{}/metrics", listener.local_addr()?);
-        let served = metrics::serve(listener, stop.clone());
+        let served = metrics::serve(listener);
         tokio::spawn(async move {
             if let Err(error) = served.await {
                 tracing::error!(%error, "the page of metrics is gone");
@@ -49,7 +49,7 @@ impl MetricsArgs {
 
 pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    args.metrics.serve(&stop).await?;
+    args.metrics.serve().await?;
     let args = args.service;
     let options = args.options()?;
     let listener = bind(args.listen).await?;
@@ -59,14 +59,14 @@ pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<Ex
 
 pub(crate) async fn worker(args: ServiceArgs<WorkerArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    args.metrics.serve(&stop).await?;
+    args.metrics.serve().await?;
     fairlead_worker::run(args.service, stop).await?;
     Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) async fn energy(args: ServiceArgs<EnergyArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    args.metrics.serve(&stop).await?;
+    args.metrics.serve().await?;
     let listener = bind(args.service.listen).await?;
     fairlead_energy::run(listener, EnergyOptions::from(args.service), stop).await?;
     Ok(ExitCode::SUCCESS)

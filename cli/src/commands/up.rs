@@ -39,7 +39,7 @@ pub(crate) struct UpArgs {
 
 pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    args.metrics.serve(&stop).await?;
+    args.metrics.serve().await?;
     let options = ClusterOptions {
         models: args.models,
         listen: args.listen,

@@ -195,10 +195,10 @@ impl Shared {
 
     /// Ends a delivery without a result. A refusal means that it had ended already.
     async fn fail(&self, job: JobId, lease: LeaseKey, failure: Failure) {
-        metrics::delivery("failed");
         tracing::warn!(%job, %lease, reason = failure.reason, "delivery failed");
         match self.apply(job, Transition::Fail { lease, failure }).await {
-            Ok(_) | Err(StoreError::Refused(_)) => {}
+            Ok(_) => metrics::delivery("failed"),
+            Err(StoreError::Refused(_)) => {}
             // The lease stays and runs out, which returns the shard as well.
             Err(error) => tracing::error!(%job, %lease, %error, "cannot end a delivery"),
         }

@@ -27,7 +27,7 @@ impl Judge {
     /// The judge of Emojiland, which forbids its targets.
     pub(super) fn emojiland(dir: &Path, forbidden: BTreeSet<String>) -> Result<Self> {
         let network = Network::Emojiland(fairlead_models::Judge::load_cpu(dir)?);
-        Ok(Self { name: name(dir)?, network, forbidden })
+        Ok(Self { name: name(dir, &content_hash(dir)?), network, forbidden })
     }
 
     /// A transformers image classifier exported to ONNX. A label counts as found from `threshold` on.
@@ -42,7 +42,8 @@ impl Judge {
             bail!("--forbidden-labels: the judge has no label `{label}`; it knows {known}");
         }
         let forbidden = forbidden.iter().cloned().collect();
-        Ok(Self { name: name(dir)?, network: Network::Onnx(classifier, threshold), forbidden })
+        let name = name(dir, classifier.hash());
+        Ok(Self { name, network: Network::Onnx(classifier, threshold), forbidden })
     }
 
     /// Refuses items that name an object the judge has no word for: it would never be found, and count
@@ -81,9 +82,9 @@ impl Judge {
     }
 }
 
-fn name(dir: &Path) -> Result<String> {
+fn name(dir: &Path, hash: &str) -> String {
     let stem = dir.file_name().unwrap_or_default().to_string_lossy();
-    Ok(format!("{stem} {}", &content_hash(dir)?[..8]))
+    format!("{stem} {}", &hash[..8])
 }
 
 #[cfg(test)]
