@@ -10,10 +10,12 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 HEAD = """| | target left: direct | paraphrased | compositional | other object kept | benign identical | withheld: direct, paraphrased, compositional, benign |
 |---|---|---|---|---|---|---|"""
+TARGETED = ("direct", "paraphrased", "compositional")
 
 
 def share(values):
@@ -31,25 +33,26 @@ def percent(values):
     return f"{100 * sum(values) / len(values):.1f}" if values else "–"
 
 
-def row(folder):
-    kinds = {}
+def outcomes(folder):
+    """Of each kind."""
+    kinds = defaultdict(list)
     for outcome in json.loads((folder / "evaluation.json").read_text())["outcomes"]:
-        kinds.setdefault(outcome["kind"], []).append(outcome)
-    of = lambda kind: kinds.get(kind, [])  # noqa: E731
-    left = [share([o["target_steered"] for o in of(kind)]) for kind in ("direct", "paraphrased", "compositional")]
-    kept = share([bool(o["other_steered"]) for o in of("compositional") if o["other_unsteered"]])
-    same = share([o["identical"] for o in of("benign")])
-    withheld = ", ".join(percent([o["steered"]["withheld"] for o in of(kind)])
-                         for kind in ("direct", "paraphrased", "compositional", "benign"))
-    return f"| {folder.name} | {' | '.join(left)} | {kept} | {same} | {withheld} % |"
+        kinds[outcome["kind"]].append(outcome)
+    return kinds
 
 
-def unsteered(folder):
-    outcomes = json.loads((folder / "evaluation.json").read_text())["outcomes"]
-    there = [share([o["target_unsteered"] for o in outcomes if o["kind"] == kind])
-             for kind in ("direct", "paraphrased", "compositional")]
-    kept = share([o["other_unsteered"] for o in outcomes if o["kind"] == "compositional"])
-    return f"| {folder.name.rsplit('-', 1)[0]} unsteered | {' | '.join(there)} | {kept} | | |"
+def row(name, kinds):
+    left = [share([o["target_steered"] for o in kinds[kind]]) for kind in TARGETED]
+    kept = share([bool(o["other_steered"]) for o in kinds["compositional"] if o["other_unsteered"]])
+    same = share([o["identical"] for o in kinds["benign"]])
+    withheld = ", ".join(percent([o["steered"]["withheld"] for o in kinds[kind]]) for kind in (*TARGETED, "benign"))
+    return f"| {name} | {' | '.join(left)} | {kept} | {same} | {withheld} % |"
+
+
+def unsteered(name, kinds):
+    there = [share([o["target_unsteered"] for o in kinds[kind]]) for kind in TARGETED]
+    other = share([o["other_unsteered"] for o in kinds["compositional"]])
+    return f"| {name} unsteered | {' | '.join(there)} | {other} | | |"
 
 
 def table(root, name):
@@ -57,11 +60,11 @@ def table(root, name):
                      if path.parent.name == name or path.parent.name.startswith(name + "-"))
     rows, seen = [], set()
     for folder in folders:
-        generator = folder.name.rsplit("-", 1)[0]
+        kinds, generator = outcomes(folder), folder.name.rsplit("-", 1)[0]
         if name == "emojiland" and generator not in seen:
             seen.add(generator)
-            rows.append(unsteered(folder))
-        rows.append(row(folder))
+            rows.append(unsteered(generator, kinds))
+        rows.append(row(folder.name, kinds))
     return "\n".join([HEAD, *rows]) if rows else "Not measured yet."
 
 

@@ -220,9 +220,10 @@ async fn calls(png: &[u8], rounds: usize) -> Result<()> {
     let calibration = node.calibrations.first().and_then(|info| info.key.clone());
     let refs: Vec<ConceptRef> = node.concepts.into_iter().filter_map(|info| info.concept).collect();
     let shown = refs.iter().find(|concept| concept.name == "kitchen-knife");
+    let input = node.input.context("no input")?;
     let question = Question {
-        pixels: enlarged(png, &node.input.context("no input")?)?,
-        input: node.input.context("no input")?,
+        pixels: enlarged(png, &input)?,
+        input,
         calibration: calibration.context("no calibration")?,
     };
     let one = question.about(&[shown.context("no such concept")?.clone()]);

@@ -6,6 +6,7 @@
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator},
+    trace::TraceContextExt,
 };
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tonic::metadata::MetadataMap;
@@ -13,7 +14,7 @@ use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// The header's name.
-pub const TRACEPARENT: &str = "traceparent";
+const TRACEPARENT: &str = "traceparent";
 
 /// A carrier of the one header.
 #[derive(Default)]
@@ -54,7 +55,7 @@ pub fn incoming(metadata: &MetadataMap) -> &str {
 pub fn follow(span: &Span, traceparent: &str) {
     let header = Header(traceparent.to_owned());
     let remote = TraceContextPropagator::new().extract_with_context(&Context::new(), &header);
-    if opentelemetry::trace::TraceContextExt::has_active_span(&remote) {
+    if remote.has_active_span() {
         // It fails where spans are not exported, and then there is nothing to link.
         let _ = span.set_parent(remote);
     }

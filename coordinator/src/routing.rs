@@ -165,19 +165,20 @@ pub(crate) fn keep_order(
     mut told: Vec<EnergyEndpoint>,
     before: &[EnergyEndpoint],
 ) -> Vec<EnergyEndpoint> {
-    let place = |endpoint: &EnergyEndpoint| {
-        let id = |endpoint: &EnergyEndpoint| endpoint.node.as_ref().map(|n| n.node_id.clone());
-        let same = |other: &EnergyEndpoint| id(other) == id(endpoint);
-        before.iter().position(same).unwrap_or(usize::MAX)
-    };
-    told.sort_by_key(place);
+    fn id(endpoint: &EnergyEndpoint) -> Option<&str> {
+        endpoint.node.as_ref().map(|node| node.node_id.as_str())
+    }
+    told.sort_by_key(|endpoint| {
+        before.iter().position(|other| id(other) == id(endpoint)).unwrap_or(usize::MAX)
+    });
     told
 }
 
 /// Whether both name the same nodes, at the same addresses and for the same concepts.
 pub(crate) fn same_nodes(one: &[EnergyEndpoint], other: &[EnergyEndpoint]) -> bool {
-    let place =
-        |e: &EnergyEndpoint| e.node.as_ref().map(|n| (n.node_id.clone(), n.address.clone()));
+    fn place(endpoint: &EnergyEndpoint) -> Option<(&str, &str)> {
+        endpoint.node.as_ref().map(|node| (node.node_id.as_str(), node.address.as_str()))
+    }
     one.len() == other.len()
         && one.iter().zip(other).all(|(a, b)| place(a) == place(b) && a.concepts == b.concepts)
 }

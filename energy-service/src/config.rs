@@ -127,9 +127,7 @@ impl EnergyOptions {
             device: "cpu".to_owned(),
         }
     }
-}
 
-impl EnergyOptions {
     /// Images that share one pass of the model.
     pub(crate) fn images_of_a_pass(&self) -> usize {
         let default = if self.device == "cpu" { CPU_BATCH } else { 1 };

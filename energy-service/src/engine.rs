@@ -2,8 +2,8 @@
 //!
 //! Async code sends work and waits; the thread computes, and takes what has come meanwhile together.
 //! Work whose caller is gone (a deadline passed, a connection closed) is dropped before or between
-//! its passes. A panic of the scorer ends
-//! the engine for good: what a broken model says next is no verdict.
+//! its passes. A panic of the scorer ends the engine for good: what a broken model says next is no
+//! verdict.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -35,6 +35,13 @@ struct Work {
     reply: oneshot::Sender<Result<Vec<Evaluation>, RequestError>>,
     span: Span,
     since: Instant,
+}
+
+impl Work {
+    /// Answers that the engine has stopped. A caller that is gone needs no answer.
+    fn refuse(self, reason: &str) {
+        let _ = self.reply.send(Err(RequestError::Stopped(reason.to_owned())));
+    }
 }
 
 /// Hands work to the engine; cheap to clone. The thread ends with the last handle.
@@ -145,7 +152,7 @@ fn run(
         // Refuse what waits, and whatever was sent before the state was seen.
         inbox.close();
         while let Some(work) = inbox.blocking_recv() {
-            let _ = work.reply.send(Err(RequestError::Stopped(reason.clone())));
+            work.refuse(&reason);
         }
         return;
     }
@@ -160,9 +167,7 @@ fn answer_all(scorer: &dyn Scorer, mut waiting: Vec<Work>, most: usize) -> Resul
             waiting.into_iter().partition(|work| work.batch.asks() == key);
         waiting = rest;
         if let Err(reason) = answer(scorer, group, most) {
-            for work in waiting {
-                let _ = work.reply.send(Err(RequestError::Stopped(reason.clone())));
-            }
+            waiting.into_iter().for_each(|work| work.refuse(&reason));
             return Err(reason);
         }
     }
@@ -195,9 +200,7 @@ fn answer(scorer: &dyn Scorer, group: Vec<Work>, most: usize) -> Result<(), Stri
         Err(panic) => {
             let reason = format!("the energy model panicked: {}", panic_message(&*panic));
             drop(entered);
-            for work in group {
-                let _ = work.reply.send(Err(RequestError::Stopped(reason.clone())));
-            }
+            group.into_iter().for_each(|work| work.refuse(&reason));
             Err(reason)
         }
     }

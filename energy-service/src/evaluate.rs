@@ -81,6 +81,13 @@ pub(crate) struct Evaluation {
     pub(crate) gradient: Option<Vec<f32>>,
 }
 
+impl Evaluation {
+    /// Whether some concept's gate is open.
+    pub(crate) fn is_open(&self) -> bool {
+        self.concepts.iter().any(|concept| concept.open)
+    }
+}
+
 /// What becomes of one batch: its evaluations, or none if it was abandoned.
 pub(crate) type Outcome = Result<Option<Vec<Evaluation>>, RequestError>;
 
@@ -177,7 +184,7 @@ impl Together<'_> {
                     Ok(evaluation) => {
                         if evaluation.gradient.is_none()
                             && image.wants_gradient()
-                            && evaluation.concepts.iter().any(|concept| concept.open)
+                            && evaluation.is_open()
                         {
                             lacking.push(*image);
                         }
@@ -200,10 +207,9 @@ impl Together<'_> {
             Ok(results) => results,
             Err(error) if images.len() == 1 => vec![Err(error)],
             Err(_) => {
-                let single = |image| match pass(self.scorer, std::slice::from_ref(image), recording)
-                {
-                    Ok(mut results) => results.remove(0),
-                    Err(error) => Err(error),
+                let single = |image| {
+                    let alone = pass(self.scorer, std::slice::from_ref(image), recording);
+                    alone.and_then(|mut results| results.remove(0))
                 };
                 images.iter().map(single).collect()
             }
@@ -243,7 +249,7 @@ fn pass(
     let judged = images.iter().zip(scores.chunks_exact(crops * concepts));
     let judged: Vec<_> = judged.map(|(image, scores)| judge(image, scores, steepness)).collect();
     let pushed = |judged: &Result<Judged, RequestError>, image: &Image<'_>| {
-        image.wants_gradient() && judged.as_ref().is_ok_and(Judged::is_open)
+        image.wants_gradient() && judged.as_ref().is_ok_and(|judged| judged.evaluation.is_open())
     };
     let mut gradients = None;
     if recording && judged.iter().zip(images).any(|(judged, image)| pushed(judged, image)) {
@@ -284,10 +290,6 @@ struct Judged {
 }
 
 impl Judged {
-    fn is_open(&self) -> bool {
-        self.evaluation.concepts.iter().any(|concept| concept.open)
-    }
-
     /// dE/dscore of each crop, `[crops, concepts]`.
     fn on_scores(&self, crops: usize) -> Vec<f32> {
         let of_crop = |crop: usize| {

@@ -206,7 +206,7 @@ impl Node {
         let (calibration_id, calibration_fallback) = origin(levels);
         Ok(v1::CheckResponse {
             scores: self.concept_scores(evaluation, &concepts),
-            flagged: evaluation.concepts.iter().any(|concept| concept.open),
+            flagged: evaluation.is_open(),
             image_sha256: image.sha256,
             remaining_concepts: remaining.collect(),
             calibration_id,

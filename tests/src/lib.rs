@@ -13,7 +13,7 @@ use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
         GetImageRequest, Job, JobSpec, JobState, ListConceptsRequest, ListModelsRequest,
-        SubmitJobRequest, WatchJobRequest, WatchJobResponse,
+        StepProgress, SubmitJobRequest, WatchJobRequest, WatchJobResponse,
         catalog_service_client::CatalogServiceClient,
         generation_service_client::GenerationServiceClient, watch_job_response::Event,
     },
@@ -53,6 +53,14 @@ pub fn command() -> Command {
     }
     command.env("FAIRLEAD_LOG", "warn").kill_on_drop(true).stdin(Stdio::null());
     command
+}
+
+/// The pixels of an RGB8 PNG.
+pub fn pixels(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info()?;
+    let mut pixels = vec![0; reader.output_buffer_size().context("the image is too large")?];
+    reader.next_frame(&mut pixels)?;
+    Ok(pixels)
 }
 
 /// Running services and a client of their coordinator.
@@ -110,19 +118,18 @@ impl Sandbox {
 
     /// As [`Sandbox::emojiland`], with traces sent to the OTLP receiver at `otlp` and metrics shown.
     pub async fn emojiland_observed(otlp: &str) -> Result<Self> {
-        let policies = std::fs::read_to_string(asset("policies.toml"))?;
         let observed = ["--otlp", otlp, "--metrics-listen", "127.0.0.1:0"];
-        let mut sandbox = Self::start(&policies, &[], observed.map(str::to_owned).to_vec()).await?;
-        sandbox.energy("energy").await?;
-        sandbox.worker("worker").await?;
-        sandbox.ready().await?;
-        Ok(sandbox)
+        Self::emojiland_with(observed.map(str::to_owned).to_vec()).await
     }
 
     /// A coordinator with the embedded policies, an energy node "energy" and a worker "worker".
     pub async fn emojiland() -> Result<Self> {
+        Self::emojiland_with(Vec::new()).await
+    }
+
+    async fn emojiland_with(observed: Vec<String>) -> Result<Self> {
         let policies = std::fs::read_to_string(asset("policies.toml"))?;
-        let mut sandbox = Self::with_policies(&policies, &[]).await?;
+        let mut sandbox = Self::start(&policies, &[], observed).await?;
         sandbox.energy("energy").await?;
         sandbox.worker("worker").await?;
         sandbox.ready().await?;
@@ -235,6 +242,24 @@ impl Sandbox {
     pub async fn watch(&self, job: &Job) -> Result<Streaming<WatchJobResponse>> {
         let request = WatchJobRequest { job_id: job.job_id.clone(), after_sequence: 0 };
         Ok(self.client()?.watch_job(request).await?.into_inner())
+    }
+
+    /// Waits for a step of the job that satisfies `wanted`.
+    pub async fn until_step(
+        &self,
+        job: &Job,
+        wanted: impl Fn(&StepProgress) -> bool,
+    ) -> Result<()> {
+        let mut events = self.watch(job).await?;
+        let step = async {
+            while let Some(response) = events.message().await? {
+                if matches!(&response.event, Some(Event::Progress(step)) if wanted(step)) {
+                    return Ok(());
+                }
+            }
+            bail!("the job ended before such a step")
+        };
+        timeout(PATIENCE, step).await.context("no such step came")?
     }
 
     /// Waits for the job's end.

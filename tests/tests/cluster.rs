@@ -1,9 +1,7 @@
 //! The services as processes: images, determinism, and an energy node that dies.
 
 use anyhow::{Context, Result};
-use fairlead_proto::v1::{
-    CancelJobRequest, GetRecordRequest, ImageStatus, JobSpec, JobState, watch_job_response::Event,
-};
+use fairlead_proto::v1::{CancelJobRequest, GetRecordRequest, ImageStatus, JobSpec, JobState};
 use fairlead_tests::{PATIENCE, Sandbox, asset};
 use tokio::time::timeout;
 use tonic::Code;
@@ -38,12 +36,8 @@ fn spec(prompt: &str, n: u32) -> JobSpec {
     JobSpec { prompt: prompt.to_owned(), n, seed: Some(11), ..Default::default() }
 }
 
-/// The pixels of an RGB8 PNG.
 fn pixels(bytes: &[u8]) -> Vec<u8> {
-    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().expect("a PNG");
-    let mut pixels = vec![0; reader.output_buffer_size().expect("a small image")];
-    reader.next_frame(&mut pixels).expect("a whole PNG");
-    pixels
+    fairlead_tests::pixels(bytes).expect("a PNG")
 }
 
 fn all_pixels(pngs: &[Vec<u8>]) -> Vec<Vec<u8>> {
@@ -112,16 +106,7 @@ async fn an_energy_node_gone_mid_job_releases_nothing() -> Result<()> {
         ..spec("a cat and a kitchen knife", 2)
     };
     let job = sandbox.submit(long).await?;
-    let mut events = sandbox.watch(&job).await?;
-    let first_score = async {
-        while let Some(response) = events.message().await? {
-            if matches!(&response.event, Some(Event::Progress(step)) if !step.scores.is_empty()) {
-                return Ok(());
-            }
-        }
-        anyhow::bail!("the job ended before its first score")
-    };
-    timeout(PATIENCE, first_score).await??;
+    sandbox.until_step(&job, |step| !step.scores.is_empty()).await?;
     sandbox.kill("energy").await?;
     let job = sandbox.finish(&job).await?;
     assert_eq!(job.state(), JobState::Failed, "{job:?}");
@@ -148,16 +133,7 @@ async fn a_replica_takes_over_within_the_step() -> Result<()> {
     };
     let (_, calm) = sandbox.images(spec.clone()).await?;
     let job = sandbox.submit(spec).await?;
-    let mut events = sandbox.watch(&job).await?;
-    let first_score = async {
-        while let Some(response) = events.message().await? {
-            if matches!(&response.event, Some(Event::Progress(step)) if !step.scores.is_empty()) {
-                return Ok(());
-            }
-        }
-        anyhow::bail!("the job ended before its first score")
-    };
-    timeout(PATIENCE, first_score).await??;
+    sandbox.until_step(&job, |step| !step.scores.is_empty()).await?;
     sandbox.kill("energy").await?;
     let job = sandbox.finish(&job).await?;
     assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
@@ -181,16 +157,7 @@ async fn a_killed_worker_loses_no_job_and_changes_no_byte() -> Result<()> {
     };
     let (_, calm) = sandbox.images(spec.clone()).await?;
     let job = sandbox.submit(spec).await?;
-    let mut events = sandbox.watch(&job).await?;
-    let first_step = async {
-        while let Some(response) = events.message().await? {
-            if matches!(response.event, Some(Event::Progress(_))) {
-                return Ok(());
-            }
-        }
-        anyhow::bail!("the job ended before its first step")
-    };
-    timeout(PATIENCE, first_step).await??;
+    sandbox.until_step(&job, |_| true).await?;
     sandbox.kill("worker").await?;
     sandbox.worker("another").await?;
     let job = sandbox.finish(&job).await?;

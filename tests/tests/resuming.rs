@@ -1,9 +1,8 @@
 //! A cluster in one process that dies and comes back.
 
 use anyhow::{Context, Result};
-use fairlead_proto::v1::{JobSpec, JobState, watch_job_response::Event};
-use fairlead_tests::{PATIENCE, Sandbox};
-use tokio::time::timeout;
+use fairlead_proto::v1::{JobSpec, JobState};
+use fairlead_tests::{Sandbox, pixels};
 
 /// Killed with -9 while a job runs, `up` takes the job up again and ends with the bytes that an
 /// undisturbed run has.
@@ -18,16 +17,7 @@ async fn a_killed_up_finishes_its_jobs_with_the_same_bytes() -> Result<()> {
     };
     let mut up = Sandbox::up(&data.path().join("killed")).await?;
     let job = up.submit(spec.clone()).await?;
-    let mut events = up.watch(&job).await?;
-    let begun = async {
-        while let Some(response) = events.message().await? {
-            if matches!(response.event, Some(Event::Progress(step)) if step.step >= 3) {
-                return Ok(());
-            }
-        }
-        anyhow::bail!("the job ended before it was disturbed")
-    };
-    timeout(PATIENCE, begun).await??;
+    up.until_step(&job, |step| step.step >= 3).await?;
     up.kill("up").await?;
 
     let up = Sandbox::up(&data.path().join("killed")).await?;
@@ -44,12 +34,4 @@ async fn a_killed_up_finishes_its_jobs_with_the_same_bytes() -> Result<()> {
         assert!(png == other, "image {} has other pixels", image.index);
     }
     Ok(())
-}
-
-/// The pixels of an RGB8 PNG.
-fn pixels(bytes: &[u8]) -> Result<Vec<u8>> {
-    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info()?;
-    let mut pixels = vec![0; reader.output_buffer_size().context("a small image")?];
-    reader.next_frame(&mut pixels)?;
-    Ok(pixels)
 }

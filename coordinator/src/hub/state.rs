@@ -61,7 +61,7 @@ pub(super) struct Session {
     pub(super) phase: SessionPhase,
     pub(super) inbox: mpsc::Sender<Input>,
     pub(super) abort: CancellationToken,
-    /// Nodes that the worker was told of, replicas last.
+    /// Nodes that the worker was told of, in the order in which they are asked.
     pub(super) endpoints: Vec<v1::EnergyEndpoint>,
     pub(super) reservation: Reservation,
     /// Deliveries so far, this one included.
