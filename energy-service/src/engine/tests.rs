@@ -16,8 +16,13 @@ fn set() -> ConceptSet {
 }
 
 async fn engine(queue: usize) -> (EngineHandle, Probe) {
+    batching(queue, 1).await
+}
+
+/// An engine that scores up to `most` images in a pass.
+async fn batching(queue: usize, most: usize) -> (EngineHandle, Probe) {
     let (loader, probe) = TestScorer::loader();
-    (start(loader, set(), queue, 1).await.expect("started").handle, probe)
+    (start(loader, set(), queue, most).await.expect("started").handle, probe)
 }
 
 fn batch(images: usize) -> Batch {
@@ -62,6 +67,38 @@ async fn a_full_queue_refuses_at_once_and_recovers() {
     probe.set(Fault::None);
     assert!(computing.await.expect("no panic").is_ok() && waiting.await.expect("no panic").is_ok());
     assert!(engine.evaluate(batch(1)).await.is_ok());
+}
+
+#[tokio::test]
+async fn requests_that_wait_together_share_a_pass() {
+    let (engine, probe) = batching(8, 4).await;
+    let of = |value: f32| Batch { pixels: vec![value; 3 * SIDE * SIDE], ..batch(1) };
+    let values = [0.1, 0.4, 0.9];
+    let mut alone = Vec::new();
+    for value in values {
+        alone.push(engine.evaluate(of(value)).await.expect("answered"));
+    }
+    let before = probe.forwards();
+    probe.set(Fault::Hang);
+    let spawn = |batch: Batch| {
+        let engine = engine.clone();
+        tokio::spawn(async move { engine.evaluate(batch).await })
+    };
+    let computing = spawn(batch(1));
+    until_forwards(&probe, before + 1).await;
+    let together = values.map(|value| spawn(of(value)));
+    let other = spawn(Batch { crops: 2, ..of(0.5) });
+    while engine.work.capacity() > 4 {
+        tokio::task::yield_now().await;
+    }
+    probe.set(Fault::None);
+    for (task, alone) in together.into_iter().zip(alone) {
+        let answer = task.await.expect("no panic").expect("answered");
+        assert_eq!(answer, alone, "each has the answer to its own question");
+    }
+    assert!(computing.await.expect("no panic").is_ok() && other.await.expect("no panic").is_ok());
+    // What was computing, the three together, and the one that asked for something else.
+    assert_eq!(probe.forwards() - before, 3);
 }
 
 #[tokio::test]

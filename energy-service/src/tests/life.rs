@@ -120,7 +120,7 @@ async fn health_has_a_name_per_concept_and_reflection_lists_the_services() {
 #[tokio::test]
 async fn a_full_queue_is_said_at_once() {
     let folder = folder();
-    let options = EnergyOptions { queue: 1, ..options(folder.path()) };
+    let options = EnergyOptions { queue: 1, max_batch: Some(1), ..options(folder.path()) };
     let (mut node, probe) = TestNode::start(options).await;
     let request = EvaluateRequest { scores_only: true, ..node.request(&[benign(1)]).await };
     probe.set(Fault::Hang);
