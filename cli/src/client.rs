@@ -21,6 +21,26 @@ use tracing::Span;
 /// A watch that breaks is resumed this many times in a row before it is an error.
 const WATCH_RETRIES: u32 = 10;
 
+/// Work ended early because the person asked for it, with Ctrl-C.
+#[derive(Debug)]
+pub(crate) struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Tells that work with a journal is not lost.
+pub(crate) fn goes_on(error: anyhow::Error) -> anyhow::Error {
+    match error.is::<Interrupted>() {
+        true => error.context("the same command goes on where it stopped"),
+        false => error,
+    }
+}
+
 /// A connection to one coordinator.
 #[derive(Clone)]
 pub(crate) struct Client {
@@ -163,7 +183,8 @@ impl Client {
         Ok(Finished { job, images })
     }
 
-    /// Submits, follows and collects; anything but COMPLETED is an error.
+    /// Submits, follows and collects; anything but COMPLETED is an error, [`Interrupted`] once `stop`
+    /// has cancelled the job.
     pub(crate) async fn complete(
         &self,
         spec: JobSpec,
@@ -174,6 +195,7 @@ impl Client {
         let job = self.follow(&job, stop, on_step).await?;
         match job.state() {
             JobState::Completed => self.collect(job).await,
+            JobState::Cancelled if stop.is_cancelled() => Err(Interrupted.into()),
             JobState::Cancelled => bail!("job {} was cancelled", job.job_id),
             _ => bail!("job {} failed: {}", job.job_id, job.reason),
         }

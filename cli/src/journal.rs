@@ -3,8 +3,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
-    io::{Seek, SeekFrom, Write},
+    fs::{File, OpenOptions, TryLockError},
+    io::{Read as _, Write},
     path::{Path, PathBuf},
     sync::Mutex,
 };
@@ -33,18 +33,31 @@ struct Read<T> {
 
 impl Journal {
     /// Opens or begins the journal of `work` at `path` and returns what it holds. A line cut short by
-    /// a kill is dropped.
+    /// a kill is dropped. The file is locked until the journal is dropped: two processes that make the
+    /// same images would mix their lines.
     pub(crate) fn open<W: Serialize, T: DeserializeOwned>(
         path: &Path,
         work: &W,
     ) -> Result<(Self, BTreeMap<String, T>)> {
         let context = || format!("journal {}", path.display());
         let work = serde_json::to_string(work)?;
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(error).with_context(context),
-        };
+        let mut file = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .append(true)
+            .open(path)
+            .with_context(context)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "{} is being written by another process: wait for its end or name another file or \
+                 folder",
+                path.display()
+            ),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(context),
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).with_context(context)?;
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         let mut lines = text[..whole].lines();
         let mut done = BTreeMap::new();
@@ -60,14 +73,7 @@ impl Journal {
             let entry: Read<T> = serde_json::from_str(line).with_context(context)?;
             done.insert(entry.key, entry.value);
         }
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path)
-            .with_context(context)?;
         file.set_len(whole as u64).with_context(context)?;
-        file.seek(SeekFrom::End(0)).with_context(context)?;
         let journal = Self { path: path.to_owned(), file: Mutex::new(file) };
         if begun.is_none() {
             journal.line(&work)?;
@@ -106,6 +112,9 @@ mod tests {
         let (journal, done) = open("a").expect("continued");
         assert_eq!(done, BTreeMap::from([("one".to_owned(), 1), ("two".to_owned(), 2)]));
         journal.add("three", &3).expect("written");
+        let busy = open("a").err().expect("it is open").to_string();
+        assert!(busy.contains("written by another process"), "{busy}");
+        drop(journal);
         assert_eq!(open("a").expect("continued").1.len(), 3);
         let refused = open("b").err().expect("other work").to_string();
         assert!(refused.contains("belongs to other work"), "{refused}");

@@ -17,8 +17,12 @@ mod table;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use client::Interrupted;
 use commands::services::ServiceArgs;
 use fairlead_common::telemetry::{self, LogFormat};
+
+/// Exit status after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
 
 // The engine allocates and frees activations of many megabytes at every step; with the system
 // allocator these go back to the kernel each time and cost more than the arithmetic.
@@ -107,6 +111,10 @@ async fn main() -> ExitCode {
         }
     };
     let code = run(cli.command).await.unwrap_or_else(|error| {
+        if error.is::<Interrupted>() {
+            eprintln!("{}", output::chain(&error));
+            return ExitCode::from(INTERRUPTED);
+        }
         eprintln!("error: {}", output::chain(&error));
         ExitCode::FAILURE
     });

@@ -1,6 +1,10 @@
 //! Evaluations and calibrations from the command line: interrupted with a kill, they go on.
 
-use std::{path::Path, process::Output, time::Duration};
+use std::{
+    path::Path,
+    process::{Output, Stdio},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use fairlead_tests::{PATIENCE, asset, command};
@@ -19,9 +23,15 @@ async fn run(arguments: &[&str], folder: &Path) -> Result<Output> {
     Ok(output)
 }
 
-/// Starts the command and kills it with -9 once `journal` has so many lines.
-async fn killed(arguments: &[&str], folder: &Path, journal: &Path, lines: usize) -> Result<()> {
-    let mut child = fairlead(arguments, folder).spawn()?;
+/// Starts the command and sends it a signal, "-KILL" or "-INT", once `journal` has so many lines.
+async fn stopped(
+    signal: &str,
+    arguments: &[&str],
+    folder: &Path,
+    journal: &Path,
+    lines: usize,
+) -> Result<Output> {
+    let child = fairlead(arguments, folder).stderr(Stdio::piped()).spawn()?;
     let enough = async {
         loop {
             let text = std::fs::read_to_string(journal).unwrap_or_default();
@@ -32,8 +42,9 @@ async fn killed(arguments: &[&str], folder: &Path, journal: &Path, lines: usize)
         }
     };
     timeout(PATIENCE, enough).await.context("the journal did not grow")?;
-    child.kill().await?;
-    Ok(())
+    let pid = child.id().context("the command is running")?.to_string();
+    anyhow::ensure!(Command::new("kill").args([signal, &pid]).status().await?.success());
+    timeout(PATIENCE, child.wait_with_output()).await?.context("the command's end")
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -41,14 +52,19 @@ fn read(path: &Path) -> Result<String> {
 }
 
 #[tokio::test]
-async fn a_killed_evaluation_goes_on_and_says_the_same() -> Result<()> {
+async fn an_evaluation_that_is_stopped_goes_on_and_says_the_same() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
     let arguments = |out: &'static str| {
         let kinds = ["--kinds", "direct,benign", "-n", "3"];
         [&["evaluate", "--stream", "tests", "--out", out], &kinds[..]].concat()
     };
-    killed(&arguments("a"), folder.path(), &at("a/unsteered.jsonl"), 3).await?;
+    let interrupted =
+        stopped("-INT", &arguments("a"), folder.path(), &at("a/unsteered.jsonl"), 2).await?;
+    assert_eq!(interrupted.status.code(), Some(130));
+    let told = String::from_utf8_lossy(&interrupted.stderr).into_owned();
+    assert!(told.contains("the same command goes on where it stopped"), "{told}");
+    stopped("-KILL", &arguments("a"), folder.path(), &at("a/unsteered.jsonl"), 3).await?;
     let before = read(&at("a/unsteered.jsonl"))?;
     run(&arguments("a"), folder.path()).await?;
     let after = read(&at("a/unsteered.jsonl"))?;
@@ -117,7 +133,7 @@ async fn a_killed_calibration_goes_on_to_the_same_file() -> Result<()> {
         let files = ["--out", out, "--journal", journal];
         [&["calibrate"][..], &size, &verify, &files].concat()
     };
-    killed(&arguments("a", "a.jsonl"), folder.path(), &at("a.jsonl"), 4).await?;
+    stopped("-KILL", &arguments("a", "a.jsonl"), folder.path(), &at("a.jsonl"), 4).await?;
     run(&arguments("a", "a.jsonl"), folder.path()).await?;
     let fresh = run(&arguments("b", "b.jsonl"), folder.path()).await?;
     let told = String::from_utf8_lossy(&fresh.stdout).into_owned();

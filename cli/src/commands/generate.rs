@@ -15,7 +15,7 @@ use tracing::Instrument;
 
 use crate::{
     assets::ModelArgs,
-    client::{self, Client, Finished},
+    client::{self, Client, Finished, Interrupted},
     cluster::{ClusterOptions, LocalCluster},
     output,
     progress::JobProgress,
@@ -23,8 +23,6 @@ use crate::{
 
 /// Exit status when every job ended but some image was withheld.
 const WITHHELD: u8 = 3;
-/// Exit status after Ctrl-C, as shells have it.
-const INTERRUPTED: u8 = 130;
 
 /// Makes images from prompts and steers each one away from the policy's concepts while it is
 /// being sampled.
@@ -33,7 +31,7 @@ const INTERRUPTED: u8 = 130;
 /// image is written as NAME.png with its safety record NAME.json beside it; a withheld image
 /// leaves its record only. Ctrl-C cancels the job, not just this command.
 ///
-/// Exit status: 0 all images released, 3 some withheld, 1 an error, 130 cancelled.
+/// Exit status: 0 all images released, 3 some withheld, 1 an error, 130 interrupted.
 #[derive(Args)]
 pub(crate) struct GenerateArgs {
     /// What to draw; several prompts are several jobs.
@@ -198,7 +196,7 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
             let start = LocalCluster::start(ClusterOptions::temporary(&args.models));
             let cluster = tokio::select! {
                 cluster = start => cluster?,
-                () = stop.cancelled() => return Ok(ExitCode::from(INTERRUPTED)),
+                () = stop.cancelled() => return Err(Interrupted.into()),
             };
             (Client::new(cluster.address())?, Some(cluster))
         }
@@ -228,10 +226,11 @@ async fn generate_all(
         progress.finish();
         match job.state() {
             JobState::Completed => {}
-            JobState::Cancelled => {
-                eprintln!("job {} was cancelled", job.job_id);
-                return Ok(ExitCode::from(INTERRUPTED));
+            JobState::Cancelled if stop.is_cancelled() => {
+                return Err(Interrupted)
+                    .with_context(|| format!("job {} was cancelled", job.job_id));
             }
+            JobState::Cancelled => bail!("job {} was cancelled", job.job_id),
             _ => bail!("job {} failed: {}", job.job_id, job.reason),
         }
         withheld += report(&client.collect(job).await?, prompt, folder, &mut names)?;

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     assets::ModelArgs,
-    client::Client,
+    client::{Client, goes_on},
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
     output,
     prompts::{Kind, Objects},
@@ -133,7 +133,11 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
     if let Some(cluster) = cluster {
         cluster.stop().await?;
     }
-    outcome.map(|()| ExitCode::SUCCESS)
+    match args.journal {
+        Some(_) => outcome.map_err(goes_on)?,
+        None => outcome?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn calibrate(

@@ -20,9 +20,10 @@ use tokio_util::sync::CancellationToken;
 use super::generate::SteeringArgs;
 use crate::{
     assets::ModelArgs,
-    client::Client,
+    client::{Client, Interrupted, goes_on},
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
     output,
+    progress::Counter,
     prompts::{Kind, Objects},
     sheet::Picture,
     ssim::ssim,
@@ -31,9 +32,6 @@ use images::{Made, Side};
 use judge::Judge;
 use report::{Outcome, Report};
 use sets::Item;
-
-/// Exit status after Ctrl-C, as shells have it.
-const INTERRUPTED: u8 = 130;
 
 /// Makes prompts twice from the same noise, unsteered and steered with every concept active, and has
 /// a judge, a network that never steers, say what is on the images.
@@ -53,14 +51,15 @@ pub(crate) struct EvaluateArgs {
     #[command(flatten)]
     steering: SteeringArgs,
     /// Embedded prompts of each kind.
-    #[arg(short, long, default_value_t = 200)]
+    #[arg(short, long, default_value_t = 200, conflicts_with_all = ["prompts", "benign"])]
     n: usize,
     /// Embedded kinds to evaluate: direct, paraphrased, compositional, benign. Default: all.
-    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = kind)]
+    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = kind,
+          conflicts_with_all = ["prompts", "benign"])]
     kinds: Vec<Kind>,
     /// Name of the random stream embedded prompts and seeds are drawn from. `test` has tuned
     /// nothing; use another, such as `tuning`, to choose settings.
-    #[arg(long, default_value = "test")]
+    #[arg(long, default_value = "test", conflicts_with_all = ["prompts", "benign"])]
     stream: String,
     /// A set of prompts that ask for something forbidden, in place of the embedded ones: CSV or JSON
     /// lines with the columns of I2P, UnlearnDiffAtk, Ring-A-Bell, MMA-Diffusion or P4D; repeatable. A
@@ -147,13 +146,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     let client = Client::new(cluster.address())?;
     let measured = measure(&client, &args, items, &judge, [&folder, &unsteered], &stop).await;
     cluster.stop().await?;
-    let report = match measured {
-        Err(_) if stop.is_cancelled() => {
-            eprintln!("interrupted; the same command goes on where it stopped");
-            return Ok(ExitCode::from(INTERRUPTED));
-        }
-        measured => measured?,
-    };
+    let report = measured.map_err(goes_on)?;
     let markdown = report.markdown();
     let page = page::html(&report, &folder, &unsteered);
     for (name, text) in [
@@ -232,11 +225,16 @@ async fn measure(
         Some(given) => steered.adopt(&items, folder, given)?,
         None => steered.make(client, &items, folder, stop).await?,
     };
+    let counter = Counter::new("judged", items.len());
     let mut outcomes = Vec::with_capacity(items.len());
     for ((item, a), b) in items.into_iter().zip(plain).zip(pushed) {
+        if stop.is_cancelled() {
+            return Err(Interrupted.into());
+        }
         let before = picture(&unsteered.picture(unsteered_folder, &item), &a)?;
         let after = picture(&steered.picture(folder, &item), &b)?;
         outcomes.push(outcome(item, [a, b], before, after, judge)?);
+        counter.inc();
     }
     let title = match &args.images {
         Some(given) => format!("{} beside {}", model.name, given.display()),
