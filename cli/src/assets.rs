@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::Args;
+use fairlead_models::DeviceName;
 
 /// Which models a local cluster runs.
 #[derive(Args, Clone, Debug)]
@@ -27,6 +28,12 @@ pub(crate) struct ModelArgs {
         value_delimiter = ','
     )]
     pub(crate) concepts: Vec<PathBuf>,
+    /// Device of the generators: cpu, or cuda:N in a build with that feature.
+    #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_DEVICE")]
+    pub(crate) device: Option<DeviceName>,
+    /// Device of the energies. Default: that of the generators.
+    #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_ENERGY_DEVICE")]
+    pub(crate) energy_device: Option<DeviceName>,
     /// Folder of calibrations, as written by `fairlead calibrate`. Default: assets/calibrations.
     #[arg(long = "calibrations", value_name = "DIR", env = "FAIRLEAD_CALIBRATIONS")]
     pub(crate) calibrations: Option<PathBuf>,
@@ -92,6 +99,8 @@ impl ModelArgs {
             ("--model", !self.generators.is_empty()),
             ("--energy", !self.energies.is_empty()),
             ("--concepts", !self.concepts.is_empty()),
+            ("--device", self.device.is_some()),
+            ("--energy-device", self.energy_device.is_some()),
         ];
         match given.iter().chain(more).find(|(_, given)| *given) {
             None => Ok(()),
@@ -151,6 +160,8 @@ mod tests {
             generators: vec![],
             energies: vec!["else/where".into()],
             concepts: vec![],
+            device: None,
+            energy_device: None,
             calibrations: None,
             assets: Some(empty.path().into()),
         };

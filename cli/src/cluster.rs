@@ -134,6 +134,8 @@ impl LocalCluster {
         let generators = generators.len();
         worker.max_batch = options.max_batch.unwrap_or(worker.max_batch);
         worker.threads = options.workers.threads();
+        worker.device = options.models.device.unwrap_or_default();
+        let energy_device = options.models.energy_device.unwrap_or(worker.device);
 
         let [stop_workers, stop_energy, stop_coordinator] =
             std::array::from_fn(|_| CancellationToken::new());
@@ -150,6 +152,7 @@ impl LocalCluster {
                 concepts: options.models.concepts()?,
                 calibrations: calibrations.clone(),
                 coordinator: Some(address.clone()),
+                device: energy_device,
                 ..EnergyOptions::new(energy.clone())
             };
             let stop = stop_energy.clone();

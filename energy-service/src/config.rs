@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use fairlead_common::ids;
+use fairlead_models::DeviceName;
 
 /// Options of `fairlead energy`.
 #[derive(Args, Debug, Clone)]
@@ -75,9 +76,9 @@ pub struct EnergyArgs {
         value_parser = clap::value_parser!(u32).range(1..=64)
     )]
     pub max_batch: Option<u32>,
-    /// Device the model runs on: cpu or cuda:N.
+    /// Device the model runs on: cpu, or cuda:N in a build with that feature.
     #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_ENERGY_DEVICE", default_value = "cpu")]
-    pub device: String,
+    pub device: DeviceName,
 }
 
 const DEFAULT_CROPS: u32 = 4;
@@ -106,8 +107,8 @@ pub struct EnergyOptions {
     pub queue: u32,
     /// Images that share one pass of the model, at least 1; `None` takes the device's default.
     pub max_batch: Option<u32>,
-    /// "cpu" or "cuda:N".
-    pub device: String,
+    /// Where the model runs.
+    pub device: DeviceName,
 }
 
 impl EnergyOptions {
@@ -124,13 +125,13 @@ impl EnergyOptions {
             crops: DEFAULT_CROPS,
             queue: DEFAULT_QUEUE,
             max_batch: None,
-            device: "cpu".to_owned(),
+            device: DeviceName::Cpu,
         }
     }
 
     /// Images that share one pass of the model.
     pub(crate) fn images_of_a_pass(&self) -> usize {
-        let default = if self.device == "cpu" { CPU_BATCH } else { 1 };
+        let default = if self.device == DeviceName::Cpu { CPU_BATCH } else { 1 };
         self.max_batch.unwrap_or(default).max(1) as usize
     }
 }
@@ -173,9 +174,9 @@ mod tests {
     #[test]
     fn defaults_and_bounds() {
         let options = parse(&[]).expect("it parses");
-        assert_eq!((options.crops, options.queue, options.device.as_str()), (4, 64, "cpu"));
+        assert_eq!((options.crops, options.queue, options.device), (4, 64, DeviceName::Cpu));
         assert!(options.node_id.starts_with("energy-"));
-        for bad in [["--crops", "9"], ["--crops", "0"], ["--queue", "0"], ["--listen", "here"]] {
+        for bad in [["--crops", "9"], ["--queue", "0"], ["--listen", "here"], ["--device", "gpu"]] {
             assert!(parse(&bad).expect_err("refused").contains(bad[0]));
         }
     }

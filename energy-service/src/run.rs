@@ -41,9 +41,9 @@ pub async fn run(
     options: EnergyOptions,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let (model, device) = (options.model.clone(), options.device.clone());
+    let (model, device) = (options.model.clone(), options.device);
     let loader: ScorerLoader =
-        Box::new(move |concepts| Ok(Box::new(Contrastive::load(&model, &device, concepts)?)));
+        Box::new(move |concepts| Ok(Box::new(Contrastive::load(&model, device, concepts)?)));
     run_with_scorer(listener, options, loader, shutdown).await
 }
 

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::device::DeviceName;
+
 /// The result of everything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -74,6 +76,14 @@ pub enum Error {
         "the tape is empty: run the forward pass with `Tape::recording()` and one backward pass per forward pass, in reverse order"
     )]
     TapeEmpty,
+    /// A device that is not there.
+    #[error("device {device}: {why}")]
+    Device {
+        /// As asked for.
+        device: DeviceName,
+        /// What is missing.
+        why: String,
+    },
     /// An operation of candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

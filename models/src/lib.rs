@@ -43,13 +43,15 @@
 //!
 //! # Devices and determinism
 //! On the CPU the layers run kernels of their own; on other devices the same layers are composed of candle's
-//! operations. A sample's numbers depend neither on its batch nor on the number of threads.
+//! operations ([`DeviceName`] opens them; CUDA takes the feature `cuda`). On the CPU a sample's numbers depend neither
+//! on its batch nor on the number of threads; elsewhere that is the library's to promise.
 
 mod attend;
 mod classifier;
 mod clip;
 mod config;
 mod contrastive;
+mod device;
 mod error;
 mod folder;
 mod judge;
@@ -74,6 +76,7 @@ pub use clip::{
     ClipVisionConfig, ProjectedText,
 };
 pub use contrastive::{ContrastiveModel, load_contrastive};
+pub use device::DeviceName;
 pub use error::{Error, KeyProblems, Result};
 pub use folder::{PipelineFolder, content_hash};
 pub use judge::Judge;

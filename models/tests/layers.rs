@@ -9,13 +9,16 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use fairlead_models::layers::{
     Activation, Attention, Conv2d, Conv2dConfig, Filter, GroupNorm, LayerNorm, Linear, Padding,
     UpsampleNearest2x, add_scaled, composed_of_candle_ops, resize, resize_backward, scale_backward,
     scale_shift,
 };
 use fairlead_models::{Error, Tape};
+
+mod common;
+use common::device;
 
 /// Forward against torch.
 const FORWARD: f32 = 1e-4;
@@ -114,7 +117,7 @@ fn resizing(filter: Filter, h: usize, w: usize) -> Run {
 /// Every case of the golden file.
 fn cases() -> Vec<Case> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/layers.safetensors");
-    let mut golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let mut golden = candle_core::safetensors::load(path, &device()).unwrap();
     let mut cases = Vec::new();
     conv_cases(&mut golden, &mut cases);
     other_cases(&mut golden, &mut cases);
@@ -290,7 +293,7 @@ fn dot(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 fn direction(gradient: &Tensor) -> Tensor {
-    let noise = Tensor::randn(0f32, 1f32, gradient.dims(), &Device::Cpu).unwrap();
+    let noise = Tensor::randn(0f32, 1f32, gradient.dims(), &device()).unwrap();
     let unit = |t: &Tensor| (t / dot(t, t).sqrt().max(1e-12)).unwrap();
     (unit(gradient) + (unit(&noise) * 0.5).unwrap()).unwrap()
 }
@@ -328,7 +331,7 @@ fn noise(shape: &[usize], seed: u32) -> Tensor {
         (state >> 8) as f32 / (1 << 23) as f32 - 1.0
     };
     let values: Vec<f32> = std::iter::repeat_with(next).take(shape.iter().product()).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    Tensor::from_vec(values, shape, &device()).unwrap()
 }
 
 /// Name, shapes of input and output, number of inputs, and the layer.

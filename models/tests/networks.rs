@@ -4,12 +4,15 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, IndexOp, Tensor};
+use candle_core::{IndexOp, Tensor};
 use fairlead_models::layers::composed_of_candle_ops;
 use fairlead_models::{
     AutoencoderKl, ClipModel, ClipTextModel, ClipTextModelWithProjection, Error, Judge, Result,
     Sd3Transformer, SiglipModel, T5EncoderModel, Tape, TextConditions, UNet2DConditionModel,
 };
+
+mod common;
+use common::device;
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/networks").join(name)
@@ -21,7 +24,7 @@ struct Golden(std::collections::HashMap<String, Tensor>);
 impl Golden {
     fn of(name: &str) -> Self {
         let path = folder(name).join("golden.safetensors");
-        Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
+        Self(candle_core::safetensors::load(path, &device()).unwrap())
     }
 
     fn get(&self, name: &str) -> &Tensor {
@@ -102,7 +105,7 @@ struct Denoise {
 impl Denoise {
     fn of(name: &str, golden: &Golden) -> Self {
         Self {
-            unet: UNet2DConditionModel::load(&folder(name), &Device::Cpu).unwrap(),
+            unet: UNet2DConditionModel::load(&folder(name), &device()).unwrap(),
             timesteps: golden.timesteps(),
             context: golden.get("context").clone(),
         }
@@ -131,7 +134,7 @@ impl JointDenoise {
         let states = golden.get("context");
         let kept = states.dim(1).unwrap() + 1 - repeats;
         Self {
-            transformer: Sd3Transformer::load(&folder(name), repeats, &Device::Cpu).unwrap(),
+            transformer: Sd3Transformer::load(&folder(name), repeats, &device()).unwrap(),
             timesteps: golden.timesteps(),
             states: states.narrow(1, 0, kept).unwrap(),
             pooled: golden.get("pooled").clone(),
@@ -196,7 +199,7 @@ fn finite_difference(name: &str, golden: &Golden, network: &dyn Differentiable) 
 fn vae_matches_diffusers() {
     for name in ["vae", "vae_shifted", "vae_plain"] {
         let golden = Golden::of(name);
-        let vae = AutoencoderKl::load(&folder(name), &Device::Cpu).unwrap();
+        let vae = AutoencoderKl::load(&folder(name), &device()).unwrap();
         let latent = vae.encode_mean(golden.get("pixels")).unwrap();
         assert_close(&format!("{name} encode"), &latent, golden.get("latent"), 1e-4);
         check(name, &golden, &Decode(vae));
@@ -205,8 +208,7 @@ fn vae_matches_diffusers() {
 
 #[test]
 fn vae_config_says_how_much_smaller_a_latent_is() {
-    let factor =
-        |name| AutoencoderKl::load(&folder(name), &Device::Cpu).unwrap().downsample_factor();
+    let factor = |name| AutoencoderKl::load(&folder(name), &device()).unwrap().downsample_factor();
     assert_eq!([factor("vae_plain"), factor("vae"), factor("vae_shifted")], [1, 2, 4]);
 }
 
@@ -231,7 +233,7 @@ fn mmdit_matches_diffusers() {
 fn clip_matches_transformers() {
     for name in ["clip", "clip_legacy"] {
         let golden = Golden::of(name);
-        let clip = ClipModel::load(&folder(name), &Device::Cpu).unwrap();
+        let clip = ClipModel::load(&folder(name), &device()).unwrap();
         let text = clip.text_features(&golden.ids()).unwrap();
         assert_close(&format!("{name} text"), &text, golden.get("text"), 1e-4);
         let scale = golden.get("logit_scale").to_scalar::<f32>().unwrap();
@@ -245,11 +247,11 @@ fn clip_matches_transformers() {
 fn siglip_matches_transformers() {
     for name in ["siglip", "siglip_rest"] {
         let golden = Golden::of(name);
-        let siglip = SiglipModel::load(&folder(name), &Device::Cpu).unwrap();
+        let siglip = SiglipModel::load(&folder(name), &device()).unwrap();
         let text = siglip.text_features(&golden.ids()).unwrap();
         assert_close(&format!("{name} text"), &text, golden.get("text"), 1e-4);
         let (scale, bias) = siglip.logit();
-        let logit = Tensor::new(&[scale, bias], &Device::Cpu).unwrap();
+        let logit = Tensor::new(&[scale, bias], &device()).unwrap();
         assert_close(&format!("{name} logit"), &logit, golden.get("logit"), 1e-6);
         assert_eq!(siglip.preprocess().mean, [0.5; 3]);
         check(name, &golden, &SiglipImage(siglip));
@@ -260,7 +262,7 @@ fn siglip_matches_transformers() {
 fn projected_clip_text_matches_transformers() {
     let golden = Golden::of("clip_text_projected");
     let folder = folder("clip_text_projected");
-    let model = ClipTextModelWithProjection::load(&folder, &Device::Cpu).unwrap();
+    let model = ClipTextModelWithProjection::load(&folder, &device()).unwrap();
     assert_eq!(model.projection_dim(), 24);
     let run = || model.forward(&golden.ids()).unwrap();
     for (path, text) in [("kernels", run()), ("composed", composed_of_candle_ops(run))] {
@@ -277,7 +279,7 @@ fn projected_clip_text_matches_transformers() {
 fn the_t5_encoder_agrees_with_transformers() {
     for name in ["t5", "t5_relu"] {
         let golden = Golden::of(name);
-        let model = T5EncoderModel::load(&folder(name), &Device::Cpu).unwrap();
+        let model = T5EncoderModel::load(&folder(name), &device()).unwrap();
         assert_eq!(model.width(), 24);
         let y = model.forward(&golden.ids()).unwrap();
         assert_close(name, &y, golden.get("y"), 1e-5);
@@ -291,7 +293,7 @@ fn the_t5_encoder_agrees_with_transformers() {
 fn clip_text_matches_transformers() {
     for name in ["clip_text", "clip_text_gelu"] {
         let golden = Golden::of(name);
-        let model = ClipTextModel::load(&folder(name), &Device::Cpu).unwrap();
+        let model = ClipTextModel::load(&folder(name), &device()).unwrap();
         let run = || {
             let mut tape = Tape::recording();
             let y = model.forward_on(&golden.ids(), &mut tape).unwrap();
@@ -307,7 +309,7 @@ fn clip_text_matches_transformers() {
 #[test]
 fn judge_matches_torch() {
     let golden = Golden::of("judge");
-    let judge = Judge::load(&folder("judge"), &Device::Cpu).unwrap();
+    let judge = Judge::load(&folder("judge"), &device()).unwrap();
     assert_eq!(judge.labels(), ["cat", "dagger", "pill"]);
     assert_eq!(judge.thresholds(), [0.0, -0.5, 1.25]);
     let y = judge.logits(golden.get("x")).unwrap();
@@ -341,15 +343,15 @@ fn check_batches<N: Differentiable>(name: &str, network: impl Fn(&[usize]) -> N,
 #[test]
 fn a_sample_does_not_depend_on_its_batch() {
     let golden = Golden::of("vae");
-    let vae = || AutoencoderKl::load(&folder("vae"), &Device::Cpu).unwrap();
+    let vae = || AutoencoderKl::load(&folder("vae"), &device()).unwrap();
     check_batches("vae", |_| Decode(vae()), &golden);
 
     let golden = Golden::of("clip");
-    let clip = || ClipModel::load(&folder("clip"), &Device::Cpu).unwrap();
+    let clip = || ClipModel::load(&folder("clip"), &device()).unwrap();
     check_batches("clip", |_| Image(clip()), &golden);
 
     let golden = Golden::of("siglip");
-    let siglip = || SiglipModel::load(&folder("siglip"), &Device::Cpu).unwrap();
+    let siglip = || SiglipModel::load(&folder("siglip"), &device()).unwrap();
     check_batches("siglip", |_| SiglipImage(siglip()), &golden);
 
     let golden = Golden::of("unet");
@@ -384,8 +386,8 @@ fn a_sample_does_not_depend_on_its_batch() {
 #[test]
 fn a_text_does_not_depend_on_its_batch() {
     let (text, clip) = (Golden::of("clip_text"), Golden::of("clip"));
-    let model = ClipTextModel::load(&folder("clip_text"), &Device::Cpu).unwrap();
-    let towers = ClipModel::load(&folder("clip"), &Device::Cpu).unwrap();
+    let model = ClipTextModel::load(&folder("clip_text"), &device()).unwrap();
+    let towers = ClipModel::load(&folder("clip"), &device()).unwrap();
     let together = model.forward(&text.ids()).unwrap();
     for (i, window) in text.ids().into_iter().enumerate() {
         let alone = model.forward(&[window]).unwrap();
@@ -406,14 +408,13 @@ fn assert_refused<T>(result: Result<T>, parts: &[&str]) {
 
 #[test]
 fn inputs_that_do_not_fit_are_refused_with_the_shapes() {
-    let zeros =
-        |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &device()).unwrap();
     let off = &mut Tape::off();
-    let vae = AutoencoderKl::load(&folder("vae"), &Device::Cpu).unwrap();
+    let vae = AutoencoderKl::load(&folder("vae"), &device()).unwrap();
     assert_refused(vae.decode(&zeros(&[1, 3, 4, 4]), off), &["[b, 4, h, w]", "[1, 3, 4, 4]"]);
     assert_refused(vae.encode_mean(&zeros(&[1, 3, 5, 4])), &["multiples of 2", "[1, 3, 5, 4]"]);
 
-    let unet = UNet2DConditionModel::load(&folder("unet"), &Device::Cpu).unwrap();
+    let unet = UNet2DConditionModel::load(&folder("unet"), &device()).unwrap();
     let (x, context) = (zeros(&[2, 4, 8, 8]), zeros(&[2, 5, 24]));
     assert_refused(unet.forward(&x, &[1.0], &context, off), &["1 and [2, 5, 24]", "[2, 4, 8, 8]"]);
     assert_refused(unet.forward(&x, &[1.0; 2], &zeros(&[2, 5, 25]), off), &["[b, n, 24]"]);
@@ -422,7 +423,7 @@ fn inputs_that_do_not_fit_are_refused_with_the_shapes() {
         &["[b, 4, h, w]"],
     );
 
-    let mmdit = Sd3Transformer::load(&folder("mmdit"), 1, &Device::Cpu).unwrap();
+    let mmdit = Sd3Transformer::load(&folder("mmdit"), 1, &device()).unwrap();
     let (states, pooled) = (zeros(&[1, 5, 20]), zeros(&[1, 12]));
     let text = TextConditions { states: &states, pooled: &pooled };
     for shape in [[1, 4, 5, 4], [1, 4, 12, 4], [1, 3, 4, 4], [2, 4, 4, 4]] {
@@ -431,16 +432,16 @@ fn inputs_that_do_not_fit_are_refused_with_the_shapes() {
         assert_refused(refused, &["multiples of 2 up to 10", &dims]);
     }
 
-    let clip = ClipModel::load(&folder("clip"), &Device::Cpu).unwrap();
+    let clip = ClipModel::load(&folder("clip"), &device()).unwrap();
     assert_refused(clip.image_features(&zeros(&[1, 3, 23, 24]), off), &["[b, 3, 24, 24]"]);
     assert_refused(clip.text_features(&[vec![62, 5, 7]]), &["window 0 has no end mark 63"]);
 
-    let text = ClipTextModel::load(&folder("clip_text"), &Device::Cpu).unwrap();
+    let text = ClipTextModel::load(&folder("clip_text"), &device()).unwrap();
     assert_refused(text.forward(&[]), &["windows of one length from 1 to 11"]);
     assert_refused(text.forward(&[vec![1; 12]]), &["from 1 to 11", "[12]"]);
     assert_refused(text.forward(&[vec![1; 3], vec![1; 4]]), &["[3, 4]"]);
     assert_refused(text.forward(&[vec![1, 64]]), &["token id 64", "vocabulary of 64"]);
 
-    let judge = Judge::load(&folder("judge"), &Device::Cpu).unwrap();
+    let judge = Judge::load(&folder("judge"), &device()).unwrap();
     assert_refused(judge.logits(&zeros(&[1, 3, 12, 13])), &["[b, 3, 13, 13]"]);
 }

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
+use fairlead_models::DeviceName;
 
 /// Options of `fairlead worker`; each can also be set in the environment.
 #[derive(Debug, Clone, Args)]
@@ -81,43 +82,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|duration| !duration.is_zero())
         .ok_or_else(|| format!("{text} is not a positive number of seconds"))
-}
-
-/// Where the networks run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DeviceName {
-    /// The CPU, with this project's own kernels.
-    #[default]
-    Cpu,
-    /// A CUDA device by ordinal.
-    Cuda(usize),
-}
-
-impl std::str::FromStr for DeviceName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let ordinal = |n: &str| n.parse().map(Self::Cuda).ok();
-        match text {
-            "cpu" => Some(Self::Cpu),
-            "cuda" => Some(Self::Cuda(0)),
-            other => other.strip_prefix("cuda:").and_then(ordinal),
-        }
-        .ok_or_else(|| format!("device `{text}` is not one of: cpu, cuda, cuda:N"))
-    }
-}
-
-impl DeviceName {
-    /// Opens the device. A CUDA handle is one per process: open it once and clone it.
-    ///
-    /// # Errors
-    /// If the build or the machine has no such device.
-    pub fn open(self) -> candle_core::Result<candle_core::Device> {
-        match self {
-            Self::Cpu => Ok(candle_core::Device::Cpu),
-            Self::Cuda(ordinal) => candle_core::Device::new_cuda(ordinal),
-        }
-    }
 }
 
 #[cfg(test)]

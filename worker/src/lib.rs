@@ -23,7 +23,7 @@ use std::path::Path;
 use fairlead_common::ids::process_name;
 use tokio_util::sync::CancellationToken;
 
-pub use config::{DeviceName, WorkerArgs};
+pub use config::WorkerArgs;
 pub use engine::{Engine, EngineHandle};
 pub use error::{Error, NodeFailure, Result};
 pub use hub::{Hub, HubOptions};

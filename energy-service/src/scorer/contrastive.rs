@@ -10,7 +10,7 @@
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{Device, Tensor};
-use fairlead_models::{ContrastiveModel, Error, Tape, content_hash, load_contrastive};
+use fairlead_models::{ContrastiveModel, DeviceName, Error, Tape, content_hash, load_contrastive};
 
 use super::{Pass, Scorer, ScorerDescription, ScorerError};
 use crate::concepts::{Concept, ConceptSet};
@@ -34,8 +34,12 @@ pub(crate) struct Contrastive {
 
 impl Contrastive {
     /// Loads the transformers folder `dir` and encodes every phrase of `set` once.
-    pub(crate) fn load(dir: &Path, device: &str, set: &ConceptSet) -> Result<Self, ScorerError> {
-        let device = parse_device(device)?;
+    pub(crate) fn load(
+        dir: &Path,
+        device: DeviceName,
+        set: &ConceptSet,
+    ) -> Result<Self, ScorerError> {
+        let device = device.open()?;
         let model = load_contrastive(dir, &device)?;
         let texts = Texts::encode(set.concepts(), model.as_ref())?;
         let side = model.image_size();
@@ -226,21 +230,6 @@ fn log_sum_exp(values: impl Iterator<Item = f32> + Clone) -> f32 {
     greatest + values.map(|value| (value - greatest).exp()).sum::<f32>().ln()
 }
 
-/// "cpu" or "cuda:N".
-fn parse_device(device: &str) -> Result<Device, ScorerError> {
-    let refused = |why: String| ScorerError::Device { device: device.to_owned(), why };
-    match device.split_once(':') {
-        None if device == "cpu" => Ok(Device::Cpu),
-        Some(("cuda", number)) => {
-            let index = number
-                .parse()
-                .map_err(|_| refused("write it as cuda:N, N being the GPU's number".to_owned()))?;
-            Device::new_cuda(index).map_err(|error| refused(error.to_string()))
-        }
-        _ => Err(refused("must be cpu or cuda:N".to_owned())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -314,14 +303,5 @@ mod tests {
         let (phrases, indices) = unique_phrases(&concepts);
         assert_eq!(phrases, [("a", "x"), ("a", "y"), ("a", "nothing")]);
         assert_eq!(indices[1], PhraseIndices { targets: vec![1], anchors: vec![2] });
-    }
-
-    #[test]
-    fn devices_are_named_as_elsewhere() {
-        assert!(matches!(parse_device("cpu"), Ok(Device::Cpu)));
-        for device in ["gpu", "cuda", "cuda:x", "cpu:0"] {
-            let error = parse_device(device).expect_err("refused").to_string();
-            assert!(error.contains(device) && error.contains("cuda:N"), "{error}");
-        }
     }
 }

@@ -91,14 +91,6 @@ pub enum ScorerError {
         /// The phrase.
         phrase: String,
     },
-    /// A device that is not there.
-    #[error("device `{device}`: {why}")]
-    Device {
-        /// As asked for.
-        device: String,
-        /// What is wrong and what to do.
-        why: String,
-    },
     /// The scorer answered in another shape.
     #[error("the {what} has shape {got:?}, expected {expected:?}")]
     Shape {
