@@ -2,7 +2,8 @@
 
     python scripts/evaluation_tables.py out/evaluation EVALUATION.md
 
-A table NAME has a row for each folder NAME or NAME-*: `emojiland` for the cells of `make evaluate`, `baseline`, `ablation-...`.
+A table NAME has a row for each folder NAME or NAME-*: `emojiland` for the cells of `make evaluate`, `baseline`, `ablation-...`. One
+without any folder stays as it is.
 Shares have 95 % Wilson intervals. Withheld images count neither as removed nor as kept. Needs nothing but Python.
 """
 
@@ -55,6 +56,13 @@ def unsteered(name, kinds):
     return f"| {name} unsteered | {' | '.join(there)} | {other} | | |"
 
 
+def label(name, folder):
+    """A cell by its folder's name; other rows by what follows `NAME-` and a number that sorts."""
+    if name == "emojiland":
+        return folder.name
+    return re.sub(r"^\d+-", "", folder.name.removeprefix(f"{name}-"))
+
+
 def table(root, name):
     folders = sorted(path.parent for path in root.glob(f"{name}*/evaluation.json")
                      if path.parent.name == name or path.parent.name.startswith(name + "-"))
@@ -64,14 +72,18 @@ def table(root, name):
         if name == "emojiland" and generator not in seen:
             seen.add(generator)
             rows.append(unsteered(generator, kinds))
-        rows.append(row(folder.name, kinds))
-    return "\n".join([HEAD, *rows]) if rows else "Not measured yet."
+        rows.append(row(label(name, folder), kinds))
+    return "\n".join([HEAD, *rows]) if rows else None
 
 
 def main():
     root, document = Path(sys.argv[1]), Path(sys.argv[2])
     text = document.read_text()
-    replace = lambda match: f"<!-- {match[1]} -->\n{table(root, match[1])}\n<!-- end -->"  # noqa: E731
+
+    def replace(match):
+        rows = table(root, match[1])
+        return f"<!-- {match[1]} -->\n{rows}\n<!-- end -->" if rows else match[0]
+
     document.write_text(re.sub(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- end -->", replace, text, flags=re.S))
 
 

@@ -4,7 +4,8 @@ StableDiffusionPipelineSafe with the same model, prompts and noise. Then have it
     python scripts/safe_latent_diffusion.py assets/emojiland-sd out/evaluation/emojiland-sd-both/evaluation.json max out/safe-max
     fairlead evaluate ... --unsteered out/evaluation/emojiland-sd-unsteered --images out/safe-max --out out/evaluation/safe-max
 
-Strengths are the paper's: weak, medium, strong, max. The concept is the list of the evaluation's targets. Continues where it
+Strengths are the paper's: weak, medium, strong, max. The concept is the list of the evaluation's targets; one longer than the
+text encoder's window is encoded in several, as Fairlead does with prompts, where diffusers would cut it. Continues where it
 stopped. Needs torch, diffusers, transformers, numpy and the `openssl` program.
 """
 
@@ -24,6 +25,24 @@ from noise import normal  # noqa: E402
 STRENGTHS = {"weak": SafetyConfig.WEAK, "medium": SafetyConfig.MEDIUM, "strong": SafetyConfig.STRONG, "max": SafetyConfig.MAX}
 
 
+class Safe(StableDiffusionPipelineSafe):
+    def _encode_prompt(self, prompt, device, count, guided, negative, safe):
+        prompts = super()._encode_prompt(prompt, device, count, guided, negative, False)
+        if not safe:
+            return prompts
+        concept = self.windows(self.safety_concept)
+        # Keys that stand several times leave an attention as it is: so the prompts get the concept's length.
+        return torch.cat([prompts.repeat(1, concept.shape[1] // prompts.shape[1], 1), concept])
+
+    def windows(self, text):
+        """The encoder's states of a text of any length, `[1, windows * tokens, width]`."""
+        tokenizer, length = self.tokenizer, self.tokenizer.model_max_length
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        rows = [[tokenizer.bos_token_id, *ids[i:i + length - 2], tokenizer.eos_token_id] for i in range(0, len(ids), length - 2)]
+        rows = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
+        return self.text_encoder(torch.tensor(rows))[0].flatten(0, 1)[None]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -34,14 +53,14 @@ def main():
     parser.add_argument("--guidance", type=float, default=5.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = StableDiffusionPipelineSafe.from_pretrained(
+    pipeline = Safe.from_pretrained(
         options.model, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
         torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     outcomes = json.loads(options.evaluation.read_text())["outcomes"]
     concept = ", ".join(sorted({outcome["target"] for outcome in outcomes if outcome["target"]}))
-    tokens = len(pipeline.tokenizer(concept).input_ids)
-    assert tokens <= pipeline.tokenizer.model_max_length, f"the concept has {tokens} tokens and would be cut"
+    longest = max((outcome["prompt"] for outcome in outcomes), key=lambda prompt: len(pipeline.tokenizer(prompt).input_ids))
+    assert len(pipeline.tokenizer(longest).input_ids) <= pipeline.tokenizer.model_max_length, f"diffusers would cut the prompt: {longest}"
     pipeline.safety_concept = concept
     print("concept:", concept, flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
