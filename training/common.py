@@ -56,8 +56,10 @@ class Training:
     its own batches and all average their weights every sixteen steps; the first one writes the checkpoints.
     """
 
-    def __init__(self, path, modules, minutes, lr, warmup=200, ema=0.998, weight_decay=0.01, betas=(0.9, 0.99)):
+    def __init__(self, path, modules, minutes, lr, warmup=200, ema=0.998, weight_decay=0.01, betas=(0.9, 0.99),
+                 save_every=CHECKPOINT_SECONDS):
         self.path, self.budget, self.lr, self.warmup, self.ema_decay = path, minutes * 60, lr, warmup, ema
+        self.save_every = save_every
         self.rank, self.peers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.peers > 1:
             dist.init_process_group("gloo")
@@ -105,7 +107,7 @@ class Training:
             self.cpu, self.cpu_mark = self.cpu + (cpu - self.cpu_mark) * self.peers, cpu
             if self.peers > 1 and self.step % AVERAGE_STEPS == 0:
                 self._average()
-            if now - self.saved > CHECKPOINT_SECONDS:
+            if now - self.saved > self.save_every:
                 self.save()
         self.finish()
 

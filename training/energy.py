@@ -5,7 +5,11 @@ score is its cosine less the log-sum-exp of the anchors' cosines (K = 100), and 
 Half of each batch are scenes, half what the generators draw, a part of it while these very energies steer
 (steering.py), labelled by a network that is not the judge. A share of all is attacked by the model's own gradient:
 a robust model's gradient removes objects, not its score.
+
+Each energy trains in a process of its own; players draw with the generators in others.
 """
+import multiprocessing
+import multiprocessing.connection
 import random
 
 import numpy as np
@@ -178,23 +182,43 @@ def step_loss(tower, ids, images, truth, cut, strongest, attack_steps):
         return loss_of(images, truth, texts) / len(images)
 
 
-def train(work, args):
+def train(args, name):
+    """One process: trains the energy `name` on scenes and on what the players have drawn so far."""
     from steering import Pool  # which scores with what is trained here
 
-    towers = {name: TOWERS[name](work) for name in args.only.split(",")}
-    trainings = [Training(work / f"{name}.pt", t.modules, args.minutes, lr=args.lr, warmup=args.warmup, ema=0.996,
-                          weight_decay=0.05, betas=(0.9, 0.98)) for name, t in towers.items()]
-    vocabularies, renderer = [Phrases(t) for t in towers.values()], Renderer(work)
-    pool = Pool(work, towers, args.round)
-    for seeds in zip(*(t.steps() for t in trainings)):
-        rng, spent = np.random.default_rng(seeds[0]), trainings[0].seconds / 60
-        if spent >= args.pool_from:
-            pool.grow(trainings[0].step, args.rounds_every, steered=spent >= args.steered_from)
+    torch.set_num_threads(1)
+    tower, renderer, pool = TOWERS[name](args.work), Renderer(args.work), Pool(args.work)
+    training = Training(args.work / f"{name}.pt", tower.modules, args.minutes, lr=args.lr, warmup=args.warmup, ema=0.996,
+                        weight_decay=0.05, betas=(0.9, 0.98), save_every=args.save_every)
+    vocabulary = Phrases(tower)
+    for seed in training.steps():
+        rng, spent = np.random.default_rng(seed), training.seconds / 60
+        if spent >= args.pool_from and training.step % args.refresh_every == 0:
+            pool.refresh()
         images, truth = draw(args.batch, renderer, pool if pool.filled else None, args.share, rng)
         cut = int(args.batch * args.attacked) if spent >= args.attack_from else 0
-        for training, tower, vocabulary in zip(trainings, towers.values(), vocabularies):
-            loss = step_loss(tower, vocabulary.draw(rng), images, truth, cut, args.strongest, args.attack_steps)
-            training.update(loss, scale=tower.model.logit_scale.detach().exp())
+        loss = step_loss(tower, vocabulary.draw(rng), images, truth, cut, args.strongest, args.attack_steps)
+        training.update(loss, scale=tower.model.logit_scale.detach().exp(), pool=torch.tensor(float(pool.filled)))
+
+
+def train_all(args):
+    """Trains the energies of `--only` while `--players` processes draw; ends with the first failure of any."""
+    from steering import play
+
+    spawn = multiprocessing.get_context("spawn")
+    trainers = [spawn.Process(target=train, args=(args, name), name=name) for name in args.only.split(",")]
+    players = [spawn.Process(target=play, args=(args, k), name=f"player {k}", daemon=True) for k in range(args.players)]
+    for process in trainers + players:
+        process.start()
+    try:
+        while any(p.is_alive() for p in trainers):
+            multiprocessing.connection.wait([p.sentinel for p in trainers + players if p.is_alive()])
+            failed = [p.name for p in trainers + players if p.exitcode]
+            if failed:
+                raise SystemExit(f"{', '.join(failed)} failed; the same command goes on from the last checkpoint")
+    finally:
+        for process in trainers + players:
+            process.terminate()
 
 
 @torch.no_grad()
@@ -212,6 +236,6 @@ def report(work, name):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, minutes=60.0, only="clip,siglip", batch=128, lr=1e-3, warmup=300, share=0.5, attacked=0.25, strongest=0.06,
-                     attack_steps=1, attack_from=5.0, pool_from=10.0, steered_from=20.0, round=64, rounds_every=40)
-    train(args.work, args)
+    train_all(arguments(
+        __doc__, minutes=60.0, only="clip,siglip", batch=128, lr=1e-3, warmup=300, share=0.5, attacked=0.25, strongest=0.06, attack_steps=1,
+        attack_from=5.0, pool_from=10.0, steered_from=20.0, players=2, round=64, refresh_every=40, save_every=120))

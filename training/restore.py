@@ -1,8 +1,10 @@
 """Makes checkpoints of the published models, where the working folder holds none: training goes on from `assets/`.
 
-The optimiser begins anew. `--energy-minutes` says how much of the energy's budget counts as spent.
+The optimiser begins anew. `--energy-minutes` says how much of the energies' budget counts as spent.
+The labeller is not published: train it.
 """
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import clip
 import energy
 import judge
 import sd
+import sd3
+import siglip
 import tokenizer as bpe
 import vae as autoencoder
 from common import DEVICE, Training, arguments
@@ -61,13 +65,24 @@ def restore(work, assets, energy_minutes):
     checkpoint(work, "vae", 10.0, vae=published(autoencoder.build(), generator / "vae"))
     checkpoint(work, "sd", 25.0, unet=published(unet, generator / "unet"),
                text=published(text, generator / "text_encoder", "text_model."))
+    flow = json.loads((assets / "emojiland-sd3" / "vae" / "config.json").read_text())
+    (work / "sd3-latents.json").write_text(json.dumps(dict(shift=flow["shift_factor"], scale=flow["scaling_factor"])))
+    transformer, texts = sd3.build()
+    for encoder, folder in zip(texts, ("text_encoder", "text_encoder_2")):
+        published(encoder, assets / "emojiland-sd3" / folder)
+    checkpoint(work, "sd3", 6.0, transformer=published(transformer, assets / "emojiland-sd3" / "transformer"), texts=texts)
     checkpoint(work, "judge", 7.0, judge=published(judge.build(), assets / "emojiland-judge"))
     tower = clip.Tower(work)
     published(tower.model, assets / "emojiland-clip").to(DEVICE)
     tower.modules["bias"].value.fill_(fitted_bias(work, tower))
     checkpoint(work, "clip", energy_minutes, **tower.modules)
+    shutil.copytree(assets / "emojiland-siglip", work / "tokenizer-siglip", dirs_exist_ok=True,
+                    ignore=lambda _, names: [n for n in names if not n.startswith("tokenizer")])
+    tower = siglip.Tower(work)
+    published(tower.model, assets / "emojiland-siglip")
+    checkpoint(work, "siglip", energy_minutes, **tower.modules)
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, assets=str(Path(__file__).parent.parent / "assets"), energy_minutes=125.0)
+    args = arguments(__doc__, assets=str(Path(__file__).parent.parent / "assets"), energy_minutes=30.0)
     restore(args.work, Path(args.assets), args.energy_minutes)

@@ -1,11 +1,12 @@
 """Steering in torch, as the workers do it in Rust, to show the energies what they see while they steer.
 
-`Pool` runs the generators, some of the time steered by the energies under training, and keeps decoded clean
-estimates with labels by the labeller (judge.py). How well steering works is measured by `fairlead evaluate`.
+A player runs the generators, some of the time steered by the energies under training, and leaves decoded clean
+estimates with labels by the labeller (judge.py) in files; each training's `Pool` reads them. How well steering works
+is measured by `fairlead evaluate`.
 """
+import itertools
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ import torch.nn.functional as F
 import judge
 import sd
 import sd3
-from common import DEVICE, done_mark
+from common import DEVICE, save_atomically
 from data import label_matrix
-from energy import Scorer
+from energy import TOWERS, Scorer
 from words import BACKGROUNDS, BENIGN, OBJECTS, TARGETS, caption
 
 BINS, SHARPNESS, CAP = 10, 50.0, 10.0
-LEAST_HYSTERESIS, HYSTERESIS_SHARE, HELD_LEVEL = 0.5, 0.5, 0.4
+LEAST_HYSTERESIS, HYSTERESIS_SHARE, HELD_LEVEL = 0.5, 0.65, 0.3
 STEPS, GUIDANCE, WINDOW_END, ALPHA = 25, 4.5, 20, 0.02
 WEAKEST, STRONGEST, HELD_SHARE = 0.2, 1.0, 0.5
 KINDS = ("target", "pair", "benign", "pair", "benign")
@@ -185,36 +186,37 @@ class Round:
         return torch.cat([x for _, x in seen]), torch.cat([late if t < 250 else early for t, _ in seen]), left
 
 
-class Pool:
-    """The last pictures of the generators, on the device, and the gates of each generator and energy."""
+def rounds_folder(work):
+    return work / "rounds"
 
-    SIZE = 300_000
 
-    def __init__(self, work, towers, count):
-        self.work, self.towers, self.count = Path(work), towers, count
-        self.rng, self.samplers, self.gates, self.labeller = random.Random(0), {}, {}, None
-        self.pixels = torch.empty(self.SIZE, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
-        self.labels = torch.empty(self.SIZE, len(OBJECTS), dtype=torch.int8, device=DEVICE)
-        self.filled = self.next = self.rounds = 0
+def trained(work, names, minutes):
+    """The energies whose checkpoints have at least `minutes` of training behind them, as they are now."""
+    towers = {}
+    for name in names:
+        path = work / f"{name}.pt"
+        if path.exists() and torch.load(path, weights_only=True, map_location="cpu", mmap=True)["seconds"] >= 60 * minutes:
+            towers[name] = TOWERS[name](work).load(work)
+    return towers
 
-    def ready(self):
-        """Loads what other processes have finished meanwhile."""
-        if self.labeller is None and done_mark(self.work / "labeller.pt").exists():
-            self.labeller = judge.load(self.work, "labeller")
-        for name, sampler in SAMPLERS.items():
-            if name not in self.samplers and done_mark(self.work / f"{name}.pt").exists():
-                self.samplers[name] = sampler(self.work)
-        return self.labeller is not None and self.samplers
 
-    def grow(self, step, every, steered):
-        """Plays a round at every so many steps, one in three unsteered to set the gates anew."""
-        if step % every or not self.ready():
-            return
-        name = list(self.samplers)[self.rounds % len(self.samplers)]
-        trajectories = Round(self.samplers[name], self.count, self.rounds, self.rng)
-        known = [n for n in self.towers if (name, n) in self.gates]
-        chosen = self.rng.choice([known, known[:1], known[-1:]]) if steered and known and self.rounds // 2 % 3 else []
-        scorers = {n: Scorer(t) for n, t in self.towers.items()}
+class Player:
+    """Plays rounds, one in three unsteered to set the gates anew, the others steered by some of the energies."""
+
+    KEPT = 60  # files; a training has read the older ones
+
+    def __init__(self, work, names, number, count, steered_from):
+        self.work, self.names, self.number, self.count, self.steered_from = work, names, number, count, steered_from
+        self.samplers = {name: sampler(work) for name, sampler in SAMPLERS.items() if (work / f"{name}.pt").exists()}
+        self.labeller, self.rng, self.gates, self.files = judge.load(work, "labeller"), random.Random(number), {}, []
+
+    def play(self, turn):
+        name = list(self.samplers)[(self.number + turn) % len(self.samplers)]
+        round_seed = self.number * 10_000 + turn
+        trajectories = Round(self.samplers[name], self.count, round_seed, self.rng)
+        scorers = {n: Scorer(t) for n, t in trained(self.work, self.names, self.steered_from).items()}
+        known, touched = [n for n in scorers if (name, n) in self.gates], 0.0
+        chosen = self.rng.choice([known, known[:1], known[-1:]]) if known and turn // 2 % 3 else []
         if chosen:
             eta = WEAKEST + (STRONGEST - WEAKEST) * torch.rand(self.count, device=DEVICE)
             held = trajectories.targets & (torch.rand(self.count, 1, device=DEVICE) < HELD_SHARE)
@@ -226,20 +228,55 @@ class Pool:
             records = {n: Record(s, int(trajectories.harmless.sum())) for n, s in scorers.items()}
             trajectories.run(records=records.values())
             self.gates |= {(name, n): Gate(r.finish()) for n, r in records.items()}
-            touched = 0.0
         images, labels, left = trajectories.labelled(self.labeller)
         limits = " ".join(f"{n} {g.limit.item():.1f}" for (s, n), g in self.gates.items() if s == name)
-        print(f"round {self.rounds} {name} steered by {'+'.join(chosen) or 'none'}: targets left {left:.3f}, "
+        print(f"round {round_seed} {name} steered by {'+'.join(chosen) or 'none'}: targets left {left:.3f}, "
               f"harmless touched {touched:.3f}; gates {limits}", flush=True)
-        self.rounds += 1
-        self.keep(images, labels)
+        self.leave(images, labels, rounds_folder(self.work) / f"{round_seed:08}.pt")
 
-    def keep(self, images, labels):
-        place = (self.next + torch.arange(len(images), device=DEVICE)) % self.SIZE
-        self.pixels[place] = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
-        self.labels[place] = labels.char()
-        self.next = (self.next + len(images)) % self.SIZE
-        self.filled = min(self.SIZE, self.filled + len(images))
+    def leave(self, images, labels, path):
+        """Writes the pictures for the trainings and removes the oldest file of this player."""
+        save_atomically(dict(pixels=((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), labels=labels.char().cpu()), path)
+        self.files.append(path)
+        if len(self.files) > self.KEPT:
+            self.files.pop(0).unlink(missing_ok=True)
+
+
+def play(args, number):
+    """One process: player `number` draws until it is ended."""
+    torch.set_num_threads(1)
+    rounds_folder(args.work).mkdir(exist_ok=True)
+    player = Player(args.work, args.only.split(","), number, args.round, args.steered_from)
+    for turn in itertools.count():
+        player.play(turn)
+
+
+class Pool:
+    """The last pictures of the players, on the device."""
+
+    SIZE = 300_000
+
+    def __init__(self, work):
+        self.folder, self.read, self.filled, self.next = rounds_folder(work), set(), 0, 0
+        self.pixels = torch.empty(self.SIZE, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
+        self.labels = torch.empty(self.SIZE, len(OBJECTS), dtype=torch.int8, device=DEVICE)
+
+    def refresh(self):
+        """Reads the files that are new."""
+        for path in sorted(self.folder.glob("*.pt")):
+            if path.name not in self.read:
+                self.read.add(path.name)
+                try:
+                    part = torch.load(path, weights_only=True, map_location=DEVICE)
+                except FileNotFoundError:  # its player has just removed it
+                    continue
+                self.keep(part["pixels"], part["labels"])
+
+    def keep(self, pixels, labels):
+        place = (self.next + torch.arange(len(pixels), device=DEVICE)) % self.SIZE
+        self.pixels[place], self.labels[place] = pixels, labels
+        self.next = (self.next + len(pixels)) % self.SIZE
+        self.filled = min(self.SIZE, self.filled + len(pixels))
 
     def draw(self, count):
         """Random pictures in [-1, 1] and their labels."""
