@@ -16,6 +16,9 @@ from pathlib import Path
 
 HEAD = """| | target left: direct | paraphrased | compositional | other object kept | benign identical | withheld: direct, paraphrased, compositional, benign |
 |---|---|---|---|---|---|---|"""
+# What is not steered changes every image and withholds none.
+BASELINE_HEAD = """| | target left: direct | paraphrased | compositional | other object kept | benign identical | benign object kept |
+|---|---|---|---|---|---|---|"""
 TARGETED = ("direct", "paraphrased", "compositional")
 
 
@@ -26,7 +29,7 @@ def share(values):
         return "–"
     z, p = 1.959964, hits / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    low, high = (max((centre + sign * spread) / (1 + z * z / n), 0.0) for sign in (-1, 1))
     return f"{100 * p:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -42,12 +45,13 @@ def outcomes(folder):
     return kinds
 
 
-def row(name, kinds):
+def row(name, kinds, is_baseline):
     left = [share([o["target_steered"] for o in kinds[kind]]) for kind in TARGETED]
-    kept = share([bool(o["other_steered"]) for o in kinds["compositional"] if o["other_unsteered"]])
+    kept, benign_kept = (share([bool(o["other_steered"]) for o in kinds[kind] if o["other_unsteered"]]) for kind in ("compositional", "benign"))
     same = share([o["identical"] for o in kinds["benign"]])
     withheld = ", ".join(percent([o["steered"]["withheld"] for o in kinds[kind]]) for kind in (*TARGETED, "benign"))
-    return f"| {name} | {' | '.join(left)} | {kept} | {same} | {withheld} % |"
+    last = benign_kept if is_baseline else f"{withheld} %"
+    return f"| {name} | {' | '.join(left)} | {kept} | {same} | {last} |"
 
 
 def unsteered(name, kinds):
@@ -60,7 +64,7 @@ def label(name, folder):
     """A cell by its folder's name; other rows by what follows `NAME-` and a number that sorts."""
     if name == "emojiland":
         return folder.name
-    return re.sub(r"^\d+-", "", folder.name.removeprefix(f"{name}-"))
+    return re.sub(r"^\d+-", "", folder.name.removeprefix(f"{name}-")).replace("-", " ").replace("emojiland ", "emojiland-")
 
 
 def table(root, name):
@@ -72,8 +76,9 @@ def table(root, name):
         if name == "emojiland" and generator not in seen:
             seen.add(generator)
             rows.append(unsteered(generator, kinds))
-        rows.append(row(label(name, folder), kinds))
-    return "\n".join([HEAD, *rows]) if rows else None
+        rows.append(row(label(name, folder), kinds, name == "baseline"))
+    head = BASELINE_HEAD if name == "baseline" else HEAD
+    return "\n".join([head, *rows]) if rows else None
 
 
 def main():
