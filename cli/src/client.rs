@@ -1,25 +1,38 @@
 //! The client's side of `GenerationService` and `CatalogService`.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail};
-use fairlead_common::{grpc, trace};
+use fairlead_common::{
+    backoff::Backoff,
+    grpc::{self, Replicas},
+    trace,
+};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
-        CancelJobRequest, GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, JobSpec,
-        JobState, ListConceptsRequest, ListModelsRequest, ModelInfo, SafetyRecord, ServedConcept,
-        StepProgress, SubmitJobRequest, WatchJobRequest,
-        catalog_service_client::CatalogServiceClient,
+        CancelJobRequest, ConceptRef, GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus,
+        Job, JobSpec, JobState, ListConceptsRequest, ListModelsRequest, ModelInfo,
+        RetireConceptRequest, SafetyRecord, ServedConcept, StepProgress, SubmitJobRequest,
+        WatchJobRequest, catalog_service_client::CatalogServiceClient,
         generation_service_client::GenerationServiceClient, watch_job_response::Event,
     },
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, transport::Channel};
+use tonic::{Code, Request, Response, Status};
 use tracing::Span;
 
-/// A watch that breaks is resumed this many times in a row before it is an error.
-const WATCH_RETRIES: u32 = 10;
+/// How long a coordinator that was reached before may be away: a restart, or a failover of its store.
+const AWAY: Duration = Duration::from_secs(60);
+/// How long one that was never reached is waited for: it may be starting.
+const ABSENT: Duration = Duration::from_secs(3);
 
 /// Work ended early because the person asked for it, with Ctrl-C.
 #[derive(Debug)]
@@ -41,12 +54,14 @@ pub(crate) fn goes_on(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-/// A connection to one coordinator.
+/// A connection to the coordinators of a cluster. A call that none of them can answer now is repeated
+/// for a while.
 #[derive(Clone)]
 pub(crate) struct Client {
     address: String,
-    generation: GenerationServiceClient<Channel>,
-    catalog: CatalogServiceClient<Channel>,
+    was_reached: Arc<AtomicBool>,
+    generation: GenerationServiceClient<Replicas>,
+    catalog: CatalogServiceClient<Replicas>,
 }
 
 /// A finished job with what was released.
@@ -65,11 +80,12 @@ pub(crate) struct FinishedImage {
 }
 
 impl Client {
-    /// Connects lazily to `address`, "http://host:port".
+    /// Connects lazily to `address`, "http://host:port", or to one of several separated by commas.
     pub(crate) fn new(address: &str) -> Result<Self> {
-        let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT)?;
+        let channel = grpc::replicas(address, grpc::REQUEST_TIMEOUT)?;
         Ok(Self {
             address: address.to_owned(),
+            was_reached: Arc::default(),
             generation: GenerationServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
@@ -79,41 +95,97 @@ impl Client {
     }
 
     pub(crate) async fn models(&self) -> Result<Vec<ModelInfo>> {
-        let reply = self.catalog.clone().list_models(ListModelsRequest {}).await;
-        Ok(reply.with_context(|| self.trouble())?.into_inner().models)
+        let mut catalog = self.catalog.clone();
+        let list = async move || catalog.list_models(ListModelsRequest {}).await;
+        Ok(self.call(list).await?.models)
     }
 
     pub(crate) async fn concepts(&self) -> Result<Vec<ServedConcept>> {
-        let reply = self.catalog.clone().list_concepts(ListConceptsRequest {}).await;
-        Ok(reply.with_context(|| self.trouble())?.into_inner().concepts)
+        Ok(self.concepts_and_absent().await?.0)
+    }
+
+    /// Served concepts, and those that were served once and are required still.
+    pub(crate) async fn concepts_and_absent(
+        &self,
+    ) -> Result<(Vec<ServedConcept>, Vec<ConceptRef>)> {
+        let mut catalog = self.catalog.clone();
+        let list = async move || catalog.list_concepts(ListConceptsRequest {}).await;
+        let reply = self.call(list).await?;
+        Ok((reply.concepts, reply.absent))
+    }
+
+    /// Forgets a concept that no node serves and returns the energies that it was known from.
+    pub(crate) async fn retire(&self, concept: &str) -> Result<Vec<String>> {
+        let mut catalog = self.catalog.clone();
+        let request = RetireConceptRequest { concept: concept.to_owned() };
+        let retire = async move || catalog.retire_concept(request.clone()).await;
+        Ok(self.call(retire).await?.energies)
     }
 
     pub(crate) async fn submit(&self, spec: JobSpec) -> Result<Job> {
-        let request = SubmitJobRequest { spec: Some(spec), idempotency_key: String::new() };
-        let mut request = Request::new(request);
-        trace::send(&Span::current(), "", request.metadata_mut());
-        let reply = self.generation.clone().submit_job(request).await;
-        reply.with_context(|| self.trouble())?.into_inner().job.context("an answer without a job")
+        // With a key, a repeated call finds the job that the first one made.
+        let idempotency_key = uuid::Uuid::new_v4().to_string();
+        let submission = SubmitJobRequest { spec: Some(spec), idempotency_key };
+        let mut generation = self.generation.clone();
+        let submit = async move || {
+            let mut request = Request::new(submission.clone());
+            trace::send(&Span::current(), "", request.metadata_mut());
+            generation.submit_job(request).await
+        };
+        self.call(submit).await?.job.context("an answer without a job")
     }
 
     pub(crate) async fn cancel(&self, job_id: &str) -> Result<Job> {
+        let mut generation = self.generation.clone();
         let request = CancelJobRequest { job_id: job_id.to_owned() };
-        let reply = self.generation.clone().cancel_job(request).await;
-        reply.with_context(|| self.trouble())?.into_inner().job.context("an answer without a job")
+        let cancel = async move || generation.cancel_job(request.clone()).await;
+        self.call(cancel).await?.job.context("an answer without a job")
     }
 
     pub(crate) async fn record(&self, record_id: &str) -> Result<SafetyRecord> {
+        let mut generation = self.generation.clone();
         let request =
             GetRecordRequest { record_id: record_id.to_owned(), job_id: String::new(), index: 0 };
-        let reply = self.generation.clone().get_record(request).await;
-        let record = reply.with_context(|| self.trouble())?.into_inner().record;
-        record.context("an answer without a record")
+        let get = async move || generation.get_record(request.clone()).await;
+        self.call(get).await?.record.context("an answer without a record")
     }
 
     async fn png(&self, job_id: &str, index: u32) -> Result<Vec<u8>> {
+        let mut generation = self.generation.clone();
         let request = GetImageRequest { job_id: job_id.to_owned(), index };
-        let reply = self.generation.clone().get_image(request).await;
-        Ok(reply.with_context(|| self.trouble())?.into_inner().png)
+        let get = async move || generation.get_image(request.clone()).await;
+        Ok(self.call(get).await?.png)
+    }
+
+    /// Calls until there is an answer or an error that stays.
+    async fn call<T>(
+        &self,
+        mut call: impl AsyncFnMut() -> Result<Response<T>, Status>,
+    ) -> Result<T> {
+        let mut trouble = Trouble::new();
+        loop {
+            match call().await {
+                Ok(reply) => {
+                    self.was_reached.store(true, Ordering::Relaxed);
+                    return Ok(reply.into_inner());
+                }
+                Err(status) => self.wait(&mut trouble, status).await?,
+            }
+        }
+    }
+
+    /// Waits before a repetition; the error is one that stays, or has stayed for too long.
+    async fn wait(&self, trouble: &mut Trouble, status: Status) -> Result<()> {
+        let transient = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted);
+        let patience = match self.was_reached.load(Ordering::Relaxed) {
+            true => AWAY,
+            false => ABSENT,
+        };
+        if !transient || trouble.since.elapsed() >= patience {
+            return Err(status).with_context(|| format!("the coordinator at {}", self.address));
+        }
+        tokio::time::sleep(trouble.backoff.next_delay()).await;
+        Ok(())
     }
 
     /// Follows `job` to its end, telling `on_step` about every step. When `stop` is cancelled the
@@ -125,14 +197,14 @@ impl Client {
         mut on_step: impl FnMut(&StepProgress),
     ) -> Result<Job> {
         let mut after_sequence = 0;
-        let mut retries = 0;
+        let mut trouble = Trouble::new();
         let mut cancelled = false;
         loop {
             let request = WatchJobRequest { job_id: job.job_id.clone(), after_sequence };
             let mut events = match self.generation.clone().watch_job(request).await {
                 Ok(reply) => reply.into_inner(),
                 Err(status) => {
-                    self.retry(&mut retries, status).await?;
+                    self.wait(&mut trouble, status).await?;
                     continue;
                 }
             };
@@ -147,7 +219,7 @@ impl Client {
                 };
                 match event {
                     Ok(Some(response)) => {
-                        retries = 0;
+                        trouble = Trouble::new();
                         after_sequence = after_sequence.max(response.sequence);
                         match response.event {
                             Some(Event::Progress(step)) => on_step(&step),
@@ -156,12 +228,11 @@ impl Client {
                         }
                     }
                     Ok(None) => {
-                        self.retry(&mut retries, tonic::Status::unavailable("the watch ended"))
-                            .await?;
+                        self.wait(&mut trouble, Status::unavailable("the watch ended")).await?;
                         break;
                     }
                     Err(status) => {
-                        self.retry(&mut retries, status).await?;
+                        self.wait(&mut trouble, status).await?;
                         break;
                     }
                 }
@@ -200,19 +271,18 @@ impl Client {
             _ => bail!("job {} failed: {}", job.job_id, job.reason),
         }
     }
+}
 
-    async fn retry(&self, retries: &mut u32, status: tonic::Status) -> Result<()> {
-        let transient = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted);
-        if !transient || *retries >= WATCH_RETRIES {
-            return Err(status).with_context(|| self.trouble());
-        }
-        *retries += 1;
-        tokio::time::sleep(Duration::from_millis(100) * *retries).await;
-        Ok(())
-    }
+/// Calls in a row that failed.
+struct Trouble {
+    since: Instant,
+    backoff: Backoff,
+}
 
-    fn trouble(&self) -> String {
-        format!("the coordinator at {}", self.address)
+impl Trouble {
+    fn new() -> Self {
+        let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+        Self { since: Instant::now(), backoff }
     }
 }
 

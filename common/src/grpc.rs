@@ -1,9 +1,24 @@
 //! Channels and servers with the project's limits and deadlines.
 
-use std::time::Duration;
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
+use rand::Rng;
 use tokio::net::TcpListener;
-use tonic::transport::{Channel, Endpoint, Server, server::TcpIncoming};
+use tonic::{
+    Code,
+    body::Body,
+    codegen::{Service, StdError as Error, http},
+    transport::{Channel, Endpoint, Server, server::TcpIncoming},
+};
 
 /// Time to open a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,6 +38,62 @@ pub fn channel(address: &str, timeout: Duration) -> Result<Channel, AddressError
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(10))
         .connect_lazy())
+}
+
+/// Coordinators that serve the same cluster: calls go to one of them until it cannot be reached or says
+/// that it is unavailable, then to the next. A call that failed is not repeated; its caller knows
+/// whether it may be. Clones move on together.
+#[derive(Debug, Clone)]
+pub struct Replicas {
+    channels: Arc<[Channel]>,
+    current: Arc<AtomicUsize>,
+}
+
+/// Lazily connected channels to `addresses`, separated by commas, as [`channel`] makes them.
+pub fn replicas(addresses: &str, timeout: Duration) -> Result<Replicas, AddressError> {
+    let channels: Vec<Channel> = addresses
+        .split(',')
+        .map(|address| channel(address.trim(), timeout))
+        .collect::<Result<_, _>>()?;
+    // Not all clients of a cluster begin with the first.
+    let first = rand::rng().random_range(0..channels.len());
+    Ok(Replicas { channels: channels.into(), current: Arc::new(AtomicUsize::new(first)) })
+}
+
+impl Service<http::Request<Body>> for Replicas {
+    type Response = http::Response<Body>;
+    type Error = Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let Self { channels, current } = self.clone();
+        Box::pin(async move {
+            let number = current.load(Ordering::Relaxed);
+            let mut channel = channels[number % channels.len()].clone();
+            let answer = async {
+                poll_fn(|context| channel.poll_ready(context)).await?;
+                channel.call(request).await
+            };
+            let answer = answer.await.map_err(Error::from);
+            if answer.as_ref().map_or(true, is_unavailable) {
+                // Only the first of several that fail together moves on.
+                let next = number.wrapping_add(1);
+                let _ =
+                    current.compare_exchange(number, next, Ordering::Relaxed, Ordering::Relaxed);
+            }
+            answer
+        })
+    }
+}
+
+/// Whether a server refused at once because it stops or lacks something.
+fn is_unavailable(answer: &http::Response<Body>) -> bool {
+    let code = answer.headers().get("grpc-status").map(|code| Code::from_bytes(code.as_bytes()));
+    code == Some(Code::Unavailable)
 }
 
 /// A server with the project's transport settings.

@@ -9,4 +9,6 @@ pub mod record;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tensor;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod trace;

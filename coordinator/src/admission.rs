@@ -15,7 +15,9 @@ use crate::{
     policy::{Policies, Policy},
     routing::{self, Calibration, LiveNode, Run},
     state::{JobRecord, Shard},
-    steering, suggest,
+    steering,
+    store::Seen,
+    suggest,
 };
 
 /// Most bytes of a prompt.
@@ -35,12 +37,10 @@ const MAX_EXTRA_CONCEPTS: usize = 256;
 pub(crate) struct Cluster<'a> {
     /// Generators of attached workers.
     pub(crate) models: &'a [v1::ModelInfo],
-    /// Names of generators seen since the start.
-    pub(crate) seen_models: &'a BTreeSet<String>,
     /// Live energy nodes.
     pub(crate) nodes: &'a [LiveNode],
-    /// Every energy's concepts seen since the start.
-    pub(crate) seen: &'a BTreeSet<Probe>,
+    /// What any member of the cluster ever had.
+    pub(crate) seen: &'a Seen,
 }
 
 /// What a new job is given.
@@ -61,7 +61,7 @@ pub(crate) fn admit(
     cluster: &Cluster<'_>,
     identity: Identity,
 ) -> Result<JobRecord> {
-    check_prompts(spec)?;
+    check_request(spec)?;
     check_count(spec.n)?;
     let model = find_model(&spec.model, cluster)?;
     let width = side("width", spec.width, model.default_width, model)?;
@@ -98,7 +98,7 @@ pub(crate) fn calibration<'a>(policy: &v1::PinnedPolicy, run: &'a Run) -> Calibr
     }
 }
 
-fn check_prompts(spec: &v1::JobSpec) -> Result<()> {
+fn check_request(spec: &v1::JobSpec) -> Result<()> {
     if spec.prompt.trim().is_empty() {
         return Err(Error::invalid("prompt", "is empty; say what to draw"));
     }
@@ -107,6 +107,9 @@ fn check_prompts(spec: &v1::JobSpec) -> Result<()> {
             let problem = format!("has {} bytes; at most {MAX_PROMPT_BYTES}", text.len());
             return Err(Error::invalid(field, problem));
         }
+    }
+    if v1::Priority::try_from(spec.priority).is_err() {
+        return Err(Error::invalid("priority", format!("{} is none", spec.priority)));
     }
     if spec.extra_concepts.len() > MAX_EXTRA_CONCEPTS {
         let problem = format!("has {}; at most {MAX_EXTRA_CONCEPTS}", spec.extra_concepts.len());
@@ -136,7 +139,7 @@ fn find_model<'a>(name: &str, cluster: &Cluster<'a>) -> Result<&'a v1::ModelInfo
             let hint = suggest::hint("", names());
             Err(Error::invalid("model", format!("is empty and several are attached{hint}")))
         }
-        (false, _) if cluster.seen_models.contains(name) => Err(Error::Unavailable(format!(
+        (false, _) if cluster.seen.models.contains(name) => Err(Error::Unavailable(format!(
             "model: no worker with `{name}` is attached now; start one or retry later"
         ))),
         (false, _) => {
@@ -219,8 +222,11 @@ fn pin_policy(
         )));
     }
     // What lost its last node still belongs to the job: its absence is an error, not a gap.
-    let known: BTreeSet<&Probe> =
-        served.keys().chain(cluster.seen).filter(|probe| policy.asks(&probe.energy)).collect();
+    let known: BTreeSet<&Probe> = served
+        .keys()
+        .chain(&cluster.seen.probes)
+        .filter(|probe| policy.asks(&probe.energy))
+        .collect();
     let names = known.iter().map(|probe| probe.concept.as_str());
     for name in policy.concepts_for(names, &spec.extra_concepts) {
         let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
@@ -342,6 +348,7 @@ fn build(
         model: v1::ModelInfo { workers: 0, ..model.clone() },
         last_sequence: 0,
         traceparent: String::new(),
+        tenant: String::new(),
     }
 }
 

@@ -1,10 +1,54 @@
-//! The wall clock, read at the edge only: decisions take `now` as an argument.
+//! Time, read at the edge only: decisions take `now` as an argument.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
-/// Milliseconds since the Unix epoch. Leases and registrations use it because they outlive the
-/// process in the store; a clock that jumps can only end a lease early, which costs work, never
-/// correctness.
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::store::{Store, StoreError};
+
+/// The time that all coordinators of a store agree on: the store's, read now and then, and between two
+/// looks carried on by this machine's steady clock. Leases and memberships end by it, so that it matters
+/// neither how far the clocks of two machines are apart nor whether one of them is set.
+#[derive(Debug, Clone)]
+pub(crate) struct Clock {
+    store: Arc<dyn Store>,
+    /// The store's time at a moment.
+    looked: Arc<Mutex<(i64, Instant)>>,
+}
+
+impl Clock {
+    /// The clock of `store`.
+    pub(crate) async fn of(store: Arc<dyn Store>) -> Result<Self, StoreError> {
+        let looked = look(store.as_ref()).await?;
+        Ok(Self { store, looked: Arc::new(Mutex::new(looked)) })
+    }
+
+    /// Looks again.
+    pub(crate) async fn set(&self) -> Result<(), StoreError> {
+        let looked = look(self.store.as_ref()).await?;
+        *self.looked.lock() = looked;
+        Ok(())
+    }
+
+    /// The time, Unix milliseconds.
+    pub(crate) fn now(&self) -> i64 {
+        let (time, at) = *self.looked.lock();
+        time.saturating_add(millis(at.elapsed()))
+    }
+}
+
+async fn look(store: &dyn Store) -> Result<(i64, Instant), StoreError> {
+    let asked = Instant::now();
+    let time = store.clock().await?;
+    // The store looked at its clock about half-way.
+    Ok((time, asked + asked.elapsed() / 2))
+}
+
+/// The machine's time, milliseconds since the Unix epoch.
 pub(crate) fn unix_ms() -> i64 {
     millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }

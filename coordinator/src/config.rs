@@ -1,11 +1,15 @@
 //! Options of the coordinator, from the command line and the environment.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
 use fairlead_common::ids::process_name;
 
-use crate::{error::Result, policy::Policies};
+use crate::{
+    error::Result,
+    policy::Policies,
+    store::{RedisStore, StoreError},
+};
 
 /// Arguments of `fairlead coordinator`. Every flag is also an environment variable.
 #[derive(Debug, Clone, Args)]
@@ -20,7 +24,9 @@ pub struct CoordinatorArgs {
     )]
     pub listen: SocketAddr,
 
-    /// Directory for jobs, images and safety records; kept between runs, created if absent.
+    /// Directory for jobs, images and safety records; kept between runs, created if absent. With
+    /// --redis it holds images and records only, and all coordinators must have the same one, e.g. on
+    /// a network file system.
     #[arg(
         long,
         env = "FAIRLEAD_COORDINATOR_DATA_DIR",
@@ -28,6 +34,22 @@ pub struct CoordinatorArgs {
         value_name = "DIR"
     )]
     pub data_dir: PathBuf,
+
+    /// Redis that keeps the jobs, for any number of coordinators: redis://HOST:PORT[/DB], rediss:// for
+    /// TLS, redis+unix:///SOCKET or redis-sentinel://HOST:PORT[,HOST:PORT]/MASTER[/DB]. Without it one
+    /// coordinator keeps them in --data-dir.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_REDIS", value_name = "URL", hide_env_values = true)]
+    pub redis: Option<RedisUrl>,
+
+    /// Begins every key in Redis; tells clusters apart that share one.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_REDIS_PREFIX",
+        default_value = "fairlead",
+        value_name = "NAME",
+        value_parser = parse_prefix
+    )]
+    pub redis_prefix: String,
 
     /// TOML file of policies: `[policies.default] concepts = ["*"]` and so on. Without it there is
     /// one policy, `default`, over every concept that an energy node serves.
@@ -117,6 +139,14 @@ pub struct CoordinatorArgs {
 }
 
 impl CoordinatorArgs {
+    fn data(&self) -> Data {
+        let dir = self.data_dir.clone();
+        match self.redis.clone() {
+            Some(url) => Data::Redis { url, prefix: self.redis_prefix.clone(), outputs: dir },
+            None => Data::Dir(dir),
+        }
+    }
+
     /// The options these arguments ask for; reads the policies file.
     pub fn options(&self) -> Result<CoordinatorOptions> {
         let policies = match &self.policies {
@@ -124,7 +154,7 @@ impl CoordinatorArgs {
             None => Policies::default(),
         };
         Ok(CoordinatorOptions {
-            data: Data::Dir(self.data_dir.clone()),
+            data: self.data(),
             policies,
             max_queued: self.max_queued,
             lease_ttl: self.lease_ttl,
@@ -139,6 +169,40 @@ impl CoordinatorArgs {
     }
 }
 
+/// Where a Redis is. The password is not shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    /// The URL as it was given, with its password.
+    pub(crate) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for RedisUrl {
+    type Err = StoreError;
+
+    fn from_str(url: &str) -> std::result::Result<Self, StoreError> {
+        RedisStore::check(url)?;
+        Ok(Self(url.to_owned()))
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (scheme, rest) = self.0.split_once("://").unwrap_or(("", &self.0));
+        write!(f, "{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, place)| place))
+    }
+}
+
+fn parse_prefix(text: &str) -> std::result::Result<String, String> {
+    match !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+        true => Ok(text.to_owned()),
+        false => Err(format!("`{text}` must be letters, digits, `-`, `_` or `.`")),
+    }
+}
+
 /// Where a coordinator keeps jobs, images and records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Data {
@@ -146,6 +210,15 @@ pub enum Data {
     Memory,
     /// In a directory that one coordinator holds at a time; created if absent.
     Dir(PathBuf),
+    /// Jobs in a Redis, images and records in a directory; any number of coordinators share both.
+    Redis {
+        /// The Redis.
+        url: RedisUrl,
+        /// Begins every key.
+        prefix: String,
+        /// The directory; created if absent.
+        outputs: PathBuf,
+    },
 }
 
 /// How a coordinator runs.
@@ -234,6 +307,33 @@ mod tests {
         let CoordinatorOptions { coordinator_id, data, .. } = options.clone();
         let default = CoordinatorOptions { coordinator_id, data, ..Default::default() };
         assert_eq!(format!("{options:?}"), format!("{default:?}"));
+    }
+
+    #[test]
+    fn a_redis_is_read_checked_and_shown_without_its_password() {
+        let parse = |url| Cli::try_parse_from(["fairlead", "--redis", url]);
+        for url in [
+            "redis://127.0.0.1:6379",
+            "rediss://user:secret@redis.local:6380/2",
+            "redis+unix:///run/redis.sock",
+            "redis-sentinel://:secret@one:26379,two/main/1",
+            "rediss-sentinel://[::1]:26379/main",
+        ] {
+            let args = parse(url).unwrap_or_else(|error| panic!("{url}: {error}")).args;
+            let data = args.options().expect("no file is read").data;
+            assert!(!format!("{data:?}").contains("secret"), "{data:?}");
+        }
+        for (url, expected) in [
+            ("http://127.0.0.1", "write redis://HOST"),
+            ("redis-sentinel://:secret@one:26379", "names no master"),
+            ("redis-sentinel://:secret@one:x/main", "`x` is no port"),
+            ("redis-sentinel://one/main/x", "`x` is no database number"),
+        ] {
+            let error = parse(url).err().expect(url).to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let error = Cli::try_parse_from(["fairlead", "--redis-prefix", "a{b"]).err();
+        assert!(error.expect("braces are ours").to_string().contains("must be letters"));
     }
 
     #[test]

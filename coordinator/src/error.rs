@@ -21,6 +21,16 @@ pub enum Error {
     /// There is no such job, image or record.
     #[error("{0} does not exist")]
     NotFound(String),
+    /// A concept that is to be retired and has a node.
+    #[error(
+        "concept `{concept}` cannot be retired: node `{node}` serves it; stop it or take the concept from it"
+    )]
+    StillServed {
+        /// The concept.
+        concept: String,
+        /// A live node that serves it.
+        node: String,
+    },
     /// A registration that has ended or was replaced.
     #[error("node `{node_id}` is not registered under this registration; register again")]
     NotRegistered {
@@ -119,14 +129,16 @@ impl Error {
         match self {
             Self::Invalid { .. } | Self::Policy(_) => Code::InvalidArgument,
             Self::NotFound(_) | Self::NotRegistered { .. } => Code::NotFound,
-            Self::NotReleased { .. } | Self::NotCalibrated { .. } | Self::Incompatible(_) => {
-                Code::FailedPrecondition
-            }
+            Self::NotReleased { .. }
+            | Self::NotCalibrated { .. }
+            | Self::Incompatible(_)
+            | Self::StillServed { .. } => Code::FailedPrecondition,
             Self::KeyReused { .. } => Code::AlreadyExists,
             Self::Unavailable(_) | Self::Stopping => Code::Unavailable,
             Self::QueueFull { .. } => Code::ResourceExhausted,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Store(StoreError::Refused(_)) => Code::Aborted,
+            Self::Store(StoreError::Away { .. }) => Code::Unavailable,
             Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Io { .. } => Code::Internal,
         }
     }

@@ -52,8 +52,20 @@ impl Events {
         self.publish(job, Live::Changed);
     }
 
-    /// Passes progress on to whoever watches now.
+    /// Tells all watchers that the store may have new events.
+    pub(crate) fn all_changed(&self) {
+        let jobs: Vec<JobId> = self.live.lock().keys().copied().collect();
+        jobs.into_iter().for_each(|job| self.changed(job));
+    }
+
+    /// Passes progress on to whoever watches now, here or at another coordinator.
     pub(crate) fn progress(&self, job: JobId, step: v1::StepProgress) {
+        self.store.tell(job, &step);
+        self.heard(job, step);
+    }
+
+    /// Passes progress that another coordinator told of on to whoever watches here.
+    pub(crate) fn heard(&self, job: JobId, step: v1::StepProgress) {
         self.publish(job, Live::Progress(Arc::new(step)));
     }
 
@@ -62,6 +74,7 @@ impl Events {
         // A send fails only without receivers: then nobody watches this job any longer.
         if live.get(&job).is_some_and(|sender| sender.send(message).is_err()) {
             live.remove(&job);
+            self.store.listen(job, false);
         }
     }
 
@@ -100,13 +113,18 @@ impl Events {
 
     fn subscribe(&self, job: JobId) -> broadcast::Receiver<Live> {
         let mut live = self.live.lock();
-        live.entry(job).or_insert_with(|| broadcast::Sender::new(LIVE)).subscribe()
+        let sender = live.entry(job).or_insert_with(|| {
+            self.store.listen(job, true);
+            broadcast::Sender::new(LIVE)
+        });
+        sender.subscribe()
     }
 
     fn forget(&self, job: JobId) {
         let mut live = self.live.lock();
         if live.get(&job).is_some_and(|sender| sender.receiver_count() == 0) {
             live.remove(&job);
+            self.store.listen(job, false);
         }
     }
 }

@@ -108,7 +108,17 @@ impl CatalogService for Grpc {
         &self,
         _request: Request<v1::ListConceptsRequest>,
     ) -> Answer<v1::ListConceptsResponse> {
-        Ok(Response::new(v1::ListConceptsResponse { concepts: self.coordinator.concepts() }))
+        Ok(Response::new(self.coordinator.concepts()))
+    }
+
+    async fn retire_concept(
+        &self,
+        request: Request<v1::RetireConceptRequest>,
+    ) -> Answer<v1::RetireConceptResponse> {
+        let concept = request.into_inner().concept;
+        let energies = self.coordinator.registry().retire(&concept).await?;
+        let energies = energies.into_iter().collect();
+        Ok(Response::new(v1::RetireConceptResponse { energies }))
     }
 }
 
@@ -120,7 +130,7 @@ impl RegistryService for Grpc {
     ) -> Answer<v1::RegisterNodeResponse> {
         let node = request.into_inner().node;
         let node = node.ok_or_else(|| Error::invalid("node", "is missing"))?;
-        let registration_id = self.coordinator.registry().register(node)?;
+        let registration_id = self.coordinator.registry().register(node).await?;
         Ok(Response::new(v1::RegisterNodeResponse { registration_id, ttl_ms: self.ttl_ms() }))
     }
 
@@ -129,7 +139,7 @@ impl RegistryService for Grpc {
         request: Request<v1::RenewNodeRequest>,
     ) -> Answer<v1::RenewNodeResponse> {
         let v1::RenewNodeRequest { node_id, registration_id } = request.into_inner();
-        self.coordinator.registry().renew(&node_id, &registration_id)?;
+        self.coordinator.registry().renew(&node_id, &registration_id).await?;
         Ok(Response::new(v1::RenewNodeResponse { ttl_ms: self.ttl_ms() }))
     }
 
@@ -138,7 +148,7 @@ impl RegistryService for Grpc {
         request: Request<v1::DeregisterNodeRequest>,
     ) -> Answer<v1::DeregisterNodeResponse> {
         let v1::DeregisterNodeRequest { node_id, registration_id } = request.into_inner();
-        self.coordinator.registry().deregister(&node_id, &registration_id)?;
+        self.coordinator.registry().deregister(&node_id, &registration_id).await?;
         Ok(Response::new(v1::DeregisterNodeResponse {}))
     }
 }

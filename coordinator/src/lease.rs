@@ -69,6 +69,20 @@ pub(crate) struct Lease {
     not_before_unix_ms: i64,
     #[prost(string, tag = "7")]
     reason: String,
+    /// Since when it is put off; 0 if its last delivery could be made.
+    #[prost(int64, tag = "8")]
+    put_off_since_unix_ms: i64,
+}
+
+/// Why a queued shard cannot be handed out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Obstacle {
+    /// What is missing and what to do.
+    pub(crate) reason: String,
+    /// How long the shard waits before the next look.
+    pub(crate) delay_ms: i64,
+    /// How long it may be put off in all, then it has failed.
+    pub(crate) max_wait_ms: i64,
 }
 
 /// Why a delivery ended without a commit.
@@ -166,7 +180,9 @@ impl Lease {
             return Err(LeaseError::TooEarly(self.not_before_unix_ms));
         }
         self.set_phase(Phase::Leased);
-        self.token += 1;
+        self.put_off_since_unix_ms = 0;
+        // No less than the time: a store that lost its last writes never gives a token twice.
+        self.token = (self.token + 1).max(u64::try_from(now).unwrap_or_default());
         self.deliveries += 1;
         self.holder = holder.to_owned();
         self.expires_unix_ms = now.saturating_add(ttl_ms);
@@ -214,19 +230,23 @@ impl Lease {
     }
 
     /// Puts off a delivery that cannot be made, e.g. because a concept has no live node: the shard
-    /// stays queued, and the delivery does not count. Where the failure is not retryable the shard
-    /// has failed.
+    /// stays queued, and the delivery does not count. A shard that was put off for too long has failed.
     pub(crate) fn postpone(
         &mut self,
-        failure: &Failure,
+        obstacle: &Obstacle,
         now: i64,
     ) -> Result<AfterFailure, LeaseError> {
         self.require_queued()?;
-        if !failure.retryable {
-            return Ok(self.end_delivery(failure, now));
+        if self.put_off_since_unix_ms == 0 {
+            self.put_off_since_unix_ms = now;
         }
-        self.reason = failure.reason.clone();
-        self.not_before_unix_ms = now.saturating_add(failure.delay_ms);
+        let Obstacle { reason, delay_ms, max_wait_ms } = obstacle.clone();
+        if now.saturating_sub(self.put_off_since_unix_ms) >= max_wait_ms {
+            let failure = Failure { reason, retryable: false, delay_ms };
+            return Ok(self.end_delivery(&failure, now));
+        }
+        self.reason = reason;
+        self.not_before_unix_ms = now.saturating_add(delay_ms);
         Ok(AfterFailure::Requeued)
     }
 

@@ -8,6 +8,7 @@
 mod admission;
 mod clock;
 mod config;
+mod contact;
 mod error;
 mod events;
 mod grpc;

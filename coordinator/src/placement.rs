@@ -13,45 +13,35 @@ pub(crate) fn split(n: u32, max: u32) -> Vec<Range<u32>> {
     (0..shards).map(|i| bound(i)..bound(i + 1)).collect()
 }
 
-/// A queued shard, in queue order.
+/// An attached worker that has the generator in question.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Waiting<'a> {
-    /// Name and hash of the generator it needs.
-    pub(crate) model: (&'a str, &'a str),
-}
-
-/// An attached worker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Candidate<'a> {
-    /// Name and hash of each of its generators.
-    pub(crate) models: Vec<(&'a str, &'a str)>,
+pub(crate) struct Candidate {
+    /// Its connection.
+    pub(crate) connection: u64,
     /// Shards it wants to hold at once.
     pub(crate) capacity: usize,
     /// Shards it holds.
     pub(crate) leases: usize,
 }
 
-impl Candidate<'_> {
-    fn can_make(&self, shard: &Waiting<'_>) -> bool {
-        self.models.contains(&shard.model)
+impl Candidate {
+    /// Shards it would take now.
+    pub(crate) fn room(&self) -> usize {
+        self.capacity.saturating_sub(self.leases)
     }
 }
 
-/// Pairs of (index in `queue`, index in `workers`): oldest shard first, each to the worker with
-/// the fewest leases among those that have its model and room. A worker makes a shard larger than its
+/// The connections that get up to `shards` shards of one generator, first things first: each goes to
+/// the worker with the fewest leases among those with room. A worker makes a shard larger than its
 /// batch in several batches.
-pub(crate) fn place(queue: &[Waiting<'_>], workers: &[Candidate<'_>]) -> Vec<(usize, usize)> {
-    let mut leases: Vec<usize> = workers.iter().map(|worker| worker.leases).collect();
+pub(crate) fn place(shards: usize, workers: &[Candidate]) -> Vec<u64> {
+    let mut workers = workers.to_vec();
     let mut placed = Vec::new();
-    for (shard, waiting) in queue.iter().enumerate() {
-        let fits = |&worker: &usize| {
-            leases[worker] < workers[worker].capacity && workers[worker].can_make(waiting)
-        };
-        let best = (0..workers.len()).filter(fits).min_by_key(|&worker| leases[worker]);
-        if let Some(worker) = best {
-            leases[worker] += 1;
-            placed.push((shard, worker));
-        }
+    while placed.len() < shards {
+        let free = workers.iter_mut().filter(|worker| worker.room() > 0);
+        let Some(worker) = free.min_by_key(|worker| worker.leases) else { break };
+        worker.leases += 1;
+        placed.push(worker.connection);
     }
     placed
 }
@@ -60,8 +50,6 @@ pub(crate) fn place(queue: &[Waiting<'_>], workers: &[Candidate<'_>]) -> Vec<(us
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    const MODELS: [(&str, &str); 3] = [("sd", "1"), ("sd", "2"), ("sd3", "1")];
 
     proptest! {
         #[test]
@@ -76,43 +64,27 @@ mod tests {
         }
 
         #[test]
-        fn placement_respects_model_and_capacity_and_leaves_nothing_that_fits(
-            queue in prop::collection::vec(0usize..3, 0..20),
-            workers in prop::collection::vec(
-                (prop::collection::vec(0usize..3, 0..3), 0usize..4, 0usize..4),
-                0..6,
-            ),
+        fn placement_respects_capacity_and_leaves_no_room_unused(
+            shards in 0usize..20,
+            workers in prop::collection::vec((0usize..4, 0usize..4), 0..6),
         ) {
-            let queue: Vec<_> = queue
-                .iter()
-                .map(|&model| Waiting { model: MODELS[model] })
+            let workers: Vec<_> = (0..)
+                .zip(workers)
+                .map(|(connection, (capacity, leases))| Candidate { connection, capacity, leases })
                 .collect();
-            let workers: Vec<_> = workers.into_iter().map(|(models, capacity, leases)| Candidate {
-                models: models.into_iter().map(|model| MODELS[model]).collect(),
-                capacity,
-                leases,
-            }).collect();
-            let placed = place(&queue, &workers);
-            let mut leases: Vec<_> = workers.iter().map(|worker| worker.leases).collect();
-            let mut seen = std::collections::BTreeSet::new();
-            for &(shard, worker) in &placed {
-                prop_assert!(seen.insert(shard), "shard {} placed twice", shard);
-                prop_assert!(workers[worker].can_make(&queue[shard]));
-                leases[worker] += 1;
-                prop_assert!(leases[worker] <= workers[worker].capacity);
-            }
-            for (shard, waiting) in queue.iter().enumerate() {
-                let room = workers.iter().zip(&leases)
-                    .any(|(worker, &held)| held < worker.capacity && worker.can_make(waiting));
-                prop_assert!(seen.contains(&shard) || !room, "shard {} was left", shard);
+            let placed = place(shards, &workers);
+            let room: usize = workers.iter().map(Candidate::room).sum();
+            prop_assert_eq!(placed.len(), shards.min(room));
+            for worker in &workers {
+                let got = placed.iter().filter(|&&connection| connection == worker.connection).count();
+                prop_assert!(got <= worker.room());
             }
         }
     }
 
     #[test]
     fn the_least_busy_worker_comes_first() {
-        let worker = |leases| Candidate { models: vec![MODELS[0]], capacity: 4, leases };
-        let queue = vec![Waiting { model: MODELS[0] }; 3];
-        assert_eq!(place(&queue, &[worker(2), worker(0)]), [(0, 1), (1, 1), (2, 0)]);
+        let worker = |connection, leases| Candidate { connection, capacity: 4, leases };
+        assert_eq!(place(3, &[worker(7, 2), worker(9, 0)]), [9, 9, 7]);
     }
 }

@@ -5,7 +5,7 @@
 //! default_policy = "default"
 //!
 //! [policies.default]
-//! concepts = ["*"]                     # every concept served since the coordinator started
+//! concepts = ["*"]                     # every concept ever served in this cluster
 //! energies = ["clip", "siglip"]       # optional: energy models that must all be satisfied; all that
 //!                                      # serve a concept if not named
 //! weights = { siglip = 0.5 }           # optional: factors of their gradients, 1 if not named
@@ -36,7 +36,7 @@ use serde::Deserialize;
 
 use crate::steering::{self, SteeringFile};
 
-/// Stands for every concept that was served since the coordinator started.
+/// Stands for every concept that was ever served in this cluster.
 const ALL: &str = "*";
 
 /// A policies file that cannot be used.
@@ -117,7 +117,7 @@ pub struct Policy {
     pub name: String,
     /// Mandatory concepts by name.
     pub concepts: BTreeSet<String>,
-    /// Every concept that was served since the coordinator started is mandatory as well.
+    /// Every concept that was ever served in this cluster is mandatory as well.
     pub all_served: bool,
     /// Energy models, by name, that must be satisfied; empty for all that serve a concept.
     pub energies: BTreeSet<String>,

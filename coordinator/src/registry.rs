@@ -1,4 +1,5 @@
-//! Live energy nodes: a registration is a lease that ends unless renewed.
+//! Who is in the cluster: energy nodes and workers. A membership ends unless it is renewed. The store
+//! holds them, so that every coordinator knows all; here is the view that decisions read.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -9,94 +10,51 @@ use std::{
 use fairlead_common::probe::Probe;
 use fairlead_proto::{PREPROCESSING_VERSION, PROTOCOL_VERSION, v1};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    clock::{millis, unix_ms},
+    clock::{Clock, millis},
+    contact::Contact,
     error::{Error, Result},
     routing::LiveNode,
+    state::QueueName,
+    store::{Member, MemberKey, MemberKind, Roster, Seen, Store, StoreError},
 };
 
-/// The registrations. Pure: `now` is an argument.
-#[derive(Debug, Default)]
-struct NodeTable {
-    nodes: BTreeMap<String, Entry>,
-    /// Everything ever registered: tells a concept or an energy that is gone from one unheard of.
-    seen: BTreeSet<Probe>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    info: Arc<v1::NodeInfo>,
-    registration_id: String,
-    since_unix_ms: i64,
-    expires_unix_ms: i64,
-}
-
-impl NodeTable {
-    /// Adds or replaces a node. A node that restarts under its old id replaces itself at once.
-    fn register(&mut self, info: v1::NodeInfo, registration_id: String, now: i64, ttl_ms: i64) {
-        let concepts = info.concepts.iter().filter_map(|info| info.concept.as_ref());
-        self.seen.extend(concepts.map(Probe::from));
-        let entry = Entry {
-            registration_id,
-            since_unix_ms: now,
-            expires_unix_ms: now.saturating_add(ttl_ms),
-            info: Arc::new(info),
-        };
-        self.nodes.insert(entry.info.node_id.clone(), entry);
-    }
-
-    /// Whether the registration is still the current one; it lives on until `now + ttl_ms`.
-    fn renew(&mut self, node_id: &str, registration_id: &str, now: i64, ttl_ms: i64) -> bool {
-        match self.nodes.get_mut(node_id) {
-            Some(entry) if entry.registration_id == registration_id => {
-                entry.expires_unix_ms = now.saturating_add(ttl_ms);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn deregister(&mut self, node_id: &str, registration_id: &str) -> bool {
-        let current = self.nodes.get(node_id).map(|entry| entry.registration_id.as_str());
-        current == Some(registration_id) && self.nodes.remove(node_id).is_some()
-    }
-
-    /// Removes and returns the nodes whose registration has ended.
-    fn expire(&mut self, now: i64) -> Vec<String> {
-        let mut gone = Vec::new();
-        self.nodes.retain(|id, entry| {
-            let live = entry.expires_unix_ms > now;
-            if !live {
-                gone.push(id.clone());
-            }
-            live
-        });
-        gone
-    }
-}
-
-/// The registry of energy nodes; clones share it.
+/// The members; clones share the view.
 #[derive(Debug, Clone)]
 pub(crate) struct Registry {
     shared: Arc<Shared>,
 }
 
+/// The members as they were last read.
+#[derive(Debug, Default)]
+struct View {
+    roster: Roster,
+    nodes: Vec<LiveNode>,
+}
+
 #[derive(Debug)]
 struct Shared {
-    table: Mutex<NodeTable>,
+    store: Arc<dyn Store>,
+    clock: Clock,
+    contact: Mutex<Contact>,
+    view: Mutex<Arc<View>>,
     load: Mutex<HashMap<String, usize>>,
-    /// Counts changes of the set of live nodes.
+    /// Counts changes of the roster.
     changes: watch::Sender<u64>,
     ttl: Duration,
 }
 
 impl Registry {
-    /// Registrations end `ttl` after their last renewal.
-    pub(crate) fn new(ttl: Duration) -> Self {
+    /// Members of `store`; a membership ends `ttl` after its last renewal. When the store did not answer
+    /// for longer than `pause`, nobody could renew.
+    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, ttl: Duration, pause: Duration) -> Self {
         let shared = Shared {
-            table: Mutex::default(),
+            store,
+            clock,
+            contact: Mutex::new(Contact::new(Instant::now(), pause)),
+            view: Mutex::default(),
             load: Mutex::default(),
             changes: watch::Sender::new(0),
             ttl,
@@ -104,15 +62,68 @@ impl Registry {
         Self { shared: Arc::new(shared) }
     }
 
-    /// How long a registration lasts without renewal.
+    /// How long a membership lasts without renewal.
     pub(crate) fn ttl(&self) -> Duration {
         self.shared.ttl
     }
 
-    /// Registers a node and returns the registration's id.
-    pub(crate) fn register(&self, info: v1::NodeInfo) -> Result<String> {
+    /// Reads the members again, if they have changed.
+    pub(crate) async fn refresh(&self) -> Result<(), StoreError> {
+        let known = Some(self.view().roster.version).filter(|&version| version > 0);
+        // Before everyone was there: then nobody is found to be gone.
+        let now = match self.is_settled(self.shared.ttl) {
+            true => self.shared.clock.now(),
+            false => 0,
+        };
+        let roster = self.shared.store.roster(known, now).await?;
+        self.shared.contact.lock().answered(Instant::now());
+        if let Some(roster) = roster {
+            let view = Arc::new(View::new(roster));
+            let old = std::mem::replace(&mut *self.shared.view.lock(), Arc::clone(&view));
+            for gone in old.roster.members.iter().filter(|old| !view.has(old)) {
+                tracing::info!(member = gone.id, kind = ?gone.kind(), "left the cluster");
+            }
+            self.shared.changes.send_modify(|count| *count += 1);
+        }
+        Ok(())
+    }
+
+    /// Whether everyone has been able to renew something for the length of `ttl`.
+    pub(crate) fn is_settled(&self, ttl: Duration) -> bool {
+        self.shared.contact.lock().is_settled(Instant::now(), ttl)
+    }
+
+    fn view(&self) -> Arc<View> {
+        Arc::clone(&self.shared.view.lock())
+    }
+
+    /// Adds a member, or replaces the one of its kind and name.
+    pub(crate) async fn join(&self, member: Member) -> Result<(), StoreError> {
+        let Shared { store, clock, ttl, .. } = &*self.shared;
+        store.join(member, clock.now(), millis(*ttl)).await?;
+        self.refresh().await
+    }
+
+    /// Renews memberships and returns those that have ended.
+    pub(crate) async fn keep(&self, members: &[MemberKey]) -> Result<Vec<MemberKey>, StoreError> {
+        if members.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Shared { store, clock, ttl, .. } = &*self.shared;
+        store.keep(members, clock.now(), millis(*ttl)).await
+    }
+
+    /// Ends a membership; `false` if it had ended before.
+    pub(crate) async fn leave(&self, member: &MemberKey) -> Result<bool, StoreError> {
+        let left = self.shared.store.leave(member).await?;
+        self.refresh().await?;
+        Ok(left)
+    }
+
+    /// Registers an energy node and returns the registration's id.
+    pub(crate) async fn register(&self, info: v1::NodeInfo) -> Result<String> {
         validate(&info)?;
-        let id = uuid::Uuid::new_v4().to_string();
+        let registration = uuid::Uuid::new_v4().to_string();
         tracing::info!(
             node = info.node_id,
             address = info.address,
@@ -120,56 +131,107 @@ impl Registry {
             concepts = info.concepts.len(),
             "energy node registered"
         );
-        self.shared.table.lock().register(info, id.clone(), unix_ms(), millis(self.shared.ttl));
-        self.changed();
-        Ok(id)
+        self.join(Member {
+            kind: MemberKind::EnergyNode.into(),
+            id: info.node_id.clone(),
+            registration: registration.clone(),
+            since_unix_ms: self.shared.clock.now(),
+            node: Some(info),
+            ..Member::default()
+        })
+        .await?;
+        Ok(registration)
     }
 
-    /// Renews a registration; the error means that the node has to register again.
-    pub(crate) fn renew(&self, node_id: &str, registration_id: &str) -> Result<()> {
-        let ttl_ms = millis(self.shared.ttl);
-        let renewed = self.shared.table.lock().renew(node_id, registration_id, unix_ms(), ttl_ms);
-        renewed.then_some(()).ok_or_else(|| Error::NotRegistered { node_id: node_id.to_owned() })
+    /// Renews a registration; NOT_REGISTERED means that the node has to register again.
+    pub(crate) async fn renew(&self, node_id: &str, registration: &str) -> Result<()> {
+        let lost = self.keep(&[node_key(node_id, registration)]).await?;
+        match lost.is_empty() {
+            true => Ok(()),
+            false => Err(Error::NotRegistered { node_id: node_id.to_owned() }),
+        }
     }
 
     /// Ends a registration.
-    pub(crate) fn deregister(&self, node_id: &str, registration_id: &str) -> Result<()> {
-        if !self.shared.table.lock().deregister(node_id, registration_id) {
-            return Err(Error::NotRegistered { node_id: node_id.to_owned() });
-        }
-        tracing::info!(node = node_id, "energy node left");
-        self.changed();
-        Ok(())
-    }
-
-    /// Ends the registrations that were not renewed in time.
-    pub(crate) fn expire(&self) {
-        let gone = self.shared.table.lock().expire(unix_ms());
-        for node in &gone {
-            tracing::warn!(node, "energy node stopped renewing and was dropped");
-        }
-        if !gone.is_empty() {
-            self.changed();
+    pub(crate) async fn deregister(&self, node_id: &str, registration: &str) -> Result<()> {
+        match self.leave(&node_key(node_id, registration)).await? {
+            true => Ok(()),
+            false => Err(Error::NotRegistered { node_id: node_id.to_owned() }),
         }
     }
 
-    /// All live nodes.
+    /// Forgets a concept that no live node serves, and returns the energies that it was known from.
+    pub(crate) async fn retire(&self, concept: &str) -> Result<BTreeSet<String>> {
+        self.refresh().await?;
+        let serves = |node: &LiveNode| {
+            let mut served = node.info.concepts.iter().filter_map(|info| info.concept.as_ref());
+            served.any(|served| served.name == concept)
+        };
+        if let Some(node) = self.live().into_iter().find(serves) {
+            let (concept, node) = (concept.to_owned(), node.info.node_id.clone());
+            return Err(Error::StillServed { concept, node });
+        }
+        let energies = self.shared.store.retire(concept).await?;
+        self.refresh().await?;
+        match energies.is_empty() {
+            true => Err(Error::NotFound(format!("concept `{concept}`"))),
+            false => Ok(energies),
+        }
+    }
+
+    /// What was served once and by no live node now.
+    pub(crate) fn absent(&self) -> Vec<v1::ConceptRef> {
+        let view = self.view();
+        let infos = view.nodes.iter().flat_map(|node| &node.info.concepts);
+        let served: BTreeSet<Probe> =
+            infos.filter_map(|info| info.concept.as_ref()).map(Probe::from).collect();
+        let absent = view.roster.seen.probes.difference(&served);
+        absent
+            .map(|Probe { concept, energy }| v1::ConceptRef {
+                name: concept.clone(),
+                energy: energy.clone(),
+                version: String::new(),
+            })
+            .collect()
+    }
+
+    /// All live energy nodes.
     pub(crate) fn live(&self) -> Vec<LiveNode> {
-        let load = self.shared.load.lock();
-        let now = unix_ms();
-        let table = self.shared.table.lock();
-        let live = table.nodes.values().filter(|entry| entry.expires_unix_ms > now);
-        live.map(|entry| LiveNode {
-            info: Arc::clone(&entry.info),
-            since_unix_ms: entry.since_unix_ms,
-            load: load.get(&entry.info.node_id).copied().unwrap_or_default(),
-        })
-        .collect()
+        let (load, view) = (self.shared.load.lock(), self.view());
+        let load = |node: &LiveNode| load.get(&node.info.node_id).copied().unwrap_or_default();
+        view.nodes.iter().map(|node| LiveNode { load: load(node), ..node.clone() }).collect()
     }
 
-    /// Everything registered since the start.
-    pub(crate) fn seen(&self) -> BTreeSet<Probe> {
-        self.shared.table.lock().seen.clone()
+    /// Workers of the whole cluster.
+    pub(crate) fn workers(&self) -> Vec<Arc<Member>> {
+        let view = self.view();
+        let is_worker = |member: &&Arc<Member>| member.kind() == MemberKind::Worker;
+        view.roster.members.iter().filter(is_worker).cloned().collect()
+    }
+
+    /// The queues that some worker of the cluster takes shards of.
+    pub(crate) fn queues(&self) -> BTreeSet<QueueName> {
+        self.workers().iter().flat_map(|worker| &worker.models).map(QueueName::of).collect()
+    }
+
+    /// Generators of workers that take shards, with the number of workers each; the batch is what each
+    /// of them can do.
+    pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {
+        let mut models: BTreeMap<String, v1::ModelInfo> = BTreeMap::new();
+        let workers = self.workers();
+        for model in workers.iter().filter(|worker| !worker.draining).flat_map(|w| &w.models) {
+            let entry = models
+                .entry(model.name.clone())
+                .or_insert_with(|| v1::ModelInfo { workers: 0, ..model.clone() });
+            entry.workers += 1;
+            entry.max_batch = entry.max_batch.min(model.max_batch);
+        }
+        models.into_values().collect()
+    }
+
+    /// What any member ever had.
+    pub(crate) fn seen(&self) -> Seen {
+        self.view().roster.seen.clone()
     }
 
     /// Counts `endpoints` as used until the reservation is dropped.
@@ -186,13 +248,32 @@ impl Registry {
         Reservation { shared: Arc::clone(&self.shared), nodes }
     }
 
-    /// Wakes when the set of live nodes changes.
+    /// Wakes when the members change.
     pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
     }
+}
 
-    fn changed(&self) {
-        self.shared.changes.send_modify(|count| *count += 1);
+impl View {
+    fn new(roster: Roster) -> Self {
+        let node = |member: &Arc<Member>| {
+            let info = Arc::new(member.node.clone()?);
+            Some(LiveNode { info, since_unix_ms: member.since_unix_ms, load: 0 })
+        };
+        Self { nodes: roster.members.iter().filter_map(node).collect(), roster }
+    }
+
+    fn has(&self, member: &Member) -> bool {
+        let same = |other: &Arc<Member>| (other.kind, &other.id) == (member.kind, &member.id);
+        self.roster.members.iter().any(same)
+    }
+}
+
+fn node_key(node_id: &str, registration: &str) -> MemberKey {
+    MemberKey {
+        kind: MemberKind::EnergyNode,
+        id: node_id.to_owned(),
+        registration: registration.to_owned(),
     }
 }
 
@@ -286,6 +367,7 @@ fn check_address(address: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::MemoryStore;
 
     fn node(id: &str) -> v1::NodeInfo {
         let concept =
@@ -300,32 +382,58 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_registration_lives_by_renewal_and_dies_without() {
-        let mut table = NodeTable::default();
-        table.register(node("a"), "one".into(), 0, 100);
-        table.register(node("b"), "two".into(), 0, 100);
-        assert!(table.renew("a", "one", 90, 100));
-        assert_eq!(table.expire(100), ["b"]);
-        assert!(!table.renew("b", "two", 101, 100));
-        assert_eq!(table.expire(189), Vec::<String>::new());
-        assert_eq!(table.expire(190), ["a"]);
+    async fn registry(store: &Arc<dyn Store>) -> Registry {
+        let clock = Clock::of(Arc::clone(store)).await.expect("it tells the time");
+        let ttl = Duration::from_secs(60);
+        Registry::new(Arc::clone(store), clock, ttl, ttl / 2)
     }
 
-    #[test]
-    fn a_restarted_node_replaces_itself_and_the_old_registration_is_dead() {
-        let mut table = NodeTable::default();
-        table.register(node("a"), "old".into(), 0, 100);
-        table.register(node("a"), "new".into(), 5, 100);
-        assert!(!table.renew("a", "old", 6, 100));
-        assert!(!table.deregister("a", "old"));
-        assert!(table.deregister("a", "new"));
+    async fn alone() -> Registry {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        registry(&store).await
     }
 
-    #[test]
-    fn reservations_are_load_until_dropped() {
-        let registry = Registry::new(Duration::from_secs(60));
-        registry.register(node("a")).expect("it is valid");
+    #[tokio::test]
+    async fn a_restarted_node_replaces_itself_and_the_old_registration_is_dead() {
+        let registry = alone().await;
+        let old = registry.register(node("a")).await.expect("it is valid");
+        let new = registry.register(node("a")).await.expect("it is valid");
+        registry.renew("a", &old).await.expect_err("another registration is valid");
+        registry.deregister("a", &old).await.expect_err("another registration is valid");
+        registry.renew("a", &new).await.expect("it is valid");
+        registry.deregister("a", &new).await.expect("it is valid");
+        assert!(registry.live().is_empty());
+        assert!(registry.seen().probes.iter().any(|probe| probe.concept == "axe"));
+        assert_eq!(registry.absent()[0].name, "axe");
+    }
+
+    #[tokio::test]
+    async fn a_concept_is_retired_once_nobody_serves_it() {
+        let registry = alone().await;
+        let registration = registry.register(node("a")).await.expect("it is valid");
+        let refused = registry.retire("axe").await.expect_err("it is served").to_string();
+        assert!(refused.contains("node `a` serves it"), "{refused}");
+        registry.deregister("a", &registration).await.expect("it is valid");
+        assert_eq!(registry.retire("axe").await.expect("nobody serves it").len(), 1);
+        assert!(registry.seen().probes.is_empty());
+        registry.retire("axe").await.expect_err("it is gone");
+    }
+
+    #[tokio::test]
+    async fn coordinators_of_one_store_see_each_others_members() {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        let (one, other) = (registry(&store).await, registry(&store).await);
+        let registration = one.register(node("a")).await.expect("it is valid");
+        assert!(other.live().is_empty());
+        other.refresh().await.expect("it reads");
+        assert_eq!(other.live().len(), 1);
+        other.renew("a", &registration).await.expect("any coordinator renews");
+    }
+
+    #[tokio::test]
+    async fn reservations_are_load_until_dropped() {
+        let registry = alone().await;
+        registry.register(node("a")).await.expect("it is valid");
         let endpoint = v1::EnergyEndpoint { node: Some(node("a")), concepts: vec![] };
         let reservation = registry.reserve(&[endpoint]);
         assert_eq!(registry.live()[0].load, 1);
@@ -333,9 +441,9 @@ mod tests {
         assert_eq!(registry.live()[0].load, 0);
     }
 
-    #[test]
-    fn bad_registrations_are_refused_with_the_reason() {
-        let registry = Registry::new(Duration::from_secs(60));
+    #[tokio::test]
+    async fn bad_registrations_are_refused_with_the_reason() {
+        let registry = alone().await;
         type Spoil = fn(&mut v1::NodeInfo);
         let cases: [(Spoil, &str); 9] = [
             (|n| n.protocol_version = 9, "speaks protocol 9"),
@@ -351,7 +459,7 @@ mod tests {
         for (spoil, expected) in cases {
             let mut info = node("a");
             spoil(&mut info);
-            let error = registry.register(info).expect_err(expected).to_string();
+            let error = registry.register(info).await.expect_err(expected).to_string();
             assert!(error.contains(expected), "{error}");
         }
         assert!(registry.live().is_empty());

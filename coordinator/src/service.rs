@@ -1,6 +1,6 @@
 //! What the coordinator does for clients. `grpc.rs` only translates.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use fairlead_common::{ids::JobId, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
@@ -13,7 +13,7 @@ use tracing::Span;
 
 use crate::{
     admission::{self, Cluster, Identity},
-    clock::{millis, unix_ms},
+    clock::{Clock, millis},
     config::{CoordinatorOptions, Data},
     error::{Error, Result},
     events::Events,
@@ -25,7 +25,9 @@ use crate::{
     registry::Registry,
     release::Gate,
     state::JobRecord,
-    store::{Created, Found, Lookup, MemoryStore, NewJob, RedbStore, Store, StoreError},
+    store::{
+        Created, Found, Lookup, MemoryStore, NewJob, RedbStore, RedisStore, Store, StoreError,
+    },
 };
 
 /// Most characters of an idempotency key.
@@ -40,6 +42,7 @@ const FORGET_AT_ONCE: usize = 100;
 #[derive(Debug, Clone)]
 pub(crate) struct Coordinator {
     store: Arc<dyn Store>,
+    clock: Clock,
     outputs: Outputs,
     registry: Registry,
     events: Events,
@@ -54,7 +57,9 @@ impl Coordinator {
     /// Opens the store and the outputs and starts the hub.
     pub(crate) async fn start(options: CoordinatorOptions) -> Result<Self> {
         let (store, outputs) = open(&options.data).await?;
-        let registry = Registry::new(options.node_ttl);
+        let clock = Clock::of(Arc::clone(&store)).await?;
+        let pause = options.node_ttl.min(options.lease_ttl) / 2;
+        let registry = Registry::new(Arc::clone(&store), clock.clone(), options.node_ttl, pause);
         let events = Events::new(Arc::clone(&store));
         let gate = Gate::new(registry.clone(), outputs.clone(), options.check_timeout);
         let hub_options = HubOptions {
@@ -63,11 +68,18 @@ impl Coordinator {
             retry_delay: options.retry_delay,
             max_wait: options.max_wait,
         };
-        let hub =
-            Hub::start(Arc::clone(&store), registry.clone(), events.clone(), gate, hub_options)
-                .await?;
+        let hub = Hub::start(
+            Arc::clone(&store),
+            clock.clone(),
+            registry.clone(),
+            events.clone(),
+            gate,
+            hub_options,
+        )
+        .await?;
         Ok(Self {
             store,
+            clock,
             outputs,
             registry,
             events,
@@ -108,12 +120,11 @@ impl Coordinator {
         {
             return self.existing(&key, &body, found).await;
         }
-        let now = unix_ms();
+        let now = self.clock.now();
         let identity = Identity { job: JobId::generate(), drawn_seed: rand::random(), now };
-        let (models, seen_models) = (self.hub.models(), self.hub.seen_models());
-        let (nodes, seen) = (self.registry.live(), self.registry.seen());
-        let cluster =
-            Cluster { models: &models, seen_models: &seen_models, nodes: &nodes, seen: &seen };
+        let (models, nodes, seen) =
+            (self.registry.models(), self.registry.live(), self.registry.seen());
+        let cluster = Cluster { models: &models, nodes: &nodes, seen: &seen };
         let mut record = admission::admit(&spec, &self.policies, &cluster, identity)?;
         record.traceparent = trace::traceparent_or(&Span::current(), incoming);
         let max_queued = self.options.max_queued;
@@ -255,11 +266,11 @@ impl Coordinator {
     }
 
     pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {
-        self.hub.models()
+        self.registry.models()
     }
 
     /// Served concepts by name, energy and version, each with its nodes.
-    pub(crate) fn concepts(&self) -> Vec<v1::ServedConcept> {
+    pub(crate) fn concepts(&self) -> v1::ListConceptsResponse {
         let mut concepts: Vec<v1::ServedConcept> = Vec::new();
         for node in self.registry.live() {
             let serving = v1::ServingNode {
@@ -287,12 +298,12 @@ impl Coordinator {
             let concept = served.concept.clone().unwrap_or_default();
             (concept.group, concept.concept.unwrap_or_default().name)
         });
-        concepts
+        v1::ListConceptsResponse { concepts, absent: self.registry.absent() }
     }
 
     /// Forgets jobs that ended longer ago than the retention, with their images and records.
     pub(crate) async fn forget_old(&self) -> Result<usize> {
-        let before = unix_ms().saturating_sub(millis(self.options.retention));
+        let before = self.clock.now().saturating_sub(millis(self.options.retention));
         let forgotten = self.store.forget(before, FORGET_AT_ONCE).await?;
         for record in &forgotten {
             for image in &record.job.images {
@@ -318,23 +329,33 @@ impl Coordinator {
 }
 
 async fn open(data: &Data) -> Result<(Arc<dyn Store>, Outputs)> {
-    let Data::Dir(dir) = data else {
-        return Ok((Arc::new(MemoryStore::default()), Outputs::in_memory()));
-    };
-    let dir: PathBuf = dir.clone();
-    let opened = tokio::task::spawn_blocking(move || {
-        let outputs = dir.join("outputs");
-        std::fs::create_dir_all(&outputs).map_err(|source| Error::Io {
-            what: format!("data directory {}", outputs.display()),
-            source,
-        })?;
-        Ok::<_, Error>((RedbStore::open(&dir.join("jobs.redb"))?, Outputs::local(&outputs)?))
+    let data = data.clone();
+    let opened = tokio::task::spawn_blocking(move || -> Result<(Arc<dyn Store>, Outputs)> {
+        Ok(match data {
+            Data::Memory => (Arc::new(MemoryStore::default()), Outputs::in_memory()),
+            Data::Dir(dir) => {
+                let outputs = outputs(&dir)?;
+                (Arc::new(RedbStore::open(&dir.join("jobs.redb"))?), outputs)
+            }
+            Data::Redis { url, prefix, outputs: dir } => {
+                let store = RedisStore::new(url.reveal(), &prefix)?;
+                (Arc::new(store), outputs(&dir)?)
+            }
+        })
     });
-    let (store, outputs) = opened.await.map_err(|error| Error::Io {
+    opened.await.map_err(|error| Error::Io {
         what: "opening the data directory".to_owned(),
         source: std::io::Error::other(error),
-    })??;
-    Ok((Arc::new(store), outputs))
+    })?
+}
+
+fn outputs(dir: &Path) -> Result<Outputs> {
+    let dir = dir.join("outputs");
+    std::fs::create_dir_all(&dir).map_err(|source| Error::Io {
+        what: format!("data directory {}", dir.display()),
+        source,
+    })?;
+    Ok(Outputs::local(&dir)?)
 }
 
 fn parse_job(job_id: &str) -> Result<JobId> {

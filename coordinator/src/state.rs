@@ -28,6 +28,9 @@ pub(crate) struct JobRecord {
     /// outlives a process stays one trace.
     #[prost(string, tag = "5")]
     pub(crate) traceparent: String,
+    /// Whose it is; empty where the cluster has one tenant.
+    #[prost(string, tag = "6")]
+    pub(crate) tenant: String,
 }
 
 /// Consecutive images of a job that one worker makes at once.
@@ -117,14 +120,34 @@ impl JobRecord {
         self.shards.iter_mut().find(|shard| shard.id == id)
     }
 
+    /// A shard that was delivered or put off before comes first: its job has waited longest.
+    fn class(&self, shard: &Shard) -> Class {
+        let is_new = shard.lease.token() == 0 && shard.lease.not_before_unix_ms() == 0;
+        match self.job.spec.as_ref().map(v1::JobSpec::priority) {
+            _ if !is_new => Class::Again,
+            Some(v1::Priority::High) => Class::High,
+            Some(v1::Priority::Low) => Class::Low,
+            Some(v1::Priority::Normal | v1::Priority::Unspecified) | None => Class::Normal,
+        }
+    }
+
+    /// What a shard costs a device, in steps of one image of 256 by 256 pixels.
+    fn work(&self, shard: &Shard) -> u64 {
+        let Some(spec) = &self.job.spec else { return 1 };
+        let pixels = u64::from(spec.width()) * u64::from(spec.height());
+        let steps = u64::from(shard.count) * u64::from(spec.steps());
+        steps.saturating_mul(pixels).div_ceil(256 * 256).max(1)
+    }
+
     /// Shards that have not ended, as the scheduler sees them.
     pub(crate) fn active(&self) -> impl Iterator<Item = ActiveShard> + '_ {
         self.shards.iter().filter(|shard| !shard.lease.is_terminal()).map(|shard| ActiveShard {
             job_id: self.job.job_id.clone(),
             shard_id: shard.id.clone(),
             position: shard.position,
-            model: self.model.name.clone(),
-            model_hash: self.model.hash.clone(),
+            queue: QueueName::of(&self.model),
+            lane: Lane { class: self.class(shard).into(), tenant: self.tenant.clone() },
+            work: self.work(shard),
             leased: shard.lease.phase() == Phase::Leased,
             token: shard.lease.token(),
             holder: shard.lease.holder().to_owned(),
@@ -147,12 +170,12 @@ pub(crate) struct ActiveShard {
     /// Place in the queue.
     #[prost(uint64, tag = "3")]
     pub(crate) position: u64,
-    /// Name of the pinned generator.
-    #[prost(string, tag = "4")]
-    pub(crate) model: String,
-    /// Hash of the pinned generator.
-    #[prost(string, tag = "5")]
-    pub(crate) model_hash: String,
+    /// The pinned generator.
+    #[prost(message, required, tag = "4")]
+    pub(crate) queue: QueueName,
+    /// Its place among the queued shards of that generator.
+    #[prost(message, required, tag = "5")]
+    pub(crate) lane: Lane,
     /// Held by a worker; queued otherwise.
     #[prost(bool, tag = "6")]
     pub(crate) leased: bool,
@@ -168,6 +191,52 @@ pub(crate) struct ActiveShard {
     /// Not handed out before this time.
     #[prost(int64, tag = "10")]
     pub(crate) not_before_unix_ms: i64,
+    /// What it costs a device, in steps of one image of 256 by 256 pixels.
+    #[prost(uint64, tag = "11")]
+    pub(crate) work: u64,
+}
+
+/// A generator as queues are named: shards of one go to any worker that has it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Message)]
+pub(crate) struct QueueName {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub(crate) model: String,
+    /// Its hash.
+    #[prost(string, tag = "2")]
+    pub(crate) hash: String,
+}
+
+impl QueueName {
+    /// The queue of a generator.
+    pub(crate) fn of(model: &v1::ModelInfo) -> Self {
+        Self { model: model.name.clone(), hash: model.hash.clone() }
+    }
+}
+
+/// Shards of one queue among which the order of arrival decides.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Message)]
+pub(crate) struct Lane {
+    /// The lowest class that waits is served first.
+    #[prost(enumeration = "Class", tag = "1")]
+    pub(crate) class: i32,
+    /// Tenants of a class take turns.
+    #[prost(string, tag = "2")]
+    pub(crate) tenant: String,
+}
+
+/// Which shards of a generator are handed out first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum Class {
+    /// Delivered or put off before.
+    Again = 0,
+    /// Of a job with high priority.
+    High = 1,
+    /// Of any other job.
+    Normal = 2,
+    /// Of a job with low priority.
+    Low = 3,
 }
 
 impl ActiveShard {

@@ -5,7 +5,7 @@ use fairlead_common::ids::ShardId;
 use fairlead_proto::v1::{self, ImageStatus, JobState as State, watch_job_response::Event};
 
 use crate::{
-    lease::{AfterFailure, Commit, Failure, LeaseError, LeaseKey, Phase},
+    lease::{AfterFailure, Commit, Failure, LeaseError, LeaseKey, Obstacle, Phase},
     state::{JobRecord, Shard, image_ended},
 };
 
@@ -49,12 +49,12 @@ pub(crate) enum Transition {
         /// The delivery.
         lease: LeaseKey,
     },
-    /// Count a delivery that could not be made.
+    /// Put off a delivery that cannot be made now.
     Postpone {
         /// The queued shard.
         shard: ShardId,
         /// Why, and for how long.
-        failure: Failure,
+        obstacle: Obstacle,
     },
     /// Put a shard back because the coordinator stops.
     GiveBack {
@@ -145,8 +145,8 @@ pub(crate) fn apply(
             let after = change.shard(lease.shard)?.lease.expire(lease.token, now)?;
             change.ended(lease.shard, after)?
         }
-        Transition::Postpone { shard, failure } => {
-            let after = change.shard(*shard)?.lease.postpone(failure, now)?;
+        Transition::Postpone { shard, obstacle } => {
+            let after = change.shard(*shard)?.lease.postpone(obstacle, now)?;
             change.ended(*shard, after)?
         }
         Transition::GiveBack { lease } => {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use fairlead_common::shutdown;
-use fairlead_proto::v1::{ImageStatus, JobSpec, JobState, SteeringMode, SteeringParams};
+use fairlead_proto::v1::{ImageStatus, JobSpec, JobState, Priority, SteeringMode, SteeringParams};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -85,6 +85,27 @@ pub(crate) struct RequestArgs {
     /// Most images a shard; the images do not depend on it.
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_shard_size: u32,
+    /// Which waiting jobs for a generator come first.
+    #[arg(long, value_enum, default_value_t = JobPriority::Normal)]
+    priority: JobPriority,
+}
+
+/// Priorities of a job.
+#[derive(Clone, Copy, ValueEnum)]
+enum JobPriority {
+    High,
+    Normal,
+    Low,
+}
+
+impl From<JobPriority> for Priority {
+    fn from(priority: JobPriority) -> Self {
+        match priority {
+            JobPriority::High => Self::High,
+            JobPriority::Normal => Self::Normal,
+            JobPriority::Low => Self::Low,
+        }
+    }
 }
 
 /// Overrides of the policy's steering knobs, where the policy allows them.
@@ -172,6 +193,7 @@ impl RequestArgs {
             extra_concepts: self.extra_concepts.clone(),
             steering: steering.params(),
             max_shard_size: self.max_shard_size,
+            priority: Priority::from(self.priority).into(),
             ..Default::default()
         }
     }

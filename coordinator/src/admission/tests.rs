@@ -56,7 +56,7 @@ fn calibration(key: v1::CalibrationKey) -> v1::CalibrationInfo {
 struct World {
     models: Vec<v1::ModelInfo>,
     nodes: Vec<LiveNode>,
-    seen: BTreeSet<Probe>,
+    seen: Seen,
     policies: Policies,
 }
 
@@ -67,7 +67,7 @@ impl World {
         Self {
             models: vec![model("sd")],
             nodes: vec![node(&concepts, 1, Some(key("sd", 25)))],
-            seen: BTreeSet::new(),
+            seen: Seen { models: ["gone-model".to_owned()].into(), ..Seen::default() },
             policies: Policies::default(),
         }
     }
@@ -78,15 +78,14 @@ impl World {
     }
 
     fn admit(&self, spec: &v1::JobSpec) -> Result<JobRecord> {
-        let cluster = Cluster {
-            models: &self.models,
-            seen_models: &BTreeSet::from(["gone-model".to_owned()]),
-            nodes: &self.nodes,
-            seen: &self.seen,
-        };
+        let cluster = Cluster { models: &self.models, nodes: &self.nodes, seen: &self.seen };
         let identity = Identity { job: JobId::generate(), drawn_seed: 99, now: 7 };
         admit(spec, &self.policies, &cluster, identity)
     }
+}
+
+fn seen(probe: Probe) -> Seen {
+    Seen { probes: [probe].into(), ..Seen::default() }
 }
 
 fn spec() -> v1::JobSpec {
@@ -145,7 +144,7 @@ fn every_energy_that_serves_a_concept_is_pinned_unless_the_policy_names_some() {
 
 #[test]
 fn an_energy_that_is_gone_is_missed_and_not_replaced() {
-    let gone = World { seen: BTreeSet::from([probe("axe", "siglip")]), ..World::new() };
+    let gone = World { seen: seen(probe("axe", "siglip")), ..World::new() };
     let refused = gone.admit(&spec()).expect_err("siglip is gone");
     assert!(matches!(&refused, Error::Unavailable(_)), "{refused}");
     assert!(refused.to_string().contains("concept `axe` with `siglip`"), "{refused}");
@@ -163,6 +162,8 @@ fn seeds_wrap_around() {
 
 #[test]
 fn bad_fields_are_refused_by_name() {
+    let odd = World::new().admit(&v1::JobSpec { priority: 9, ..spec() });
+    assert!(odd.expect_err("no such priority").to_string().contains("priority: 9 is none"));
     type Spoil = fn(&mut v1::JobSpec);
     let cases: [(Spoil, &str); 17] = [
         (|s| s.prompt = " \n".into(), "prompt: is empty"),
@@ -206,7 +207,7 @@ fn a_missing_worker_or_node_is_unavailable_not_invalid() {
     let no_worker = World { models: vec![], ..World::new() };
     let no_node = World { nodes: vec![], ..World::new() };
     let named = World::new().policies("[policies.a]\nconcepts = ['bomb']");
-    let gone = World { seen: BTreeSet::from([probe("gone-concept", "")]), ..World::new() };
+    let gone = World { seen: seen(probe("gone-concept", "")), ..World::new() };
     let cases = [
         (no_worker.admit(&spec()), "no worker is attached"),
         (World::new().admit(&v1::JobSpec { model: "gone-model".into(), ..spec() }), "`gone-model`"),

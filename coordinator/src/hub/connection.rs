@@ -13,13 +13,13 @@ use tonic::Status;
 use super::{
     Shared,
     session::Input,
-    state::{Session, SessionPhase},
+    state::{self, Session, SessionPhase},
 };
 use crate::{
     clock::millis,
     error::{Error, Result},
     lease::{Failure, LeaseKey, Phase},
-    store::Lookup,
+    store::{Lookup, Member, MemberKey, MemberKind, StoreError},
     transition::{Effect, Transition},
     verdict,
 };
@@ -89,6 +89,9 @@ where
     if shared.draining.is_cancelled() {
         return Err(Error::Stopping);
     }
+    // The newest view: a worker may have attached elsewhere a moment ago.
+    shared.registry.refresh().await?;
+    state::check(&hello, &shared.registry.workers())?;
     let worker_id = hello.worker_id.clone();
     let welcome = v1::WorkerWelcome {
         coordinator_id: shared.options.coordinator_id.clone(),
@@ -100,16 +103,27 @@ where
         models = ?hello.models.iter().map(|model| &model.name).collect::<Vec<_>>(),
         "worker attached"
     );
+    let member = Member {
+        kind: MemberKind::Worker.into(),
+        id: worker_id.clone(),
+        registration: uuid::Uuid::new_v4().to_string(),
+        since_unix_ms: shared.clock.now(),
+        models: hello.models,
+        ..Member::default()
+    };
+    let key = member.key();
+    shared.registry.join(member.clone()).await?;
     let mut state = shared.state.lock();
-    let number = state.attach(hello, outbox.clone(), close)?;
+    let number = state.attach(member, hello.capacity as usize, outbox.clone(), close);
     // Under the lock: nothing is assigned before the welcome.
     state.send(number, Message::Welcome(welcome));
-    Ok(Connection { number, worker_id })
+    Ok(Connection { number, worker_id, member: key })
 }
 
 struct Connection {
     number: u64,
     worker_id: String,
+    member: MemberKey,
 }
 
 impl Connection {
@@ -125,8 +139,14 @@ impl Connection {
             Inbound::Failure(failure) => self.failure(shared, failure).await,
             Inbound::Draining(v1::WorkerDraining {}) => {
                 tracing::info!(worker = self.worker_id, "worker takes no further shards");
-                if let Some(worker) = shared.state.lock().workers.get_mut(&self.number) {
-                    worker.draining = true;
+                let drained = shared.state.lock().workers.get_mut(&self.number).map(|worker| {
+                    worker.member.draining = true;
+                    worker.member.clone()
+                });
+                if let Some(member) = drained
+                    && let Err(error) = shared.registry.join(member).await
+                {
+                    tracing::warn!(worker = self.worker_id, %error, "cannot tell the cluster");
                 }
             }
         }
@@ -166,6 +186,7 @@ impl Connection {
                     Effect::Renewed { lost } => lost,
                     _ => Vec::new(),
                 },
+                Err(StoreError::UnknownJob(_)) => leases.clone(),
                 // Unanswered: the worker renews again before the lease ends.
                 Err(error) => {
                     tracing::error!(%job, %error, "cannot renew leases");
@@ -311,6 +332,9 @@ impl Connection {
             shared.count_sessions(&state);
         }
         tracing::info!(worker = self.worker_id, shards = returned.len(), "worker left");
+        if let Err(error) = shared.registry.leave(&self.member).await {
+            tracing::warn!(worker = self.worker_id, %error, "its membership ends by itself");
+        }
         for (job, lease) in returned {
             if closing {
                 shared.give_back(job, lease).await;

@@ -3,13 +3,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use fairlead_common::ids::{JobId, ShardId};
 use fairlead_proto::v1::{self, attach_response::Message};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     Shared,
@@ -18,30 +18,38 @@ use super::{
 };
 use crate::{
     admission,
-    clock::{millis, unix_ms},
+    clock::millis,
     error::Result,
-    lease::{Failure, LeaseKey},
+    lease::{LeaseKey, Obstacle},
     metrics,
-    placement::{self, Candidate, Waiting},
+    placement::{self, Candidate},
     routing,
-    state::{ActiveShard, JobRecord},
-    store::StoreError,
+    state::{ActiveShard, JobRecord, QueueName},
+    store::{Backlog, Member, MemberKey, StoreError},
     transition::{Effect, Transition},
 };
 
 /// Longest pause between two looks at leases and registrations.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Most leases ended in one round; the next one follows at once.
+const EXPIRED: usize = 256;
+
 /// Runs until the hub closes.
 pub(super) async fn run(shared: Arc<Shared>) {
     let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
     let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
     let mut nodes = shared.registry.subscribe();
-    let mut stuck = Stuck::default();
+    let (mut abandoned, mut kept) = (Abandoned::default(), Instant::now());
+    let mut mended = None;
     loop {
-        let wait = match tick(&shared, &mut stuck).await {
-            Ok(Some(retry)) => pause.min(retry),
-            Ok(None) => pause,
+        // As often as a lease that nobody renews is noticed, about.
+        if mended.is_none_or(|at: Instant| at.elapsed() > 2 * shared.options.lease_ttl) {
+            mended = Some(Instant::now());
+            shared.tasks.spawn(mend(Arc::clone(&shared)));
+        }
+        let wait = match tick(&shared, &mut abandoned, &mut kept).await {
+            Ok(next) => next.map_or(pause, |next| next.min(pause)),
             Err(error) => {
                 tracing::error!(%error, "dispatcher cannot read the store");
                 LONGEST_PAUSE
@@ -56,61 +64,146 @@ pub(super) async fn run(shared: Arc<Shared>) {
     }
 }
 
-/// Since when each queued shard is one that nobody can make; Unix milliseconds.
-#[derive(Default)]
-struct Stuck(BTreeMap<ShardId, i64>);
-
-impl Stuck {
-    /// How long `shard` has been stuck by `now`.
-    fn since(&mut self, shard: ShardId, now: i64) -> i64 {
-        now - *self.0.entry(shard).or_insert(now)
-    }
-
-    /// Forgets what is no longer in `queue`.
-    fn forget_all_but(&mut self, queue: &[ActiveShard]) {
-        if self.0.is_empty() {
-            return;
+/// Looks after what nobody else would notice: the store's time and shards that it has lost.
+async fn mend(shared: Arc<Shared>) {
+    let mending = async {
+        shared.clock.set().await?;
+        shared.store.mend(shared.clock.now()).await
+    };
+    let mended = tokio::select! {
+        mended = mending => mended,
+        () = shared.closing.cancelled() => return,
+    };
+    match mended {
+        Ok(0) => {}
+        Ok(shards) => {
+            tracing::warn!(shards, "shards that the queues had lost are back");
+            shared.wake.notify_one();
         }
-        let queued: BTreeSet<ShardId> =
-            queue.iter().filter_map(ActiveShard::ids).map(|(_, lease)| lease.shard).collect();
-        self.0.retain(|shard, _| queued.contains(shard));
+        Err(error) => tracing::error!(%error, "cannot look after the queues"),
     }
 }
 
-/// One round; returns when the next delayed shard is due.
-async fn tick(shared: &Arc<Shared>, stuck: &mut Stuck) -> Result<Option<Duration>> {
-    shared.registry.expire();
-    let now = unix_ms();
+/// Since when each queue has had shards and no worker; Unix milliseconds.
+#[derive(Default)]
+struct Abandoned(BTreeMap<QueueName, i64>);
+
+impl Abandoned {
+    /// The queues of `backlog` that have had no worker for `max_wait_ms` by `now`.
+    fn look(
+        &mut self,
+        backlog: &Backlog,
+        attached: &BTreeSet<QueueName>,
+        now: i64,
+        max_wait_ms: i64,
+    ) -> Vec<QueueName> {
+        self.0.retain(|queue, _| backlog.queued.contains_key(queue) && !attached.contains(queue));
+        for queue in backlog.queued.keys().filter(|queue| !attached.contains(queue)) {
+            self.0.entry(queue.clone()).or_insert_with(|| {
+                tracing::warn!(model = queue.model, hash = queue.hash, "{}", without_worker(queue));
+                now
+            });
+        }
+        let over = self.0.iter().filter(|(_, since)| now.saturating_sub(**since) >= max_wait_ms);
+        over.map(|(queue, _)| queue.clone()).collect()
+    }
+}
+
+fn without_worker(QueueName { model, hash }: &QueueName) -> String {
+    format!(
+        "no attached worker has the generator `{model}` with hash {hash}; start one with `fairlead \
+         worker`"
+    )
+}
+
+/// One round; returns how soon the next must follow, if sooner than usual.
+async fn tick(
+    shared: &Arc<Shared>,
+    abandoned: &mut Abandoned,
+    kept: &mut Instant,
+) -> Result<Option<Duration>> {
+    shared.registry.refresh().await?;
+    if kept.elapsed() >= shared.registry.ttl() / 3 {
+        *kept = Instant::now();
+        keep_workers(shared).await?;
+    }
+    let now = shared.clock.now();
     forget_stopped(shared, now);
-    let (leased, mut queue): (Vec<_>, Vec<_>) =
-        shared.store.active().await?.into_iter().partition(|shard| shard.leased);
-    for shard in leased.iter().filter(|shard| shard.expires_unix_ms <= now) {
+    let expired = match shared.registry.is_settled(shared.options.lease_ttl) {
+        true => shared.store.expired(now, EXPIRED).await?,
+        false => Vec::new(),
+    };
+    for shard in &expired {
         expire(shared, shard).await;
     }
+    let backlog = shared.store.backlog(now).await?;
     metrics::round(&metrics::Round {
-        queued: queue.len(),
-        running: leased.len(),
+        queued: backlog.queued.values().sum(),
+        running: backlog.running,
         workers: shared.state.lock().workers.len(),
         nodes: shared.registry.live().len(),
     });
-    stuck.forget_all_but(&queue);
-    let due = queue.iter().map(|shard| shard.not_before_unix_ms).filter(|&at| at > now).min();
-    queue.retain(|shard| shard.not_before_unix_ms <= now);
     if !shared.draining.is_cancelled() {
-        for shard in without_worker(shared, &queue) {
-            let Some((job, LeaseKey { shard: id, .. })) = shard.ids() else { continue };
-            let reason = format!(
-                "no attached worker has the generator `{}` with hash {}; start one with `fairlead \
-                 worker`",
-                shard.model, shard.model_hash
-            );
-            put_off(shared, stuck, job, id, reason).await?;
+        let attached = shared.registry.queues();
+        let max_wait = millis(shared.options.max_wait);
+        for queue in abandoned.look(&backlog, &attached, now, max_wait) {
+            give_up(shared, &queue, now).await?;
         }
-        for (shard, connection) in place(shared, &queue) {
-            deliver(shared, stuck, shard, connection).await?;
+        // Each time another one is first: a worker with several generators serves them in turn.
+        let queues: Vec<&QueueName> =
+            backlog.queued.keys().filter(|q| attached.contains(q)).collect();
+        let first = shared.rounds.fetch_add(1, Ordering::Relaxed) % queues.len().max(1);
+        for queue in queues[first..].iter().chain(&queues[..first]) {
+            hand_out(shared, queue, now).await?;
         }
     }
-    Ok(due.map(|at| Duration::from_millis(u64::try_from(at - now).unwrap_or_default())))
+    if expired.len() == EXPIRED {
+        return Ok(Some(Duration::ZERO));
+    }
+    let due = backlog.next_due_unix_ms.map(|at| u64::try_from(at - now).unwrap_or_default());
+    Ok(due.map(Duration::from_millis))
+}
+
+/// Fails the shards of a queue that has had no worker for too long.
+async fn give_up(shared: &Shared, queue: &QueueName, now: i64) -> Result<()> {
+    for shard in shared.store.take(queue, EXPIRED, now).await? {
+        if let Some((job, lease)) = shard.ids() {
+            put_off(shared, job, lease.shard, without_worker(queue), 0).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Hands shards of one queue to workers that have room.
+async fn hand_out(shared: &Arc<Shared>, queue: &QueueName, now: i64) -> Result<()> {
+    let workers = shared.state.lock().candidates(queue);
+    let room = workers.iter().map(Candidate::room).sum();
+    if room == 0 {
+        return Ok(());
+    }
+    let shards = shared.store.take(queue, room, now).await?;
+    for (shard, connection) in shards.iter().zip(placement::place(shards.len(), &workers)) {
+        deliver(shared, shard, connection).await?;
+    }
+    Ok(())
+}
+
+/// Renews the membership of each attached worker; one that the store has lost joins again.
+async fn keep_workers(shared: &Shared) -> Result<()> {
+    let members: Vec<Member> =
+        shared.state.lock().workers.values().map(|worker| worker.member.clone()).collect();
+    let keys: Vec<MemberKey> = members.iter().map(Member::key).collect();
+    let lost = shared.registry.keep(&keys).await?;
+    let attached = |key: &MemberKey| {
+        let state = shared.state.lock();
+        state.workers.values().any(|worker| worker.member.key() == *key)
+    };
+    for member in members.into_iter().filter(|member| lost.contains(&member.key())) {
+        if attached(&member.key()) {
+            shared.registry.join(member).await?;
+        }
+    }
+    Ok(())
 }
 
 fn forget_stopped(shared: &Shared, now: i64) {
@@ -136,52 +229,18 @@ async fn expire(shared: &Shared, shard: &ActiveShard) {
     }
 }
 
-/// Queued shards with the connection of the worker that gets them.
-fn place<'a>(shared: &Shared, queue: &'a [ActiveShard]) -> Vec<(&'a ActiveShard, u64)> {
-    let state = shared.state.lock();
-    let takers: Vec<_> = state.workers.iter().filter(|(_, worker)| !worker.draining).collect();
-    let workers: Vec<Candidate<'_>> = takers
-        .iter()
-        .map(|(connection, worker)| Candidate {
-            models: worker
-                .models
-                .iter()
-                .map(|model| (model.name.as_str(), model.hash.as_str()))
-                .collect(),
-            capacity: worker.capacity,
-            leases: state.leases_of(**connection).count(),
-        })
-        .collect();
-    let waiting: Vec<_> =
-        queue.iter().map(|shard| Waiting { model: (&shard.model, &shard.model_hash) }).collect();
-    placement::place(&waiting, &workers)
-        .into_iter()
-        .map(|(shard, worker)| (&queue[shard], *takers[worker].0))
-        .collect()
-}
-
-/// Queued shards whose generator no attached worker has.
-fn without_worker<'a>(shared: &Shared, queue: &'a [ActiveShard]) -> Vec<&'a ActiveShard> {
-    let state = shared.state.lock();
-    let has = |shard: &ActiveShard| {
-        let mut models = state.workers.values().flat_map(|worker| &worker.models);
-        models.any(|model| model.name == shard.model && model.hash == shard.model_hash)
-    };
-    queue.iter().filter(|shard| !has(shard)).collect()
-}
-
-/// Leaves a shard that nobody can make in the queue, or when it has been so for too long, fails it.
+/// Leaves a shard that nobody can make in the queue, or when it was put off for `max_wait_ms`, fails
+/// it.
 async fn put_off(
     shared: &Shared,
-    stuck: &mut Stuck,
     job: JobId,
     shard: ShardId,
     reason: String,
+    max_wait_ms: i64,
 ) -> Result<()> {
-    let retryable = stuck.since(shard, unix_ms()) < millis(shared.options.max_wait);
-    tracing::warn!(%job, %shard, reason, retryable, "shard cannot be handed out");
-    let failure = Failure { reason, retryable, delay_ms: shared.retry_delay_ms(1) };
-    match shared.apply(job, Transition::Postpone { shard, failure }).await {
+    tracing::warn!(%job, %shard, reason, "shard cannot be handed out");
+    let obstacle = Obstacle { reason, delay_ms: shared.retry_delay_ms(1), max_wait_ms };
+    match shared.apply(job, Transition::Postpone { shard, obstacle }).await {
         // Cancelled in between.
         Ok(_) | Err(StoreError::Refused(_)) => Ok(()),
         Err(error) => Err(error.into()),
@@ -189,22 +248,18 @@ async fn put_off(
 }
 
 /// Hands one shard to one worker, or puts it off because a concept has no live node.
-async fn deliver(
-    shared: &Arc<Shared>,
-    stuck: &mut Stuck,
-    shard: &ActiveShard,
-    connection: u64,
-) -> Result<()> {
+async fn deliver(shared: &Arc<Shared>, shard: &ActiveShard, connection: u64) -> Result<()> {
     let Some((job_id, LeaseKey { shard: id, .. })) = shard.ids() else { return Ok(()) };
     let Some(job) = shared.store.get(job_id).await? else { return Ok(()) };
     let assignment = assign(shared, &job);
     if let Some(unserved) = assignment.unserved.first() {
-        return put_off(shared, stuck, job_id, id, unserved.to_string()).await;
+        let max_wait = millis(shared.options.max_wait);
+        return put_off(shared, job_id, id, unserved.to_string(), max_wait).await;
     }
-    let worker = shared.state.lock().workers.get(&connection).map(|w| w.id.clone());
+    let worker = shared.state.lock().workers.get(&connection).map(|w| w.member.id.clone());
     let Some(worker) = worker else { return Ok(()) };
     let ttl_ms = millis(shared.options.lease_ttl);
-    let _handover = shared.handover.lock().await;
+    let _handover = shared.handover.read().await;
     match shared.apply(job_id, Transition::Grant { shard: id, worker, ttl_ms }).await {
         Ok(applied) => {
             if let Effect::Granted { lease, attempt } = applied.effect {
@@ -244,7 +299,7 @@ impl Grant {
         let assignment = self.assignment(images.clone(), nodes.told.clone());
         let opened = {
             let mut state = shared.state.lock();
-            let worker_id = state.workers.get(&connection).map(|worker| worker.id.clone());
+            let worker_id = state.workers.get(&connection).map(|worker| worker.member.id.clone());
             let sent = state.send(connection, Message::Assignment(assignment));
             worker_id.filter(|_| sent).map(|worker_id| {
                 tracing::info!(job = %job_id, %lease, worker = worker_id, attempt, "shard assigned");

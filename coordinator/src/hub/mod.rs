@@ -1,12 +1,16 @@
 //! The workers' hub: who is attached, which shard each holds, and the tasks that follow a shard
 //! from its assignment to its commit.
 
+mod changes;
 mod connection;
 mod dispatch;
 mod session;
 mod state;
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{self, attach_response::Message};
@@ -18,14 +22,14 @@ use tonic::Status;
 
 use self::state::{SessionPhase, State};
 use crate::{
-    clock::{millis, unix_ms},
+    clock::{Clock, millis},
     error::Result,
     events::Events,
     lease::{Failure, LeaseKey},
     metrics,
     registry::Registry,
     release::Gate,
-    state::JobRecord,
+    state::{ActiveShard, JobRecord},
     store::{Applied, Store, StoreError},
     transition::{Effect, Transition},
 };
@@ -55,15 +59,18 @@ pub(crate) struct Hub {
 #[derive(Debug)]
 struct Shared {
     store: Arc<dyn Store>,
+    clock: Clock,
     registry: Registry,
     events: Events,
     gate: Gate,
     options: HubOptions,
     state: Mutex<State>,
-    /// Held from a grant until its session is open, so that a cancel in between finds it.
-    handover: tokio::sync::Mutex<()>,
+    /// Read from a grant until its session is open, so that a cancel in between finds it.
+    handover: tokio::sync::RwLock<()>,
     /// Something changed that may let a shard be handed out.
     wake: Notify,
+    /// Rounds of the dispatcher.
+    rounds: AtomicUsize,
     /// Number of sessions.
     sessions: watch::Sender<usize>,
     /// No further shard is handed out.
@@ -78,6 +85,7 @@ impl Hub {
     /// dispatching begins.
     pub(crate) async fn start(
         store: Arc<dyn Store>,
+        clock: Clock,
         registry: Registry,
         events: Events,
         gate: Gate,
@@ -85,19 +93,27 @@ impl Hub {
     ) -> Result<Self> {
         let shared = Arc::new(Shared {
             store,
+            clock,
             registry,
             events,
             gate,
             options,
             state: Mutex::default(),
-            handover: tokio::sync::Mutex::default(),
+            handover: tokio::sync::RwLock::default(),
             wake: Notify::new(),
+            rounds: AtomicUsize::new(0),
             sessions: watch::Sender::new(0),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
-        shared.recover().await?;
+        match shared.store.changes() {
+            // Others may be at work: what a dead one held returns when its leases end.
+            Some(changes) => {
+                shared.tasks.spawn(changes::follow(Arc::clone(&shared), changes));
+            }
+            None => shared.recover().await?,
+        }
         shared.tasks.spawn(dispatch::run(Arc::clone(&shared)));
         Ok(Self { shared })
     }
@@ -118,22 +134,12 @@ impl Hub {
         self.shared.wake.notify_one();
     }
 
-    /// Generators of attached workers that take shards, with the number of workers each.
-    pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {
-        self.shared.state.lock().models()
-    }
-
-    /// Names of generators seen since the start.
-    pub(crate) fn seen_models(&self) -> BTreeSet<String> {
-        self.shared.state.lock().seen_models.clone()
-    }
-
     /// Cancels a job: queued shards end now, workers are told to stop the running ones.
     /// It is done whole even if the caller goes away meanwhile.
     pub(crate) async fn cancel(&self, job: JobId, reason: &str) -> Result<JobRecord> {
         let (shared, reason) = (Arc::clone(&self.shared), reason.to_owned());
         let cancelling = self.shared.tasks.spawn(async move {
-            let _handover = shared.handover.lock().await;
+            let _handover = shared.handover.write().await;
             let cancel = Transition::Cancel { reason: reason.clone() };
             let applied = shared.apply(job, cancel).await?;
             if let Effect::Cancelled { running } = applied.effect {
@@ -166,7 +172,7 @@ impl Hub {
 impl Shared {
     /// Applies a transition now and tells watchers if it made events.
     async fn apply(&self, job: JobId, transition: Transition) -> Result<Applied, StoreError> {
-        let applied = self.store.apply(job, transition, unix_ms()).await?;
+        let applied = self.store.apply(job, transition, self.clock.now()).await?;
         if applied.has_events {
             self.events.changed(job);
             if applied.record.is_terminal() {
@@ -179,13 +185,12 @@ impl Shared {
     /// Returns shards to the queue that an earlier process of this single coordinator held. Each
     /// counts as a delivery: what kills the process that runs it must not be run for ever.
     async fn recover(&self) -> Result<()> {
-        let held = self.store.active().await?.into_iter().filter(|shard| shard.leased);
-        let mut recovered = 0;
-        for (job, lease) in held.filter_map(|shard| shard.ids()) {
+        let held = self.store.expired(i64::MAX, usize::MAX).await?;
+        let recovered = held.len();
+        for (job, lease) in held.iter().filter_map(ActiveShard::ids) {
             let reason = "the coordinator died while the shard ran".to_owned();
             let failure = Failure { reason, retryable: true, delay_ms: 0 };
             self.apply(job, Transition::Fail { lease, failure }).await?;
-            recovered += 1;
         }
         if recovered > 0 {
             tracing::info!(shards = recovered, "unfinished shards returned to the queue");
@@ -214,7 +219,7 @@ impl Shared {
     /// Tells a worker to stop a shard whose delivery has ended. The session counts against the
     /// worker's capacity until it says that it stopped, or for the length of a lease.
     fn stop_session(&self, lease: LeaseKey, reason: &str) {
-        let until = unix_ms().saturating_add(millis(self.options.lease_ttl));
+        let until = self.clock.now().saturating_add(millis(self.options.lease_ttl));
         let mut state = self.state.lock();
         let Some(session) = state.sessions.get_mut(&lease) else { return };
         session.abort.cancel();
@@ -225,6 +230,13 @@ impl Shared {
             state.sessions.remove(&lease);
         }
         self.count_sessions(&state);
+    }
+
+    /// The job of a delivery whose worker is at it.
+    fn running(&self, lease: LeaseKey) -> Option<JobId> {
+        let state = self.state.lock();
+        let session = state.sessions.get(&lease)?;
+        (session.phase == SessionPhase::Running).then_some(session.job_id)
     }
 
     fn remove_session(&self, lease: LeaseKey) {

@@ -1,7 +1,7 @@
 //! What the hub knows about attached workers and the shards they hold.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
@@ -18,8 +18,10 @@ use super::session::Input;
 use crate::{
     error::{Error, Result},
     lease::LeaseKey,
+    placement::Candidate,
     registry::Reservation,
-    state::JobRecord,
+    state::{JobRecord, QueueName},
+    store::Member,
 };
 
 /// Most shards a worker may ask to hold at once.
@@ -28,11 +30,9 @@ const MAX_CAPACITY: u32 = 1_024;
 /// An attached worker.
 #[derive(Debug)]
 pub(super) struct Worker {
-    pub(super) id: String,
-    pub(super) models: Vec<v1::ModelInfo>,
+    /// What the whole cluster knows of it.
+    pub(super) member: Member,
     pub(super) capacity: usize,
-    /// Takes no further shards.
-    pub(super) draining: bool,
     pub(super) outbox: mpsc::Sender<Result<v1::AttachResponse, Status>>,
     /// Ends its stream.
     pub(super) close: CancellationToken,
@@ -72,8 +72,7 @@ pub(super) struct Session {
 pub(super) struct State {
     next_connection: u64,
     pub(super) workers: BTreeMap<u64, Worker>,
-    pub(super) sessions: HashMap<LeaseKey, Session>,
-    pub(super) seen_models: BTreeSet<String>,
+    pub(super) sessions: BTreeMap<LeaseKey, Session>,
 }
 
 impl State {
@@ -81,31 +80,19 @@ impl State {
     /// replaces its old stream, which cannot be alive any longer.
     pub(super) fn attach(
         &mut self,
-        hello: v1::WorkerHello,
+        member: Member,
+        capacity: usize,
         outbox: mpsc::Sender<Result<v1::AttachResponse, Status>>,
         close: CancellationToken,
-    ) -> Result<u64> {
-        check_hello(&hello)?;
-        for worker in self.workers.values().filter(|worker| worker.id != hello.worker_id) {
-            check_same_models(worker, &hello)?;
-        }
-        for old in self.workers.values().filter(|worker| worker.id == hello.worker_id) {
-            tracing::warn!(worker = old.id, "worker attached again; its old stream ends");
+    ) -> u64 {
+        for old in self.workers.values().filter(|worker| worker.member.id == member.id) {
+            tracing::warn!(worker = member.id, "worker attached again; its old stream ends");
             old.close.cancel();
         }
         let connection = self.next_connection;
         self.next_connection += 1;
-        self.seen_models.extend(hello.models.iter().map(|model| model.name.clone()));
-        let worker = Worker {
-            id: hello.worker_id,
-            models: hello.models,
-            capacity: hello.capacity as usize,
-            draining: false,
-            outbox,
-            close,
-        };
-        self.workers.insert(connection, worker);
-        Ok(connection)
+        self.workers.insert(connection, Worker { member, capacity, outbox, close });
+        connection
     }
 
     /// Queues a message for a worker. A worker that does not read is cut off; `false` if it is not
@@ -114,7 +101,7 @@ impl State {
         let Some(worker) = self.workers.get(&connection) else { return false };
         let sent = worker.outbox.try_send(Ok(v1::AttachResponse { message: Some(message) }));
         if let Err(error) = &sent {
-            tracing::warn!(worker = worker.id, %error, "worker does not read its stream");
+            tracing::warn!(worker = worker.member.id, %error, "worker does not read its stream");
             worker.close.cancel();
         }
         sent.is_ok()
@@ -131,18 +118,28 @@ impl State {
         self.sessions.get_mut(&lease).filter(|session| session.connection == connection)
     }
 
-    /// Generators of workers that take shards; the batch is what each of them can do.
-    pub(super) fn models(&self) -> Vec<v1::ModelInfo> {
-        let mut models: BTreeMap<&str, v1::ModelInfo> = BTreeMap::new();
-        for model in self.workers.values().filter(|w| !w.draining).flat_map(|w| &w.models) {
-            let entry = models
-                .entry(&model.name)
-                .or_insert_with(|| v1::ModelInfo { workers: 0, ..model.clone() });
-            entry.workers += 1;
-            entry.max_batch = entry.max_batch.min(model.max_batch);
-        }
-        models.into_values().collect()
+    /// The workers that take shards of `queue`.
+    pub(super) fn candidates(&self, queue: &QueueName) -> Vec<Candidate> {
+        let takes = |member: &Member| {
+            !member.draining && member.models.iter().any(|model| QueueName::of(model) == *queue)
+        };
+        let takers = self.workers.iter().filter(|(_, worker)| takes(&worker.member));
+        let candidate = |(&connection, worker): (&u64, &Worker)| Candidate {
+            connection,
+            capacity: worker.capacity,
+            leases: self.leases_of(connection).count(),
+        };
+        takers.map(candidate).collect()
     }
+}
+
+/// Whether a worker may attach beside the `others` of the cluster.
+pub(super) fn check(hello: &v1::WorkerHello, others: &[Arc<Member>]) -> Result<()> {
+    check_hello(hello)?;
+    others
+        .iter()
+        .filter(|worker| worker.id != hello.worker_id)
+        .try_for_each(|worker| check_same_models(worker, hello))
 }
 
 fn check_hello(hello: &v1::WorkerHello) -> Result<()> {
@@ -192,7 +189,7 @@ fn check_model(model: &v1::ModelInfo) -> Result<()> {
 }
 
 /// One name means one generator: two workers must not make different images for it.
-fn check_same_models(worker: &Worker, hello: &v1::WorkerHello) -> Result<()> {
+fn check_same_models(worker: &Member, hello: &v1::WorkerHello) -> Result<()> {
     for model in &hello.models {
         let other = worker.models.iter().find(|other| other.name == model.name);
         if let Some(other) =

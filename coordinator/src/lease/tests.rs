@@ -8,15 +8,20 @@ fn retry(reason: &str) -> Failure {
     Failure { reason: reason.to_owned(), retryable: true, delay_ms: 10 }
 }
 
+fn obstacle(max_wait_ms: i64) -> Obstacle {
+    Obstacle { reason: "no node".to_owned(), delay_ms: 10, max_wait_ms }
+}
+
+/// Numbers say which delivery acts: 0 the newest, 1 the one before.
 #[derive(Debug, Clone)]
 enum Op {
     Grant,
-    Renew(u64),
-    Commit(u64),
-    Fail(u64, bool),
-    Expire(u64),
+    Renew(usize),
+    Commit(usize),
+    Fail(usize, bool),
+    Expire(usize),
     Postpone,
-    GiveBack(u64),
+    GiveBack(usize),
     Cancel,
     Wait(i64),
 }
@@ -24,12 +29,12 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         3 => Just(Op::Grant),
-        2 => (0u64..8).prop_map(Op::Renew),
-        3 => (0u64..8).prop_map(Op::Commit),
-        1 => (0u64..8, any::<bool>()).prop_map(|(token, retry)| Op::Fail(token, retry)),
-        2 => (0u64..8).prop_map(Op::Expire),
+        2 => (0usize..3).prop_map(Op::Renew),
+        3 => (0usize..3).prop_map(Op::Commit),
+        1 => (0usize..3, any::<bool>()).prop_map(|(back, retry)| Op::Fail(back, retry)),
+        2 => (0usize..3).prop_map(Op::Expire),
         1 => Just(Op::Postpone),
-        1 => (0u64..8).prop_map(Op::GiveBack),
+        1 => (0usize..3).prop_map(Op::GiveBack),
         1 => Just(Op::Cancel),
         3 => (0i64..250).prop_map(Op::Wait),
     ]
@@ -41,37 +46,45 @@ proptest! {
     #[test]
     fn at_most_one_result_under_any_interleaving(ops in prop::collection::vec(op(), 0..60)) {
         let mut lease = Lease::default();
-        let (mut now, mut newest, mut accepted) = (0i64, 0u64, None);
+        let (mut now, mut tokens, mut accepted) = (0i64, vec![0u64], None);
         for op in ops {
             let before = lease.clone();
+            let newest = *tokens.last().expect("never empty");
+            let token_of = |back: usize| tokens[(tokens.len() - 1).saturating_sub(back)];
             match op {
                 Op::Grant => {
                     if let Ok(token) = lease.grant("w", now, TTL) {
                         prop_assert!(token > newest);
-                        newest = token;
+                        tokens.push(token);
                     }
                 }
-                Op::Renew(token) => {
+                Op::Renew(back) => {
+                    let token = token_of(back);
                     prop_assert!(lease.renew(token, now, TTL).is_err() || token == newest);
                 }
-                Op::Commit(token) => match lease.commit(token) {
-                    Ok(Commit::First) => {
-                        prop_assert_eq!(token, newest);
-                        prop_assert_eq!(accepted.replace(token), None);
+                Op::Commit(back) => {
+                    let token = token_of(back);
+                    match lease.commit(token) {
+                        Ok(Commit::First) => {
+                            prop_assert_eq!(token, newest);
+                            prop_assert_eq!(accepted.replace(token), None);
+                        }
+                        Ok(Commit::Again) => prop_assert_eq!(accepted, Some(token)),
+                        Err(_) => prop_assert_eq!(&before, &lease),
                     }
-                    Ok(Commit::Again) => prop_assert_eq!(accepted, Some(token)),
-                    Err(_) => prop_assert_eq!(&before, &lease),
-                },
-                Op::Fail(token, retryable) => {
+                }
+                Op::Fail(back, retryable) => {
+                    let token = token_of(back);
                     let failure = Failure { retryable, ..retry("failed") };
                     prop_assert!(lease.fail(token, &failure, now).is_err() || token == newest);
                 }
-                Op::Expire(token) => {
+                Op::Expire(back) => {
+                    let token = token_of(back);
                     let due = before.expires_unix_ms() <= now;
                     prop_assert!(lease.expire(token, now).is_err() || due);
                 }
-                Op::Postpone => { let _ = lease.postpone(&retry("no node"), now); }
-                Op::GiveBack(token) => { let _ = lease.give_back(token); }
+                Op::Postpone => { let _ = lease.postpone(&obstacle(300), now); }
+                Op::GiveBack(back) => { let _ = lease.give_back(token_of(back)); }
                 Op::Cancel => { lease.cancel(); }
                 Op::Wait(ms) => now += ms,
             }
@@ -104,7 +117,30 @@ fn a_failed_delivery_waits_out_its_delay() {
     let token = lease.grant("w", 0, TTL).expect("it waits");
     lease.fail(token, &retry("node gone"), 50).expect("the token is current");
     assert_eq!(lease.grant("w", 59, TTL), Err(LeaseError::TooEarly(60)));
-    assert_eq!(lease.grant("w", 60, TTL), Ok(2));
+    assert_eq!(lease.grant("w", 60, TTL), Ok(60));
+}
+
+#[test]
+fn a_shard_that_is_put_off_for_too_long_has_failed() {
+    let mut lease = Lease::default();
+    for now in [5, 50] {
+        assert_eq!(lease.postpone(&obstacle(100), now), Ok(AfterFailure::Requeued));
+    }
+    let token = lease.grant("w", 70, TTL).expect("it waits no longer");
+    lease.fail(token, &retry("node gone"), 80).expect("the token is current");
+    for now in [90, 189] {
+        let after = lease.postpone(&obstacle(100), now);
+        assert_eq!(after, Ok(AfterFailure::Requeued), "a delivery in between begins anew");
+    }
+    assert_eq!(lease.postpone(&obstacle(100), 190), Ok(AfterFailure::GivenUp));
+    assert_eq!((lease.phase(), lease.reason()), (Phase::Failed, "no node"));
+}
+
+#[test]
+fn a_store_that_lost_a_grant_does_not_give_its_token_again() {
+    let mut lease = Lease::default();
+    let lost = lease.clone().grant("w", 1_000, TTL).expect("it waits");
+    assert!(lease.grant("w", 1_001, TTL).expect("it waits") > lost);
 }
 
 #[test]

@@ -2,18 +2,21 @@
 
 use std::sync::Arc;
 
-use fairlead_common::ids::{JobId, ShardId};
+use fairlead_common::{
+    ids::{JobId, ShardId},
+    testing::RedisServer,
+};
 use fairlead_proto::v1::{self, ImageStatus, JobState, watch_job_response::Event};
 
 use super::*;
 use crate::{
-    lease::{AfterFailure, Commit, Failure, LeaseKey, MAX_DELIVERIES},
+    lease::{AfterFailure, Commit, Failure, LeaseKey, MAX_DELIVERIES, Obstacle},
     state::Shard,
 };
 
-const TTL: i64 = 1_000;
+pub(super) const TTL: i64 = 1_000;
 
-fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
+pub(super) fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
     let id = JobId::generate();
     let image = |index| v1::ImageInfo {
         index,
@@ -34,15 +37,26 @@ fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
             created_unix_ms: 5,
             ..Default::default()
         },
-        model: v1::ModelInfo { name: "sd".into(), ..Default::default() },
+        model: v1::ModelInfo { name: format!("of {id}"), ..Default::default() },
         shards: crate::placement::split(images, per_shard).into_iter().map(shard).collect(),
         last_sequence: 0,
         traceparent: String::new(),
+        tenant: String::new(),
     };
     (id, record)
 }
 
-fn new(record: JobRecord) -> NewJob {
+/// The queue that only this job's shards are in.
+pub(super) fn queue_of(job: JobId) -> QueueName {
+    QueueName { model: format!("of {job}"), hash: String::new() }
+}
+
+pub(super) async fn take(store: &dyn Store, job: JobId, limit: usize, now: i64) -> Vec<ShardId> {
+    let taken = store.take(&queue_of(job), limit, now).await.expect("index");
+    taken.iter().map(|shard| shard.ids().expect("ids").1.shard).collect()
+}
+
+pub(super) fn new(record: JobRecord) -> NewJob {
     NewJob { record, key: None, max_queued: 100 }
 }
 
@@ -52,7 +66,11 @@ fn released(range: std::ops::Range<u32>) -> Vec<v1::ImageInfo> {
     range.map(image).collect()
 }
 
-async fn stored(store: &dyn Store, images: u32, per_shard: u32) -> (JobId, Vec<ShardId>) {
+pub(super) async fn stored(
+    store: &dyn Store,
+    images: u32,
+    per_shard: u32,
+) -> (JobId, Vec<ShardId>) {
     let (id, record) = job(images, per_shard);
     let Created::New(record) = store.create(new(record), 5).await.expect("it stores") else {
         panic!("the job is new")
@@ -60,7 +78,7 @@ async fn stored(store: &dyn Store, images: u32, per_shard: u32) -> (JobId, Vec<S
     (id, record.shards.iter().map(|shard| shard.id.parse().expect("an id")).collect())
 }
 
-async fn grant(store: &dyn Store, job: JobId, shard: ShardId, now: i64) -> LeaseKey {
+pub(super) async fn grant(store: &dyn Store, job: JobId, shard: ShardId, now: i64) -> LeaseKey {
     let grant = Transition::Grant { shard, worker: "w".into(), ttl_ms: TTL };
     match store.apply(job, grant, now).await.expect("it is queued").effect {
         Effect::Granted { lease, .. } => lease,
@@ -68,11 +86,11 @@ async fn grant(store: &dyn Store, job: JobId, shard: ShardId, now: i64) -> Lease
     }
 }
 
-fn commit(lease: LeaseKey, range: std::ops::Range<u32>) -> Transition {
+pub(super) fn commit(lease: LeaseKey, range: std::ops::Range<u32>) -> Transition {
     Transition::Commit { lease, images: released(range), notices: vec!["long prompt".into()] }
 }
 
-fn fail(lease: LeaseKey) -> Transition {
+pub(super) fn fail(lease: LeaseKey) -> Transition {
     let failure = Failure { reason: "it broke".into(), retryable: true, delay_ms: 0 };
     Transition::Fail { lease, failure }
 }
@@ -100,7 +118,8 @@ async fn a_job_runs_to_its_end_with_events_in_order(store: &dyn Store) {
     let states = ["JOB_STATE_QUEUED", "JOB_STATE_RUNNING", "JOB_STATE_COMPLETED"];
     assert_eq!(kinds, [states[0], states[1], "image 1", "image 2", "image 0", states[2]]);
     assert_eq!(store.events(id, 4, 1).await.expect("events")[0].sequence, 5);
-    assert!(store.active().await.expect("index").iter().all(|s| s.job_id != id.to_string()));
+    let left = store.expired(i64::MAX, 100).await.expect("index");
+    assert!(left.iter().all(|shard| shard.job_id != id.to_string()));
 }
 
 async fn only_the_newest_token_commits_and_again_is_fine(store: &dyn Store) {
@@ -168,15 +187,20 @@ async fn a_poison_shard_fails_its_job_and_keeps_what_was_released(store: &dyn St
 
 async fn the_queue_keeps_its_order_and_its_bound(store: &dyn Store) {
     let (id, shards) = stored(store, 3, 1).await;
-    let held = grant(store, id, shards[0], 10).await;
+    let held = grant(store, id, shards[2], 10).await;
     store.apply(id, fail(held), 11).await.expect("the token is current");
-    let mine = |active: Vec<ActiveShard>| -> Vec<String> {
-        let job = id.to_string();
-        active.into_iter().filter(|s| s.job_id == job).map(|s| s.shard_id).collect()
-    };
-    let ids: Vec<_> = shards.iter().map(ToString::to_string).collect();
-    assert_eq!(mine(store.active().await.expect("index")), ids, "a retry keeps its place");
-    let queued = store.active().await.expect("index").iter().filter(|s| !s.leased).count();
+    let put_off = Obstacle { reason: "no node".into(), delay_ms: 100, max_wait_ms: 1_000 };
+    let postpone = Transition::Postpone { shard: shards[0], obstacle: put_off };
+    store.apply(id, postpone, 11).await.expect("it is queued");
+    let next_due = store.backlog(11).await.expect("index").next_due_unix_ms;
+    assert_eq!(next_due, Some(111));
+    let taken = take(store, id, 10, 11).await;
+    assert_eq!(taken, [shards[2], shards[1]], "a retry comes first, one put off not yet");
+    let later = 111 + i64::try_from(CLAIM.as_millis()).expect("it is short");
+    assert_eq!(take(store, id, 1, later).await.len(), 1);
+    let backlog = store.backlog(12).await.expect("index");
+    let queued: usize = backlog.queued.values().sum();
+    assert_eq!(backlog.queued.get(&queue_of(id)), Some(&3));
     let (_, record) = job(2, 1);
     let full = NewJob { record: record.clone(), key: None, max_queued: queued + 1 };
     assert_eq!(store.create(full, 12).await.expect("it answers"), Created::QueueFull);
@@ -193,13 +217,15 @@ async fn renewals_expiry_and_losses(store: &dyn Store) {
     assert_eq!(renewed, Effect::Renewed { lost: vec![stale] });
     store.apply(id, Transition::Expire { lease: a }, 1_000).await.expect_err("it was renewed");
     store.apply(id, Transition::Expire { lease: b }, 1_000).await.expect("it has expired");
-    let active = store.active().await.expect("index");
-    let leased: Vec<_> = active
+    let ended = store.expired(1_599, 100).await.expect("index");
+    assert!(ended.iter().all(|shard| shard.job_id != id.to_string()), "one lease, until 1600");
+    let ended = store.expired(1_600, 100).await.expect("index");
+    let mine: Vec<_> = ended
         .iter()
-        .filter(|s| s.job_id == id.to_string() && s.leased)
-        .map(|s| (s.ids().expect("ids").1, s.expires_unix_ms, s.holder.as_str()))
+        .filter(|shard| shard.job_id == id.to_string())
+        .map(|shard| (shard.ids().expect("ids").1, shard.expires_unix_ms, shard.holder.as_str()))
         .collect();
-    assert_eq!(leased, [(a, 1_600, "w")]);
+    assert_eq!(mine, [(a, 1_600, "w")]);
     store.apply(id, Transition::GiveBack { lease: a }, 1_100).await.expect("it is current");
     assert!(grant(store, id, shards[0], 1_100).await.token > a.token);
 }
@@ -254,6 +280,71 @@ async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
     assert_eq!(store.find(Lookup::Key(&key)).await.expect("it answers"), None);
 }
 
+async fn members_stay_by_renewing_and_what_they_had_is_known(store: &dyn Store) {
+    let member = |id: &str, registration: &str| {
+        let concept =
+            v1::ConceptRef { name: "axe".into(), energy: id.into(), ..Default::default() };
+        let info = v1::ConceptInfo { concept: Some(concept), ..Default::default() };
+        let node = v1::NodeInfo { concepts: vec![info], ..Default::default() };
+        let model = v1::ModelInfo { name: format!("sd of {id}"), ..Default::default() };
+        Member {
+            id: id.into(),
+            registration: registration.into(),
+            node: Some(node),
+            models: vec![model],
+            ..Default::default()
+        }
+    };
+    let (a, old, b) = (member("a", "1"), member("b", "old"), member("b", "new"));
+    for member in [&a, &old, &b] {
+        store.join(member.clone(), 0, 100).await.expect("it joins");
+    }
+    let keys = [a.key(), old.key(), b.key()];
+    assert_eq!(store.keep(&keys, 50, 100).await.expect("it answers"), [old.key()]);
+    let roster = store.roster(None, 149).await.expect("it answers").expect("it is new");
+    let names = |roster: &Roster| -> Vec<_> {
+        let mut names: Vec<_> =
+            roster.members.iter().map(|m| (m.id.clone(), m.registration.clone())).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&roster), [("a".into(), "1".into()), ("b".into(), "new".into())]);
+    let known = Some(roster.version);
+    assert_eq!(store.roster(known, 149).await.expect("it answers"), None, "nothing has changed");
+    assert!(!store.leave(&old.key()).await.expect("it answers"));
+    assert!(store.leave(&b.key()).await.expect("it answers"));
+    let roster = store.roster(known, 149).await.expect("it answers").expect("one has left");
+    assert_eq!(names(&roster), [("a".into(), "1".into())]);
+    let roster = store.roster(Some(roster.version), 150).await.expect("it answers").expect("time");
+    assert!(roster.members.is_empty());
+    let probe = |energy: &str| Probe { concept: "axe".into(), energy: energy.into() };
+    assert_eq!(roster.seen.probes, [probe("a"), probe("b")].into());
+    assert_eq!(roster.seen.models, ["sd of a".to_owned(), "sd of b".to_owned()].into());
+    let energies = store.retire("axe").await.expect("it answers");
+    assert_eq!(energies, ["a".to_owned(), "b".to_owned()].into());
+    let roster = store.roster(Some(roster.version), 150).await.expect("it answers").expect("news");
+    assert!(roster.seen.probes.is_empty() && !roster.seen.models.is_empty());
+    assert!(store.retire("axe").await.expect("it answers").is_empty());
+}
+
+async fn tenants_take_turns(store: &dyn Store) {
+    let queue = queue_of(JobId::generate());
+    let mut shards = Vec::new();
+    for tenant in ["many", "few"] {
+        let (_, mut record) = job(3, 1);
+        tenant.clone_into(&mut record.tenant);
+        queue.model.clone_into(&mut record.model.name);
+        shards.extend(record.shards.iter().map(|shard| shard.id.clone()));
+        store.create(new(record), 5).await.expect("it stores");
+    }
+    let taken = store.take(&queue, 5, 10).await.expect("index");
+    let places: Vec<_> = taken
+        .iter()
+        .map(|t| shards.iter().position(|id| *id == t.shard_id).expect("mine"))
+        .collect();
+    assert_eq!(places, [3, 0, 4, 1, 5], "in turn, each in its order");
+}
+
 async fn concurrent_grants_have_one_winner(store: Arc<dyn Store>) {
     let (id, shards) = stored(store.as_ref(), 1, 1).await;
     let mut tasks = tokio::task::JoinSet::new();
@@ -280,6 +371,8 @@ async fn all(store: Arc<dyn Store>) {
     keys_shards_and_records_lead_to_their_job(backend).await;
     lists_are_newest_first_and_page(backend).await;
     old_jobs_are_forgotten_with_everything_about_them(backend).await;
+    members_stay_by_renewing_and_what_they_had_is_known(backend).await;
+    tenants_take_turns(backend).await;
     let unknown = JobId::generate();
     let cancel = Transition::Cancel { reason: String::new() };
     let error = backend.apply(unknown, cancel, 0).await.expect_err("there is no such job");
@@ -306,11 +399,24 @@ async fn redb_keeps_everything_over_a_restart_and_has_one_holder() {
     let (id, shards) = stored(&store, 2, 1).await;
     let lease = grant(&store, id, shards[0], 10).await;
     let before = store.get(id).await.expect("a job");
+    let model = v1::ModelInfo { name: "sd".into(), ..Default::default() };
+    let worker = Member { models: vec![model], ..Default::default() };
+    store.join(worker, 10, 1_000).await.expect("it joins");
     let second = RedbStore::open(&path).expect_err("it is held").to_string();
     assert!(second.contains("another coordinator"), "{second}");
     drop(store);
     let store = RedbStore::open(&path).expect("it opens again");
     assert_eq!(store.get(id).await.expect("a job"), before);
     store.apply(id, commit(lease, 0..1), 12).await.expect("the token survived");
-    assert_eq!(store.active().await.expect("index").len(), 1);
+    assert_eq!(take(&store, id, 10, 12).await, [shards[1]]);
+    let roster = store.roster(None, 12).await.expect("it answers").expect("it is new");
+    assert!(roster.members.is_empty(), "members join again");
+    assert_eq!(roster.seen.models, ["sd".to_owned()].into(), "what they had is known");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_redis_store_keeps_the_contract() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(dir.path());
+    all(Arc::new(RedisStore::new(&server.url(), "fairlead").expect("an address"))).await;
 }

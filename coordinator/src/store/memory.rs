@@ -1,15 +1,18 @@
 //! State in memory: for a temporary cluster and for tests. Nothing survives the process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::WatchJobResponse;
 use parking_lot::Mutex;
 
-use super::{Applied, Created, Found, Lookup, NewJob, Store, StoreError, enqueue, lookups};
+use super::{
+    Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Store, StoreError,
+    enqueue, lookups, members::Members, queues::Queues,
+};
 use crate::{
-    state::{ActiveShard, JobRecord},
+    state::{ActiveShard, JobRecord, QueueName},
     transition::{self, Transition},
 };
 
@@ -22,7 +25,8 @@ pub(crate) struct MemoryStore {
 #[derive(Debug, Default)]
 struct Tables {
     jobs: BTreeMap<JobId, JobRecord>,
-    active: BTreeMap<u64, ActiveShard>,
+    queues: Queues,
+    members: Members,
     events: BTreeMap<(JobId, u64), WatchJobResponse>,
     lookups: BTreeMap<String, Found>,
     next_position: u64,
@@ -30,10 +34,7 @@ struct Tables {
 
 impl Tables {
     fn write(&mut self, id: JobId, record: JobRecord, events: Vec<WatchJobResponse>) {
-        for shard in &record.shards {
-            self.active.remove(&shard.position);
-        }
-        self.active.extend(record.active().map(|shard| (shard.position, shard)));
+        self.queues.update(&record);
         self.events.extend(events.into_iter().map(|event| ((id, event.sequence), event)));
         self.jobs.insert(id, record);
     }
@@ -50,8 +51,7 @@ impl Store for MemoryStore {
         {
             return Ok(Created::Existing(found.clone()));
         }
-        let queued = tables.active.values().filter(|shard| !shard.leased).count();
-        if queued + record.shards.len() > max_queued {
+        if tables.queues.queued() + record.shards.len() > max_queued {
             return Ok(Created::QueueFull);
         }
         let events = enqueue(&mut record, &mut tables.next_position, now);
@@ -89,8 +89,21 @@ impl Store for MemoryStore {
         Ok(Applied { record, effect, has_events })
     }
 
-    async fn active(&self) -> Result<Vec<ActiveShard>, StoreError> {
-        Ok(self.tables.lock().active.values().cloned().collect())
+    async fn take(
+        &self,
+        queue: &QueueName,
+        limit: usize,
+        now: i64,
+    ) -> Result<Vec<ActiveShard>, StoreError> {
+        Ok(self.tables.lock().queues.take(queue, limit, now))
+    }
+
+    async fn expired(&self, now: i64, limit: usize) -> Result<Vec<ActiveShard>, StoreError> {
+        Ok(self.tables.lock().queues.expired(now, limit))
+    }
+
+    async fn backlog(&self, now: i64) -> Result<Backlog, StoreError> {
+        Ok(self.tables.lock().queues.backlog(now))
     }
 
     async fn events(
@@ -106,6 +119,33 @@ impl Store for MemoryStore {
 
     async fn find(&self, lookup: Lookup<'_>) -> Result<Option<Found>, StoreError> {
         Ok(self.tables.lock().lookups.get(&lookup.index_key()).cloned())
+    }
+
+    async fn join(&self, member: Member, now: i64, ttl_ms: i64) -> Result<(), StoreError> {
+        self.tables.lock().members.join(member, now.saturating_add(ttl_ms));
+        Ok(())
+    }
+
+    async fn keep(
+        &self,
+        members: &[MemberKey],
+        now: i64,
+        ttl_ms: i64,
+    ) -> Result<Vec<MemberKey>, StoreError> {
+        Ok(self.tables.lock().members.keep(members, now.saturating_add(ttl_ms)))
+    }
+
+    async fn leave(&self, member: &MemberKey) -> Result<bool, StoreError> {
+        Ok(self.tables.lock().members.leave(member))
+    }
+
+    async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError> {
+        let gone = self.tables.lock().members.retire(concept);
+        Ok(gone.into_iter().map(|probe| probe.energy).collect())
+    }
+
+    async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError> {
+        Ok(self.tables.lock().members.roster(known, now))
     }
 
     async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {

@@ -1,16 +1,31 @@
 //! Durable state of jobs. Every state transition is one call that checks the fencing token inside
 //! the backend's own transaction, by running [`crate::transition`].
 
+mod members;
 mod memory;
+mod queues;
 mod redb;
+mod redis;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use fairlead_common::ids::JobId;
-use fairlead_proto::v1::WatchJobResponse;
+use fairlead_common::{
+    ids::{JobId, ShardId},
+    probe::Probe,
+};
+use fairlead_proto::v1::{self, WatchJobResponse};
 
-pub(crate) use self::{memory::MemoryStore, redb::RedbStore};
+pub(crate) use self::{memory::MemoryStore, redb::RedbStore, redis::RedisStore};
+use tokio::sync::mpsc;
+
 use crate::{
-    state::{ActiveShard, JobRecord},
+    clock::unix_ms,
+    state::{ActiveShard, JobRecord, QueueName},
     transition::{Effect, Refusal, Transition},
 };
 
@@ -26,6 +41,14 @@ pub enum StoreError {
     /// Something stored cannot be read.
     #[error("store: {0} cannot be decoded; the database is damaged or of another version")]
     Corrupt(String),
+    /// The backend does not answer; it may later.
+    #[error("store: {what}: {problem}")]
+    Away {
+        /// The operation.
+        what: &'static str,
+        /// The backend's words.
+        problem: String,
+    },
     /// The backend failed.
     #[error("store: {what}: {problem}")]
     Backend {
@@ -104,6 +127,38 @@ pub(crate) struct Applied {
     pub(crate) has_events: bool,
 }
 
+/// How long a shard that was taken is kept from other processes. One that dies in between delays the
+/// shard by this.
+pub(crate) const CLAIM: Duration = Duration::from_secs(10);
+
+/// The shards that have not ended, counted.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Backlog {
+    /// Shards that wait, of each generator that has any.
+    pub(crate) queued: BTreeMap<QueueName, usize>,
+    /// Shards that workers hold.
+    pub(crate) running: usize,
+    /// When the next shard is due that is not yet; Unix milliseconds.
+    pub(crate) next_due_unix_ms: Option<i64>,
+}
+
+/// Something that a process changed which all processes of the store hear of.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Change {
+    /// A job has new events.
+    Job(JobId),
+    /// A shard was queued.
+    Queue,
+    /// A lease of this shard has ended.
+    Lease(ShardId),
+    /// Somebody came or went.
+    Members,
+    /// A step of a job that this process listens to. Not kept.
+    Progress(JobId, Box<v1::StepProgress>),
+    /// Anything: news may have been missed.
+    Everything,
+}
+
 /// The durable state. Calls are atomic; what a call other than a renewal changed survives a crash.
 #[async_trait]
 pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
@@ -125,8 +180,22 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
         now: i64,
     ) -> Result<Applied, StoreError>;
 
-    /// Every queued or leased shard, in queue order.
-    async fn active(&self) -> Result<Vec<ActiveShard>, StoreError>;
+    /// Up to `limit` queued shards of one generator that are due, in the order in which they are to be
+    /// handed out: by class, then by the turns of tenants, then by age. They stay queued until a
+    /// transition says otherwise; processes that share the store are not given the same ones for
+    /// [`CLAIM`].
+    async fn take(
+        &self,
+        queue: &QueueName,
+        limit: usize,
+        now: i64,
+    ) -> Result<Vec<ActiveShard>, StoreError>;
+
+    /// Up to `limit` shards whose lease has ended, the oldest first.
+    async fn expired(&self, now: i64, limit: usize) -> Result<Vec<ActiveShard>, StoreError>;
+
+    /// What waits and what runs.
+    async fn backlog(&self, now: i64) -> Result<Backlog, StoreError>;
 
     /// Durable events of a job after a sequence number, oldest first.
     async fn events(
@@ -139,9 +208,172 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// The job behind a key, shard or record.
     async fn find(&self, lookup: Lookup<'_>) -> Result<Option<Found>, StoreError>;
 
+    /// What any process changes of the store, as it does; `None` where there is but one.
+    fn changes(&self) -> Option<mpsc::Receiver<Change>> {
+        None
+    }
+
+    /// Tells the other processes of one step, if they can be told at once.
+    fn tell(&self, _job: JobId, _step: &v1::StepProgress) {}
+
+    /// Begins or ends hearing what others tell of `job`: [`Change::Progress`].
+    fn listen(&self, _job: JobId, _on: bool) {}
+
+    /// The time that all processes of the store agree on, Unix milliseconds.
+    async fn clock(&self) -> Result<i64, StoreError> {
+        Ok(unix_ms())
+    }
+
+    /// Puts shards back into the queues that their jobs' records say they are in, where somebody has
+    /// lost them; says how many.
+    async fn mend(&self, _now: i64) -> Result<usize, StoreError> {
+        Ok(0)
+    }
+
+    /// Adds a member until `now + ttl_ms`, or replaces the one of its kind and name.
+    async fn join(&self, member: Member, now: i64, ttl_ms: i64) -> Result<(), StoreError>;
+
+    /// Extends memberships to `now + ttl_ms` and returns those that have ended.
+    async fn keep(
+        &self,
+        members: &[MemberKey],
+        now: i64,
+        ttl_ms: i64,
+    ) -> Result<Vec<MemberKey>, StoreError>;
+
+    /// Ends a membership; `false` if it had ended before.
+    async fn leave(&self, member: &MemberKey) -> Result<bool, StoreError>;
+
+    /// Forgets that a concept was ever served, and returns the energies that it was known from.
+    async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError>;
+
+    /// Everyone whose membership has not ended, unless that is the version `known`.
+    async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError>;
+
     /// Removes at most `limit` of the oldest jobs that ended before `before` (Unix milliseconds),
     /// with their events, and returns them.
     async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
+}
+
+/// What a member of the cluster does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum MemberKind {
+    /// Answers for concepts.
+    EnergyNode = 0,
+    /// Makes images.
+    Worker = 1,
+}
+
+/// An energy node or a worker. It is one until it leaves or stops renewing.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Member {
+    /// What it does.
+    #[prost(enumeration = "MemberKind", tag = "1")]
+    pub(crate) kind: i32,
+    /// Its name, its kind's only one.
+    #[prost(string, tag = "2")]
+    pub(crate) id: String,
+    /// Tells this membership from an earlier one of the same name.
+    #[prost(string, tag = "3")]
+    pub(crate) registration: String,
+    /// When it joined, Unix milliseconds.
+    #[prost(int64, tag = "4")]
+    pub(crate) since_unix_ms: i64,
+    /// Of an energy node.
+    #[prost(message, optional, tag = "5")]
+    pub(crate) node: Option<v1::NodeInfo>,
+    /// Of a worker: its generators.
+    #[prost(message, repeated, tag = "6")]
+    pub(crate) models: Vec<v1::ModelInfo>,
+    /// Of a worker: takes no further shards.
+    #[prost(bool, tag = "7")]
+    pub(crate) draining: bool,
+}
+
+/// Names one membership.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct MemberKey {
+    /// What it does.
+    pub(crate) kind: MemberKind,
+    /// Its name.
+    pub(crate) id: String,
+    /// Which membership of that name.
+    pub(crate) registration: String,
+}
+
+impl Member {
+    /// The membership's name.
+    pub(crate) fn key(&self) -> MemberKey {
+        let (id, registration) = (self.id.clone(), self.registration.clone());
+        MemberKey { kind: self.kind(), id, registration }
+    }
+}
+
+/// Everyone in the cluster at one moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Roster {
+    /// Changes with every change of it.
+    pub(crate) version: u64,
+    /// Energy nodes and workers.
+    pub(crate) members: Vec<Arc<Member>>,
+    /// What any member ever had.
+    pub(crate) seen: Seen,
+}
+
+/// What any member of the cluster ever had: tells what is gone from what was never heard of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// Questions that energy nodes answered.
+    pub(crate) probes: BTreeSet<Probe>,
+    /// Names of generators.
+    pub(crate) models: BTreeSet<String>,
+}
+
+impl Seen {
+    pub(crate) fn add(&mut self, member: &Member) {
+        let concepts = member.node.iter().flat_map(|node| &node.concepts);
+        self.probes.extend(concepts.filter_map(|info| info.concept.as_ref()).map(Probe::from));
+        self.models.extend(member.models.iter().map(|model| model.name.clone()));
+    }
+
+    /// Removes a concept; returns what was removed.
+    fn retire(&mut self, concept: &str) -> BTreeSet<Probe> {
+        let gone: BTreeSet<Probe> =
+            self.probes.iter().filter(|probe| probe.concept == concept).cloned().collect();
+        self.probes.retain(|probe| probe.concept != concept);
+        gone
+    }
+
+    /// What `member` has as a store keeps it, entry by entry: JSON.
+    fn entries(member: &Member) -> Vec<String> {
+        let mut seen = Self::default();
+        seen.add(member);
+        let models = seen.models.iter().map(|model| serde_json::to_string(&[model]));
+        let models = models.map(|json| json.expect("text is JSON"));
+        seen.probes.iter().map(Self::entry).chain(models).collect()
+    }
+
+    fn entry(Probe { concept, energy }: &Probe) -> String {
+        serde_json::to_string(&[concept, energy]).expect("text is JSON")
+    }
+
+    /// Adds what [`Self::entries`] made.
+    fn insert(&mut self, entry: &str) -> Result<(), StoreError> {
+        let parts: Vec<String> = serde_json::from_str(entry)
+            .map_err(|error| StoreError::Corrupt(format!("`{entry}` ({error})")))?;
+        match <[String; 2]>::try_from(parts) {
+            Ok([concept, energy]) => {
+                self.probes.insert(Probe { concept, energy });
+            }
+            Err(model) => self.models.extend(model),
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.probes.len() + self.models.len()
+    }
 }
 
 /// Index entries that lead to `record`.

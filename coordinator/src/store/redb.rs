@@ -1,7 +1,8 @@
 //! The embedded durable store: one redb file. redb blocks and has one writer at a time, so calls
-//! run on blocking threads and writers queue on an async lock in front of them.
+//! run on blocking threads and writers queue on an async lock in front of them. The order of the queues
+//! is kept in memory and built when the file is opened.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use ::redb::{
     Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition,
@@ -10,11 +11,15 @@ use ::redb::{
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::WatchJobResponse;
+use parking_lot::Mutex;
 use prost::Message;
 
-use super::{Applied, Created, Found, Lookup, NewJob, Store, StoreError, enqueue, lookups};
+use super::{
+    Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen, Store,
+    StoreError, enqueue, lookups, members::Members, queues::Queues,
+};
 use crate::{
-    state::{ActiveShard, JobRecord},
+    state::{ActiveShard, JobRecord, QueueName},
     transition::{self, Transition},
 };
 
@@ -28,19 +33,25 @@ const ACTIVE: TableDefinition<'_, u64, Blob> = TableDefinition::new("active");
 const EVENTS: TableDefinition<'_, (&str, u64), Blob> = TableDefinition::new("events");
 /// [`Lookup`] to [`Found`].
 const LOOKUPS: TableDefinition<'_, &str, Blob> = TableDefinition::new("lookups");
+/// JSON of a [`Probe`]'s concept and energy, or of a generator's name: [`Seen`].
+const SEEN: TableDefinition<'_, &str, ()> = TableDefinition::new("seen");
 /// Counters.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
 const NEXT_POSITION: &str = "next_position";
 const FORMAT: &str = "format";
 /// Grows when stored values change their meaning.
-const FORMAT_VERSION: u64 = 1;
+const FORMAT_VERSION: u64 = 2;
 
 /// A store in one file that one coordinator holds at a time.
 #[derive(Debug)]
 pub(crate) struct RedbStore {
     database: Arc<Database>,
     writer: Arc<tokio::sync::Mutex<()>>,
+    /// Changed by the writer once its transaction is committed.
+    queues: Arc<Mutex<Queues>>,
+    /// Registrations do not outlive the process: members register again.
+    members: Arc<Mutex<Members>>,
 }
 
 impl RedbStore {
@@ -60,6 +71,7 @@ impl RedbStore {
             txn.open_table(ACTIVE).map_err(backend("open"))?;
             txn.open_table(EVENTS).map_err(backend("open"))?;
             txn.open_table(LOOKUPS).map_err(backend("open"))?;
+            txn.open_table(SEEN).map_err(backend("open"))?;
             let mut meta = txn.open_table(META).map_err(backend("open"))?;
             let found = meta.get(FORMAT).map_err(backend("open"))?.map(|value| value.value());
             if let Some(version) = found.filter(|&version| version != FORMAT_VERSION) {
@@ -71,17 +83,19 @@ impl RedbStore {
             meta.insert(FORMAT, FORMAT_VERSION).map_err(backend("open"))?;
         }
         txn.commit().map_err(backend("open"))?;
-        Ok(Self { database: Arc::new(database), writer: Arc::default() })
+        let queues = Arc::new(Mutex::new(Queues::new(active(&database)?)));
+        let members = Arc::new(Mutex::new(Members::new(seen(&database)?)));
+        Ok(Self { database: Arc::new(database), writer: Arc::default(), queues, members })
     }
 
-    /// Runs `body` in a write transaction and commits if it says so.
+    /// Runs `body` in a write transaction and commits what it changed.
     async fn write<T: Send + 'static>(
         &self,
         durable: bool,
-        body: impl FnOnce(&WriteTransaction) -> Result<(T, bool), StoreError> + Send + 'static,
+        body: impl FnOnce(&WriteTransaction) -> Result<(T, Change), StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let guard = Arc::clone(&self.writer).lock_owned().await;
-        let database = Arc::clone(&self.database);
+        let (database, queues) = (Arc::clone(&self.database), Arc::clone(&self.queues));
         blocking("write", move || {
             // Held by the blocking thread: a caller that goes away does not let two writers in.
             let _guard = guard;
@@ -89,11 +103,14 @@ impl RedbStore {
             if !durable {
                 txn.set_durability(Durability::None).map_err(backend("write"))?;
             }
-            let (value, commit) = body(&txn)?;
-            if commit {
-                txn.commit().map_err(backend("commit"))?;
-            } else {
-                txn.abort().map_err(backend("abort"))?;
+            let (value, change) = body(&txn)?;
+            match change {
+                Change::None => txn.abort().map_err(backend("abort"))?,
+                Change::Other => txn.commit().map_err(backend("commit"))?,
+                Change::Shards(record) => {
+                    txn.commit().map_err(backend("commit"))?;
+                    queues.lock().update(&record);
+                }
             }
             Ok(value)
         })
@@ -122,6 +139,37 @@ fn backend<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> StoreE
 
 fn decode<M: Message + Default>(bytes: &[u8], what: &str) -> Result<M, StoreError> {
     M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
+}
+
+/// What a write transaction changed.
+enum Change {
+    /// Nothing: it is not committed.
+    None,
+    /// Nothing that queues show.
+    Other,
+    /// This job and its shards.
+    Shards(Box<JobRecord>),
+}
+
+/// Every shard that has not ended.
+fn active(database: &Database) -> Result<Vec<ActiveShard>, StoreError> {
+    let txn = database.begin_read().map_err(backend("read"))?;
+    let active = txn.open_table(ACTIVE).map_err(backend("active"))?;
+    let entries = active.iter().map_err(backend("active"))?;
+    entries
+        .map(|entry| decode(entry.map_err(backend("active"))?.1.value(), "a queued shard"))
+        .collect()
+}
+
+/// What members of earlier processes had.
+fn seen(database: &Database) -> Result<Seen, StoreError> {
+    let txn = database.begin_read().map_err(backend("read"))?;
+    let table = txn.open_table(SEEN).map_err(backend("seen"))?;
+    let mut seen = Seen::default();
+    for entry in table.iter().map_err(backend("seen"))? {
+        seen.insert(entry.map_err(backend("seen"))?.0.value())?;
+    }
+    Ok(seen)
 }
 
 /// Writes a job's record, events and index entries.
@@ -155,7 +203,13 @@ fn get(txn: &WriteTransaction, job: JobId) -> Result<Option<JobRecord>, StoreErr
     bytes.map(|bytes| decode(bytes.value(), "a job")).transpose()
 }
 
-fn create(txn: &WriteTransaction, new: NewJob, now: i64) -> Result<Created, StoreError> {
+/// Stores a job beside `queued` shards that wait.
+fn create(
+    txn: &WriteTransaction,
+    new: NewJob,
+    queued: usize,
+    now: i64,
+) -> Result<Created, StoreError> {
     let NewJob { mut record, key, max_queued } = new;
     {
         let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
@@ -165,14 +219,7 @@ fn create(txn: &WriteTransaction, new: NewJob, now: i64) -> Result<Created, Stor
                 return Ok(Created::Existing(decode(found.value(), "a lookup")?));
             }
         }
-        let active = txn.open_table(ACTIVE).map_err(backend("active"))?;
-        let mut queued = record.shards.len();
-        for entry in active.iter().map_err(backend("active"))? {
-            let (_, value) = entry.map_err(backend("active"))?;
-            let shard: ActiveShard = decode(value.value(), "a queued shard")?;
-            queued += usize::from(!shard.leased);
-        }
-        if queued > max_queued {
+        if queued + record.shards.len() > max_queued {
             return Ok(Created::QueueFull);
         }
         for (key, found) in lookups(&record, key.as_ref()) {
@@ -225,10 +272,15 @@ fn forget(txn: &WriteTransaction, before: i64, limit: usize) -> Result<Vec<JobRe
 #[async_trait]
 impl Store for RedbStore {
     async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
+        let queues = Arc::clone(&self.queues);
         self.write(true, move |txn| {
-            let created = create(txn, new, now)?;
-            let commit = matches!(created, Created::New(_));
-            Ok((created, commit))
+            let queued = queues.lock().queued();
+            let created = create(txn, new, queued, now)?;
+            let change = match &created {
+                Created::New(record) => Change::Shards(record.clone()),
+                Created::Existing(_) | Created::QueueFull => Change::None,
+            };
+            Ok((created, change))
         })
         .await
     }
@@ -270,20 +322,27 @@ impl Store for RedbStore {
             let mut record = get(txn, job)?.ok_or(StoreError::UnknownJob(job))?;
             let (effect, events) = transition::apply(&mut record, &transition, now)?;
             put(txn, &record, &events)?;
-            Ok((Applied { record, effect, has_events: !events.is_empty() }, true))
+            let change = Change::Shards(Box::new(record.clone()));
+            Ok((Applied { record, effect, has_events: !events.is_empty() }, change))
         })
         .await
     }
 
-    async fn active(&self) -> Result<Vec<ActiveShard>, StoreError> {
-        self.read(|txn| {
-            let active = txn.open_table(ACTIVE).map_err(backend("active"))?;
-            let entries = active.iter().map_err(backend("active"))?;
-            entries
-                .map(|entry| decode(entry.map_err(backend("active"))?.1.value(), "a queued shard"))
-                .collect()
-        })
-        .await
+    async fn take(
+        &self,
+        queue: &QueueName,
+        limit: usize,
+        now: i64,
+    ) -> Result<Vec<ActiveShard>, StoreError> {
+        Ok(self.queues.lock().take(queue, limit, now))
+    }
+
+    async fn expired(&self, now: i64, limit: usize) -> Result<Vec<ActiveShard>, StoreError> {
+        Ok(self.queues.lock().expired(now, limit))
+    }
+
+    async fn backlog(&self, now: i64) -> Result<Backlog, StoreError> {
+        Ok(self.queues.lock().backlog(now))
     }
 
     async fn events(
@@ -314,11 +373,57 @@ impl Store for RedbStore {
         .await
     }
 
+    async fn join(&self, member: Member, now: i64, ttl_ms: i64) -> Result<(), StoreError> {
+        let entries = Seen::entries(&member);
+        if !self.members.lock().join(member, now.saturating_add(ttl_ms)) {
+            return Ok(());
+        }
+        self.write(true, move |txn| {
+            let mut table = txn.open_table(SEEN).map_err(backend("seen"))?;
+            for entry in &entries {
+                table.insert(entry.as_str(), ()).map_err(backend("seen"))?;
+            }
+            Ok(((), Change::Other))
+        })
+        .await
+    }
+
+    async fn keep(
+        &self,
+        members: &[MemberKey],
+        now: i64,
+        ttl_ms: i64,
+    ) -> Result<Vec<MemberKey>, StoreError> {
+        Ok(self.members.lock().keep(members, now.saturating_add(ttl_ms)))
+    }
+
+    async fn leave(&self, member: &MemberKey) -> Result<bool, StoreError> {
+        Ok(self.members.lock().leave(member))
+    }
+
+    async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError> {
+        let gone = self.members.lock().retire(concept);
+        let entries: Vec<String> = gone.iter().map(Seen::entry).collect();
+        self.write(true, move |txn| {
+            let mut table = txn.open_table(SEEN).map_err(backend("seen"))?;
+            for entry in &entries {
+                table.remove(entry.as_str()).map_err(backend("seen"))?;
+            }
+            Ok(((), Change::Other))
+        })
+        .await?;
+        Ok(gone.into_iter().map(|probe| probe.energy).collect())
+    }
+
+    async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError> {
+        Ok(self.members.lock().roster(known, now))
+    }
+
     async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
         self.write(true, move |txn| {
             let old = forget(txn, before, limit)?;
-            let commit = !old.is_empty();
-            Ok((old, commit))
+            let change = if old.is_empty() { Change::None } else { Change::Other };
+            Ok((old, change))
         })
         .await
     }

@@ -88,7 +88,10 @@ fn transition(record: &JobRecord, op: &Op) -> Transition {
             Transition::Fail { lease: key(shard, back), failure: failure(retryable) }
         }
         Op::Expire(shard, back) => Transition::Expire { lease: key(shard, back) },
-        Op::Postpone(shard) => Transition::Postpone { shard: id(shard), failure: failure(true) },
+        Op::Postpone(shard) => Transition::Postpone {
+            shard: id(shard),
+            obstacle: Obstacle { reason: "no node".to_owned(), delay_ms: 0, max_wait_ms: 50 },
+        },
         Op::GiveBack(shard, back) => Transition::GiveBack { lease: key(shard, back) },
         Op::Cancel | Op::Wait(_) => Transition::Cancel { reason: "enough".into() },
     }

@@ -1,0 +1,100 @@
+//! A Redis for tests: a real `redis-server` with a data directory and a socket of its own.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// How long a server may take to answer.
+const START: Duration = Duration::from_secs(20);
+
+/// A running `redis-server`; it ends when dropped.
+#[derive(Debug)]
+pub struct RedisServer {
+    child: Option<Child>,
+    dir: PathBuf,
+}
+
+impl RedisServer {
+    /// Starts a server that keeps an append-only file in `dir` and returns once it answers.
+    ///
+    /// # Panics
+    /// Where `redis-server` is not installed or does not start.
+    pub fn start(dir: &Path) -> Self {
+        let mut server = Self { child: None, dir: dir.to_owned() };
+        server.restart();
+        server
+    }
+
+    /// Its address.
+    pub fn url(&self) -> String {
+        format!("redis+unix://{}", self.socket().display())
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("redis.sock")
+    }
+
+    /// Kills it without a chance to write anything.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().expect("it runs");
+            child.wait().expect("it ends");
+        }
+    }
+
+    /// Starts it again over the same data.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn restart(&mut self) {
+        self.kill();
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("redis.log"))
+            .expect("the directory exists");
+        let child = Command::new("redis-server")
+            .current_dir(&self.dir)
+            .args(["--port", "0", "--unixsocket", "redis.sock", "--appendonly", "yes"])
+            .args(["--appendfsync", "always", "--save", ""])
+            .stdin(Stdio::null())
+            .stdout(log)
+            .spawn()
+            .expect("redis-server is installed (Debian: apt-get install redis-server)");
+        self.child = Some(child);
+        let end = Instant::now() + START;
+        while !self.answers() {
+            assert!(Instant::now() < end, "redis-server does not answer; see redis.log");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The process, for signals.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map(Child::id).expect("it runs")
+    }
+
+    /// Sends one command, words apart by spaces, and returns the first bytes of the raw answer.
+    pub fn command(&self, command: &str) -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(self.socket())?;
+        stream.set_read_timeout(Some(START))?;
+        stream.write_all(format!("{command}\r\n").as_bytes())?;
+        let mut answer = [0; 4096];
+        let length = stream.read(&mut answer)?;
+        Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+    }
+
+    fn answers(&self) -> bool {
+        self.command("PING").is_ok_and(|answer| answer.starts_with("+PONG"))
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

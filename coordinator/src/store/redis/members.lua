@@ -1,0 +1,59 @@
+-- Who is in the cluster. Arguments: now, then one of
+--   join    member, registration, until, record, entries of what it has
+--   keep    until, members with their registrations; answers which of them, from 0, are no longer members
+--   leave   member, registration; answers 1 if it was one
+--   retire  entries of what nobody has any longer; answers how many there were
+--   roster  version that is known; answers {version}, or {version, records, seen} if it is another
+local function changed()
+  redis.call('INCR', P .. ':roster')
+  ring('members', '')
+end
+
+local function remove(member)
+  redis.call('HDEL', P .. ':members', member)
+  redis.call('HDEL', P .. ':registered', member)
+  redis.call('ZREM', P .. ':present', member)
+end
+
+local function is_registered(member, registration)
+  return redis.call('HGET', P .. ':registered', member) == registration
+end
+
+local what = argument()
+if what == 'join' then
+  local member, registration = argument(), argument()
+  redis.call('ZADD', P .. ':present', argument(), member)
+  redis.call('HSET', P .. ':members', member, argument())
+  redis.call('HSET', P .. ':registered', member, registration)
+  for _ = 1, number() do redis.call('SADD', P .. ':seen', argument()) end
+  changed()
+elseif what == 'keep' then
+  local til, lost = argument(), {}
+  for i = 0, number() - 1 do
+    local member, registration = argument(), argument()
+    if is_registered(member, registration) then
+      redis.call('ZADD', P .. ':present', 'GT', til, member)
+    else
+      lost[#lost + 1] = i
+    end
+  end
+  return lost
+elseif what == 'leave' then
+  local member, registration = argument(), argument()
+  if not is_registered(member, registration) then return 0 end
+  remove(member)
+  changed()
+  return 1
+elseif what == 'retire' then
+  local removed = 0
+  for _ = 1, number() do removed = removed + redis.call('SREM', P .. ':seen', argument()) end
+  if removed > 0 then changed() end
+  return removed
+else
+  local gone = redis.call('ZRANGEBYSCORE', P .. ':present', '-inf', now)
+  for _, member in ipairs(gone) do remove(member) end
+  if #gone > 0 then changed() end
+  local version = redis.call('GET', P .. ':roster') or '0'
+  if version == argument() then return {version} end
+  return {version, redis.call('HVALS', P .. ':members'), redis.call('SMEMBERS', P .. ':seen')}
+end

@@ -1,0 +1,152 @@
+-- What every script begins with. All keys carry the prefix `P`, whose braces keep them in one slot.
+--
+-- P:job:ID      hash     v version, r record, k idempotency key
+-- P:events:ID   stream   durable events; an entry's id is its sequence number
+-- P:jobs        zset     job ids in the order of their creation
+-- P:open        set      jobs that have not ended
+-- P:ended       zset     jobs that have, by when
+-- P:lookup:KEY  string   where a key, shard or record leads
+-- P:shards      hash     shards that have not ended
+-- P:places      hash     where each of them is: queue, lane, work, stream entry
+-- P:queued      hash     shards that wait, of each generator
+-- P:delayed     zset     shards that are not due, by when they are
+-- P:claims      zset     shards that were taken and not yet granted, by when they are free again
+-- P:leases      zset     leased shards by the end of their lease
+-- P:lanes:Q     hash     lanes of a queue, `CLASS|TENANT`, with their streams
+-- P:turns:Q     hash     start of each tenant's next shard (t:TENANT) and of the last one (level)
+-- P:members     hash     energy nodes and workers, `KIND|ID`
+-- P:present     zset     the same by the end of their membership
+-- P:registered  hash     the same with the registration that is valid
+-- P:seen        set      what any member ever had
+-- P:roster      string   grows with every change of the members
+-- P:bell        stream   what changed, for every coordinator
+--
+-- A queue is a stream for each lane with one consumer group. A shard's entry stays pending while a
+-- worker holds it, so that lag counts what waits and pending what runs.
+local P, now = KEYS[1], tonumber(ARGV[1])
+local GROUP = 'workers'
+
+local function ring(kind, value)
+  redis.call('XADD', P .. ':bell', 'MAXLEN', '~', 10000, '*', 'kind', kind, 'value', value)
+end
+
+local function group(stream)
+  redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+end
+
+local function get_place(id)
+  local packed = redis.call('HGET', P .. ':places', id)
+  return packed and cmsgpack.unpack(packed)
+end
+
+local function set_place(id, place)
+  redis.call('HSET', P .. ':places', id, cmsgpack.pack(place))
+end
+
+-- Takes the entry of a shard out of its stream.
+local function unlist(id, place)
+  if place.entry then
+    redis.pcall('XACK', place.stream, GROUP, place.entry)
+    redis.call('XDEL', place.stream, place.entry)
+    place.entry, place.stream = nil, nil
+  end
+  redis.call('ZREM', P .. ':delayed', id)
+  redis.call('ZREM', P .. ':claims', id)
+end
+
+-- Appends a shard that is due to the stream of its lane.
+local function list(id, place)
+  local lane = place.class .. '|' .. place.tenant
+  local lanes = P .. ':lanes:' .. place.queue
+  place.stream = P .. ':queue:' .. place.queue .. ':' .. lane
+  redis.call('HSET', lanes, lane, place.stream)
+  if redis.call('EXISTS', place.stream) == 0 then group(place.stream) end
+  place.entry = redis.call('XADD', place.stream, '*', 'shard', id, 'work', place.work)
+  set_place(id, place)
+end
+
+-- Forgets a shard that has ended.
+local function drop(id)
+  local place = get_place(id)
+  if not place then return end
+  unlist(id, place)
+  if place.queued then
+    redis.call('HINCRBY', P .. ':queued', place.queue, -1)
+  else
+    ring('lease', id)
+  end
+  redis.call('ZREM', P .. ':leases', id)
+  redis.call('HDEL', P .. ':places', id)
+  redis.call('HDEL', P .. ':shards', id)
+end
+
+-- Puts a shard where its state belongs. A leased one keeps its entry.
+local function put(shard)
+  local id = shard.id
+  redis.call('HSET', P .. ':shards', id, shard.blob)
+  local place = get_place(id)
+  if shard.leased then
+    place = place or {queue = shard.queue, class = shard.class, tenant = shard.tenant, work = shard.work}
+    if place.queued then redis.call('HINCRBY', P .. ':queued', place.queue, -1) end
+    place.queued = false
+    redis.call('ZREM', P .. ':delayed', id)
+    redis.call('ZREM', P .. ':claims', id)
+    redis.call('ZADD', P .. ':leases', shard.expires, id)
+    set_place(id, place)
+    return
+  end
+  if place then unlist(id, place) end
+  if place and not place.queued then ring('lease', id) end
+  if not (place and place.queued) then redis.call('HINCRBY', P .. ':queued', shard.queue, 1) end
+  redis.call('ZREM', P .. ':leases', id)
+  place = {queue = shard.queue, class = shard.class, tenant = shard.tenant, work = shard.work, queued = true}
+  if shard.not_before > now then
+    redis.call('ZADD', P .. ':delayed', shard.not_before, id)
+    set_place(id, place)
+  else
+    list(id, place)
+  end
+end
+
+-- Reads the arguments one after the other.
+local at = 1
+local function argument()
+  at = at + 1
+  return ARGV[at]
+end
+
+local function number()
+  return tonumber(argument())
+end
+
+local function shards()
+  local all = {}
+  for i = 1, number() do
+    all[i] = {
+      id = argument(), queue = argument(), class = argument(), tenant = argument(), work = number(),
+      leased = argument() == '1', expires = number(), not_before = number(), blob = argument(),
+    }
+  end
+  return all
+end
+
+-- Writes a job: record, version, end or '', events, shards that changed, ids of those that ended.
+local function write(job)
+  local version, record, ended = argument(), argument(), argument()
+  redis.call('HSET', P .. ':job:' .. job, 'v', version, 'r', record)
+  if ended ~= '' then
+    redis.call('ZADD', P .. ':ended', ended, job)
+    redis.call('SREM', P .. ':open', job)
+  end
+  local events = number()
+  for _ = 1, events do
+    local sequence, event = argument(), argument()
+    redis.call('XADD', P .. ':events:' .. job, sequence .. '-0', 'event', event)
+  end
+  for _, shard in ipairs(shards()) do
+    put(shard)
+    if not shard.leased then ring('queue', shard.queue) end
+  end
+  for _ = 1, number() do drop(argument()) end
+  if events > 0 then ring('job', job) end
+end
