@@ -40,8 +40,8 @@ pub struct EnergyArgs {
     /// Default: the one it listens on. Needed when that is 0.0.0.0.
     #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_ADVERTISE")]
     pub advertise: Option<String>,
-    /// Coordinator to register with, e.g. http://10.0.0.1:7100. Without it the node serves whoever
-    /// calls it.
+    /// Coordinator to register with, e.g. http://10.0.0.1:7100, or all that share a Redis, separated by
+    /// commas. Without it the node serves whoever calls it.
     #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_COORDINATOR")]
     pub coordinator: Option<String>,
     /// Name of this node, unique among the live ones. Default: a random one.

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use fairlead_common::backoff::Backoff;
+use fairlead_common::{backoff::Backoff, grpc::Replicas};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
@@ -12,7 +12,7 @@ use fairlead_proto::{
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 use crate::{calibration::store::Calibrations, engine::EngineState, service::Node};
 
@@ -41,13 +41,13 @@ enum Ended {
     Forgotten,
 }
 
-/// Keeps `node` registered through `channel` until `shutdown`, or until its engine fails.
+/// Keeps `node` registered with `coordinators` until `shutdown`, or until its engine fails.
 pub(crate) async fn keep_registered(
-    channel: Channel,
+    coordinators: Replicas,
     node: Arc<Node>,
     shutdown: CancellationToken,
 ) {
-    let mut client = RegistryServiceClient::new(channel)
+    let mut client = RegistryServiceClient::new(coordinators)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let mut calibrations = node.calibrations();
@@ -84,7 +84,7 @@ async fn failed(engine: &mut watch::Receiver<EngineState>) {
 }
 
 /// Tries until it is registered.
-async fn register(client: &mut RegistryServiceClient<Channel>, node: NodeInfo) -> Registration {
+async fn register(client: &mut RegistryServiceClient<Replicas>, node: NodeInfo) -> Registration {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     loop {
         let request = RegisterNodeRequest { node: Some(node.clone()) };
@@ -112,7 +112,7 @@ async fn register(client: &mut RegistryServiceClient<Channel>, node: NodeInfo) -
 /// Renews at a third of the registration's length until it ends. A failed renewal is tried again;
 /// the coordinator says when it is too late.
 async fn renew(
-    client: &mut RegistryServiceClient<Channel>,
+    client: &mut RegistryServiceClient<Replicas>,
     registration: &mut Registration,
     calibrations: &mut watch::Receiver<Arc<Calibrations>>,
     engine: &mut watch::Receiver<EngineState>,
@@ -147,7 +147,7 @@ async fn renew(
     }
 }
 
-async fn deregister(client: &mut RegistryServiceClient<Channel>, registration: Registration) {
+async fn deregister(client: &mut RegistryServiceClient<Replicas>, registration: Registration) {
     let Registration { node_id, id, .. } = registration;
     let request = DeregisterNodeRequest { node_id, registration_id: id };
     match bounded(client.deregister_node(request)).await {

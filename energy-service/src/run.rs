@@ -2,10 +2,9 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use fairlead_common::grpc::{channel, incoming, server};
+use fairlead_common::grpc::{Replicas, channel, incoming, replicas, server};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use tonic_health::server::HealthReporter;
 
 use crate::{
@@ -61,7 +60,7 @@ pub async fn run_with_scorer(
     let registry = options
         .coordinator
         .as_deref()
-        .map(|coordinator| channel(coordinator, register::CALL_TIMEOUT))
+        .map(|coordinator| replicas(coordinator, register::CALL_TIMEOUT))
         .transpose()?;
     let concepts = ConceptSet::load(&options.concepts)?;
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -101,7 +100,7 @@ async fn live(
     node: Arc<Node>,
     cell: &NodeCell,
     health: &HealthReporter,
-    registry: Option<Channel>,
+    registry: Option<Replicas>,
     calibrations: Option<PathBuf>,
     shutdown: &CancellationToken,
 ) {

@@ -8,7 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use fairlead_common::grpc;
+use fairlead_common::{
+    grpc::{self, Replicas},
+    testing::RedisServer,
+};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
@@ -23,7 +26,7 @@ use tokio::{
     process::{Child, Command},
     time::timeout,
 };
-use tonic::{Streaming, transport::Channel};
+use tonic::{Code, Streaming};
 
 /// Anything a test waits for comes within this time on a busy machine, or never.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -63,8 +66,10 @@ pub fn pixels(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(pixels)
 }
 
-/// Running services and a client of their coordinator.
+/// Running services and a client of their coordinators.
 pub struct Sandbox {
+    // Before the folder that its data are in.
+    redis: Option<RedisServer>,
     folder: tempfile::TempDir,
     processes: Vec<(String, Child)>,
     address: String,
@@ -95,8 +100,48 @@ impl Sandbox {
         Ok(sandbox)
     }
 
+    /// Coordinators of the given names over one Redis, with the embedded policies and leases of two
+    /// seconds.
+    pub async fn shared(names: &[&str]) -> Result<Self> {
+        let mut sandbox = Self::empty(Vec::new())?;
+        let dir = sandbox.folder().join("redis");
+        std::fs::create_dir(&dir)?;
+        sandbox.redis = Some(RedisServer::start(&dir));
+        for name in names {
+            let address = sandbox.sharing_coordinator(name).await?;
+            sandbox.address = match sandbox.address.is_empty() {
+                true => address,
+                false => format!("{},{address}", sandbox.address),
+            };
+        }
+        Ok(sandbox)
+    }
+
+    /// Starts one more coordinator on the sandbox's Redis and returns its address.
+    pub async fn sharing_coordinator(&mut self, name: &str) -> Result<String> {
+        let mut coordinator = command();
+        coordinator
+            .args(["coordinator", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(self.folder().join("data"))
+            .args(["--redis", &self.redis().url(), "--policies"])
+            .arg(asset("policies.toml"))
+            .args(["--lease-ttl", "2s", "--node-ttl", "2s", "--retry-delay", "100ms"]);
+        self.spawn(name, coordinator, "listening on ").await
+    }
+
+    /// The Redis of coordinators that share one.
+    pub fn redis(&self) -> &RedisServer {
+        self.redis.as_ref().expect("the coordinators share a Redis")
+    }
+
+    /// As [`Sandbox::redis`], to kill and start it.
+    pub fn redis_mut(&mut self) -> &mut RedisServer {
+        self.redis.as_mut().expect("the coordinators share a Redis")
+    }
+
     fn empty(observed: Vec<String>) -> Result<Self> {
         Ok(Self {
+            redis: None,
             folder: tempfile::tempdir()?,
             processes: Vec::new(),
             address: String::new(),
@@ -214,7 +259,17 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Address of the coordinator.
+    /// Sends a process a signal: STOP, CONT, TERM.
+    pub async fn signal(&self, name: &str, signal: &str) -> Result<()> {
+        let process = self.processes.iter().find(|(other, _)| other == name);
+        let (_, child) = process.with_context(|| format!("no process `{name}`"))?;
+        let id = child.id().with_context(|| format!("`{name}` has ended"))?;
+        let kill = Command::new("kill").args(["-s", signal, &id.to_string()]).status().await?;
+        ensure!(kill.success(), "kill -s {signal} {id}: {kill}");
+        Ok(())
+    }
+
+    /// Address of the coordinator, or of all that there were at the start, separated by commas.
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -224,8 +279,8 @@ impl Sandbox {
         self.folder.path()
     }
 
-    /// A client of the coordinator.
-    pub fn client(&self) -> Result<GenerationServiceClient<Channel>> {
+    /// A client of the coordinators.
+    pub fn client(&self) -> Result<GenerationServiceClient<Replicas>> {
         Ok(GenerationServiceClient::new(self.channel()?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES))
     }
@@ -264,18 +319,35 @@ impl Sandbox {
 
     /// Waits for the job's end.
     pub async fn finish(&self, job: &Job) -> Result<Job> {
-        let mut events = self.watch(job).await?;
         let end = async {
-            while let Some(response) = events.message().await? {
-                if let Some(Event::Job(job)) = response.event
-                    && !matches!(job.state(), JobState::Queued | JobState::Running)
-                {
-                    return Ok(job);
+            loop {
+                match self.followed(job).await {
+                    Ok(Some(job)) => return job,
+                    // A coordinator that is killed ends its watches; another takes over.
+                    Ok(None) => tokio::time::sleep(POLL).await,
+                    Err(error) if self.redis.is_some() => {
+                        eprintln!("watching again: {error:#}");
+                        tokio::time::sleep(POLL).await;
+                    }
+                    Err(error) => panic!("{error:#}"),
                 }
             }
-            bail!("the watch ended before the job")
         };
-        timeout(PATIENCE, end).await.context("the job did not end")?
+        timeout(PATIENCE, end).await.context("the job did not end")
+    }
+
+    /// Follows a job until it or the watch ends.
+    async fn followed(&self, job: &Job) -> Result<Option<Job>> {
+        let mut events = self.watch(job).await?;
+        while let Some(response) = events.message().await? {
+            if let Some(Event::Job(job)) = response.event
+                && !matches!(job.state(), JobState::Queued | JobState::Running)
+            {
+                return Ok(Some(job));
+            }
+        }
+        ensure!(self.redis.is_some(), "the watch ended before the job");
+        Ok(None)
     }
 
     /// Submits `spec`, waits for COMPLETED and returns the released PNGs.
@@ -291,13 +363,22 @@ impl Sandbox {
 
     /// Fetches one released image.
     pub async fn png(&self, job_id: &str, index: u32) -> Result<Vec<u8>, tonic::Status> {
-        let request = GetImageRequest { job_id: job_id.to_owned(), index };
-        let client = self.client().map_err(|error| tonic::Status::internal(error.to_string()))?;
-        Ok(client.clone().get_image(request).await?.into_inner().png)
+        let mut client =
+            self.client().map_err(|error| tonic::Status::internal(error.to_string()))?;
+        loop {
+            let request = GetImageRequest { job_id: job_id.to_owned(), index };
+            match client.get_image(request).await {
+                // It may be a coordinator that was killed: another one is next.
+                Err(status) if self.redis.is_some() && status.code() == Code::Unavailable => {
+                    tokio::time::sleep(POLL).await;
+                }
+                answer => return Ok(answer?.into_inner().png),
+            }
+        }
     }
 
-    fn channel(&self) -> Result<Channel> {
-        Ok(grpc::channel(&self.address, PATIENCE)?)
+    fn channel(&self) -> Result<Replicas> {
+        Ok(grpc::replicas(&self.address, PATIENCE)?)
     }
 
     /// Starts a service and reads the address it prints after `words`, and before it perhaps that of

@@ -19,7 +19,8 @@ pub struct WorkerArgs {
     )]
     pub models: Vec<PathBuf>,
 
-    /// Address of the coordinator, e.g. http://127.0.0.1:7100.
+    /// Address of the coordinator, e.g. http://127.0.0.1:7100. Where several share a Redis, all of them,
+    /// separated by commas: the worker goes to another one when its own goes away.
     #[arg(
         long,
         value_name = "URL",

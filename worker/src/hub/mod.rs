@@ -9,10 +9,13 @@ mod work;
 
 use std::time::Duration;
 
-use fairlead_common::{backoff::Backoff, grpc};
+use fairlead_common::{
+    backoff::Backoff,
+    grpc::{self, Replicas},
+};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1::worker_service_client::WorkerServiceClient};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 use crate::{
     energy::Channels,
@@ -30,7 +33,7 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 /// What the worker's side needs to know.
 #[derive(Debug, Clone)]
 pub struct HubOptions {
-    /// Address of the coordinator.
+    /// Addresses of the coordinators, separated by commas.
     pub coordinator: String,
     /// Name of this worker.
     pub worker_id: String,
@@ -42,7 +45,7 @@ pub struct HubOptions {
     pub drain_timeout: Duration,
 }
 
-/// Keeps a worker attached to its coordinator and runs what it is assigned.
+/// Keeps a worker attached to a coordinator and runs what it is assigned.
 #[derive(Debug)]
 pub struct Hub {
     options: HubOptions,
@@ -61,11 +64,11 @@ impl Hub {
     /// # Errors
     /// [`Error::Coordinator`] if the address is none or the coordinator refuses this worker for good.
     pub async fn run(self, shutdown: CancellationToken) -> Result<()> {
-        let channel = grpc::channel(&self.options.coordinator, HANDSHAKE)
+        let coordinators = grpc::replicas(&self.options.coordinator, HANDSHAKE)
             .map_err(|error| self.refused(error.to_string()))?;
         let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
         while !shutdown.is_cancelled() {
-            let session = Session::open(&self, client(channel.clone()), &shutdown);
+            let session = Session::open(&self, client(coordinators.clone()), &shutdown);
             let ended = match session.await {
                 Ok(session) => {
                     backoff.reset();
@@ -112,8 +115,8 @@ fn is_final(status: &Status) -> bool {
     )
 }
 
-fn client(channel: Channel) -> WorkerServiceClient<Channel> {
-    WorkerServiceClient::new(channel)
+fn client(coordinators: Replicas) -> WorkerServiceClient<Replicas> {
+    WorkerServiceClient::new(coordinators)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES)
 }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fairlead_common::trace;
+use fairlead_common::{grpc::Replicas, trace};
 use fairlead_proto::{
     PROTOCOL_VERSION,
     v1::{
@@ -22,7 +22,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Status, Streaming};
 use tracing::Instrument;
 
 use super::{
@@ -83,7 +83,7 @@ impl<'a> Session<'a> {
     /// Says hello and waits for the welcome.
     pub(super) async fn open(
         hub: &'a Hub,
-        mut client: WorkerServiceClient<Channel>,
+        mut client: WorkerServiceClient<Replicas>,
         shutdown: &CancellationToken,
     ) -> Result<Self, Ended> {
         let (outbox, outbound) = Outbox::new();

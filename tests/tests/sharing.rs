@@ -1,0 +1,134 @@
+//! Coordinators that share a Redis: any of them may die, and the Redis itself may.
+
+use anyhow::{Context, Result, bail};
+use fairlead_common::grpc;
+use fairlead_proto::v1::{
+    CancelJobRequest, Job, JobSpec, JobState, WatchJobRequest,
+    generation_service_client::GenerationServiceClient, watch_job_response::Event,
+};
+use fairlead_tests::{PATIENCE, Sandbox, pixels};
+use tokio::time::timeout;
+use tonic::{Code, transport::Channel};
+
+async fn cluster(coordinators: &[&str]) -> Result<Sandbox> {
+    let mut sandbox = Sandbox::shared(coordinators).await?;
+    sandbox.energy("energy").await?;
+    sandbox.worker("worker").await?;
+    sandbox.ready().await?;
+    Ok(sandbox)
+}
+
+fn spec(n: u32) -> JobSpec {
+    JobSpec {
+        prompt: "a kitchen knife on a white background".to_owned(),
+        n,
+        seed: Some(11),
+        max_shard_size: 1,
+        ..Default::default()
+    }
+}
+
+/// What is on the images of a job; nothing where one was withheld.
+async fn outcome(sandbox: &Sandbox, job: &Job) -> Result<Vec<Vec<u8>>> {
+    let mut outcome = Vec::new();
+    for image in &job.images {
+        outcome.push(match sandbox.png(&job.job_id, image.index).await {
+            Ok(png) => pixels(&png)?,
+            Err(status) if status.code() == Code::FailedPrecondition => Vec::new(),
+            Err(status) => return Err(status.into()),
+        });
+    }
+    Ok(outcome)
+}
+
+async fn completed(sandbox: &Sandbox, spec: JobSpec) -> Result<Vec<Vec<u8>>> {
+    let job = sandbox.finish(&sandbox.submit(spec).await?).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    outcome(sandbox, &job).await
+}
+
+fn each(sandbox: &Sandbox) -> Result<Vec<GenerationServiceClient<Channel>>> {
+    let addresses = sandbox.address().split(',');
+    addresses
+        .map(|address| Ok(GenerationServiceClient::new(grpc::channel(address, PATIENCE)?)))
+        .collect()
+}
+
+/// The worker is attached to one of two coordinators; the job is watched and cancelled at either.
+#[tokio::test]
+async fn any_coordinator_watches_and_cancels_any_job() -> Result<()> {
+    let sandbox = cluster(&["one", "other"]).await?;
+    for mut coordinator in each(&sandbox)? {
+        let job = sandbox.submit(spec(64)).await?;
+        let watch = WatchJobRequest { job_id: job.job_id.clone(), after_sequence: 0 };
+        let mut events = coordinator.watch_job(watch).await?.into_inner();
+        let step = async {
+            while let Some(response) = events.message().await? {
+                if matches!(response.event, Some(Event::Progress(_))) {
+                    return Ok(());
+                }
+            }
+            bail!("the watch ended")
+        };
+        timeout(PATIENCE, step).await.context("no progress was heard")??;
+        coordinator.cancel_job(CancelJobRequest { job_id: job.job_id.clone() }).await?;
+        let job = sandbox.finish(&job).await?;
+        assert_eq!(job.state(), JobState::Cancelled);
+    }
+    // The worker was told to stop: it has room.
+    completed(&sandbox, spec(1)).await.map(drop)
+}
+
+#[tokio::test]
+async fn a_job_outlives_the_coordinators_that_are_killed() -> Result<()> {
+    let mut sandbox = cluster(&["one", "other"]).await?;
+    let calm = completed(&sandbox, spec(4)).await?;
+    let job = sandbox.submit(spec(4)).await?;
+    sandbox.until_step(&job, |_| true).await?;
+    sandbox.kill("one").await?;
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    assert_eq!(outcome(&sandbox, &job).await?, calm);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_outlives_a_redis_that_is_killed() -> Result<()> {
+    let mut sandbox = cluster(&["one", "other"]).await?;
+    let calm = completed(&sandbox, spec(4)).await?;
+    let job = sandbox.submit(spec(4)).await?;
+    sandbox.until_step(&job, |_| true).await?;
+    sandbox.redis_mut().kill();
+    sandbox.redis_mut().restart();
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    assert_eq!(outcome(&sandbox, &job).await?, calm);
+    Ok(())
+}
+
+/// What a flush deletes is gone, but the cluster goes on.
+#[tokio::test]
+async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
+    let mut sandbox = cluster(&["one"]).await?;
+    let calm = completed(&sandbox, spec(1)).await?;
+    let lost = sandbox.submit(spec(8)).await?;
+    sandbox.until_step(&lost, |_| true).await?;
+    assert_eq!(sandbox.redis().command("FLUSHALL")?, "+OK\r\n");
+    sandbox.ready().await?;
+    assert_eq!(completed(&sandbox, spec(1)).await?, calm);
+    Ok(())
+}
+
+/// Streams that somebody deletes come back from the records of the jobs.
+#[tokio::test]
+async fn lost_queues_come_back() -> Result<()> {
+    let sandbox = cluster(&["one"]).await?;
+    let job = sandbox.submit(spec(8)).await?;
+    sandbox.until_step(&job, |_| true).await?;
+    for key in ["places", "shards", "queued", "leases", "delayed", "claims"] {
+        sandbox.redis().command(&format!("DEL {{fairlead}}:{key}"))?;
+    }
+    let job = sandbox.finish(&job).await?;
+    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+    Ok(())
+}
