@@ -2,11 +2,35 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
+    io::{ErrorKind, Write},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result};
 use fairlead_proto::v1::ConceptScore;
+
+/// Exit status of a program that writes to a pipe which nobody reads any longer, as shells have it.
+const BROKEN_PIPE: i32 = 141;
+
+/// Writes a line of results. Where nobody reads it any longer, as in `fairlead concepts | head`, the
+/// process ends as other programs do: `println!` would panic.
+pub(crate) fn write_line(line: fmt::Arguments<'_>) {
+    match writeln!(std::io::stdout(), "{line}") {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(BROKEN_PIPE),
+        Err(error) => {
+            eprintln!("error: standard output: {error}");
+            std::process::exit(1);
+        }
+    }
+}
+
+/// [`write_line`] with the arguments of `println!`.
+macro_rules! say {
+    ($($argument:tt)*) => { $crate::output::write_line(format_args!($($argument)*)) };
+}
+pub(crate) use say;
 
 /// An error with its causes on one line; what a gRPC status wraps is reduced to its message.
 pub(crate) fn chain(error: &anyhow::Error) -> String {

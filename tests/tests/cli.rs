@@ -1,6 +1,9 @@
 //! The command line as a person uses it.
 
-use std::{path::Path, process::Output};
+use std::{
+    path::Path,
+    process::{Output, Stdio},
+};
 
 use anyhow::{Context, Result};
 use fairlead_tests::{PATIENCE, Sandbox, asset, command};
@@ -41,6 +44,16 @@ async fn generate_makes_an_image_that_inspect_confirms() -> Result<()> {
     {
         assert!(shown.contains(word), "`{word}` is not in: {shown}");
     }
+
+    // As in `fairlead inspect IMAGE | true`: nobody reads what it says.
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let mut unread = command();
+    unread.args(["inspect", image]).stdout(writer).stderr(Stdio::piped());
+    let unread = timeout(PATIENCE, unread.spawn()?.wait_with_output()).await;
+    let unread = unread.context("it did not end")??;
+    assert_eq!(unread.status.code(), Some(141), "{}", text(&unread.stderr));
+    assert_eq!(text(&unread.stderr), "");
 
     let mut bytes = std::fs::read(image)?;
     let middle = bytes.len() / 2;

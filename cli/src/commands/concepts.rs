@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::Args;
 use fairlead_proto::v1::{ServedConcept, ServingNode};
 
-use crate::client::Client;
+use crate::{client::Client, output::say};
 
 /// Lists the concepts that live energy nodes serve: their group and version, and of each node its
 /// model, how long it has served them and the number of its calibrations.
@@ -30,27 +30,31 @@ pub(crate) async fn run(args: ConceptsArgs) -> Result<ExitCode> {
     let client = Client::new(&args.server)?;
     if let Some(concept) = args.retire {
         let energies = client.retire(&concept).await?;
-        println!("`{concept}` is no longer required; it was known from {}", energies.join(", "));
+        say!("`{concept}` is no longer required; it was known from {}", energies.join(", "));
         return Ok(ExitCode::SUCCESS);
     }
     let (served, absent) = client.concepts_and_absent().await?;
     if served.is_empty() && absent.is_empty() {
-        println!("no energy node is registered; start one with `fairlead energy`");
+        say!("no energy node is registered; start one with `fairlead energy`");
         return Ok(ExitCode::FAILURE);
     }
-    println!("{:<28} {:<12} {:<10} NODES", "CONCEPT", "GROUP", "VERSION");
+    say!("{:<28} {:<12} {:<10} NODES", "CONCEPT", "GROUP", "VERSION");
     for ServedConcept { concept, nodes } in served {
         let info = concept.unwrap_or_default();
         let concept = info.concept.unwrap_or_default();
         let nodes: Vec<String> = nodes.iter().map(describe).collect();
         let version: String = concept.version.chars().take(8).collect();
-        println!("{:<28} {:<12} {:<10} {}", concept.name, info.group, version, nodes.join(", "));
+        say!("{:<28} {:<12} {:<10} {}", concept.name, info.group, version, nodes.join(", "));
     }
     for concept in absent {
-        println!(
+        say!(
             "{:<28} {:<12} {:<10} none with {}: jobs that need it are refused until one comes or \
              `fairlead concepts --retire {}`",
-            concept.name, "", "", concept.energy, concept.name
+            concept.name,
+            "",
+            "",
+            concept.energy,
+            concept.name
         );
     }
     Ok(ExitCode::SUCCESS)

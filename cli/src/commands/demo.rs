@@ -12,7 +12,7 @@ use crate::{
     assets::ModelArgs,
     client::Client,
     cluster::{ClusterOptions, LocalCluster},
-    output,
+    output::{self, say},
     pairs::{self, Pair},
     progress::Counter,
     sheet::{LINE, Picture},
@@ -85,10 +85,10 @@ pub(crate) async fn run(args: DemoArgs) -> Result<ExitCode> {
     cluster.stop().await?;
     let pairs = pairs?;
     for (prompt, pair) in prompts.iter().zip(&pairs) {
-        println!("{prompt}: {}", verdict(pair));
+        say!("{prompt}: {}", verdict(pair));
     }
     output::write_file(&args.out, &draw(&prompts, &pairs)?.to_png()?)?;
-    println!("{}", args.out.display());
+    say!("{}", args.out.display());
     Ok(ExitCode::SUCCESS)
 }
 

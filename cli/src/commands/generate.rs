@@ -17,7 +17,7 @@ use crate::{
     assets::ModelArgs,
     client::{self, Client, Finished, Interrupted},
     cluster::{ClusterOptions, LocalCluster},
-    output,
+    output::{self, say},
     progress::JobProgress,
 };
 
@@ -269,7 +269,7 @@ fn report(
     names: &mut BTreeSet<String>,
 ) -> Result<usize> {
     for notice in &finished.job.notices {
-        println!("note: {notice}");
+        say!("note: {notice}");
     }
     let mut withheld = 0;
     for image in &finished.images {
@@ -281,11 +281,11 @@ fn report(
         let steered = if image.info.steered { "steered" } else { "untouched" };
         match image.info.status() {
             ImageStatus::Released => {
-                println!("{}  {steered}  {top}", folder.join(format!("{name}.png")).display());
+                say!("{}  {steered}  {top}", folder.join(format!("{name}.png")).display());
             }
             ImageStatus::Withheld => {
                 withheld += 1;
-                println!("withheld: image {} of \"{prompt}\": {top}", image.info.index);
+                say!("withheld: image {} of \"{prompt}\": {top}", image.info.index);
             }
             other => {
                 return Err(anyhow::anyhow!(

@@ -8,7 +8,7 @@ use fairlead_common::record;
 use fairlead_proto::v1::SafetyRecord;
 use sha2::{Digest, Sha256};
 
-use crate::client::Client;
+use crate::{client::Client, output::say};
 
 /// Largest file looked at.
 const MAX_BYTES: u64 = 256 << 20;
@@ -27,9 +27,9 @@ pub(crate) struct InspectArgs {
 pub(crate) async fn run(args: InspectArgs) -> Result<ExitCode> {
     let texts = read_texts(&args.image)?;
     for (keyword, text) in &texts {
-        println!("{keyword}:");
+        say!("{keyword}:");
         for line in text.lines() {
-            println!("  {line}");
+            say!("  {line}");
         }
     }
     let Some((_, record_id)) = texts.iter().find(|(keyword, _)| keyword == "fairlead-record")
@@ -41,7 +41,7 @@ pub(crate) async fn run(args: InspectArgs) -> Result<ExitCode> {
         None => {
             let path = args.image.with_extension("json");
             if !path.exists() {
-                println!("record: none beside the image; --server asks a coordinator for it");
+                say!("record: none beside the image; --server asks a coordinator for it");
                 return Ok(ExitCode::SUCCESS);
             }
             let text = std::fs::read_to_string(&path)
@@ -61,21 +61,21 @@ pub(crate) async fn run(args: InspectArgs) -> Result<ExitCode> {
             record.image_sha256
         );
     }
-    println!("sha256: {digest}, as recorded");
+    say!("sha256: {digest}, as recorded");
     Ok(ExitCode::SUCCESS)
 }
 
 fn print_record(record: &SafetyRecord) {
     let policy = record.policy.clone().unwrap_or_default();
-    println!("record: {} ({})", record.record_id, record.status().as_str_name());
-    println!("policy: {} with {} concepts", policy.name, policy.concepts.len());
+    say!("record: {} ({})", record.record_id, record.status().as_str_name());
+    say!("policy: {} with {} concepts", policy.name, policy.concepts.len());
     let corrected = record.trajectory.iter().filter(|step| step.correction > 0.0).count();
-    println!("steered: {} ({corrected} corrections, {} reruns)", record.steered, record.reruns);
+    say!("steered: {} ({corrected} corrections, {} reruns)", record.steered, record.reruns);
     let mut scores = record.final_scores.clone();
     scores.sort_by(|a, b| (b.z - b.gate).total_cmp(&(a.z - a.gate)));
     for score in scores.iter().take(5) {
         let state = if score.open { "open" } else { "closed" };
-        println!("  {:<28} z {:>6.2}  gate {:.2}  {state}", score.concept, score.z, score.gate);
+        say!("  {:<28} z {:>6.2}  gate {:.2}  {state}", score.concept, score.z, score.gate);
     }
 }
 

@@ -10,6 +10,8 @@ use fairlead_energy::{EnergyArgs, EnergyOptions};
 use fairlead_worker::WorkerArgs;
 use tokio::net::TcpListener;
 
+use crate::output::say;
+
 /// A service's own options and what every service has.
 #[derive(Args)]
 pub(crate) struct ServiceArgs<T: Args> {
@@ -36,7 +38,7 @@ impl MetricsArgs {
         let listener = TcpListener::bind(address).await.with_context(|| {
             format!("cannot listen on {address}; choose another address with --metrics-listen")
         })?;
-        println!("metrics at http://{}/metrics", listener.local_addr()?);
+        say!("metrics at http://{}/metrics", listener.local_addr()?);
         let served = metrics::serve(listener);
         tokio::spawn(async move {
             if let Err(error) = served.await {
@@ -77,6 +79,6 @@ async fn bind(address: SocketAddr) -> Result<TcpListener> {
     let listener = TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen on {address}; choose another address with --listen")
     })?;
-    println!("listening on http://{}", listener.local_addr()?);
+    say!("listening on http://{}", listener.local_addr()?);
     Ok(listener)
 }

@@ -10,6 +10,7 @@ use super::services::MetricsArgs;
 use crate::{
     assets::ModelArgs,
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
+    output::say,
 };
 
 /// Runs coordinator, worker and energy node in one process, each on its own loopback port.
@@ -51,7 +52,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
         workers: args.workers,
     };
     let mut cluster = LocalCluster::start(options).await?;
-    println!("cluster ready at {}", cluster.address());
+    say!("cluster ready at {}", cluster.address());
     tokio::select! {
         () = stop.cancelled() => {}
         failed = cluster.failed() => failed?,

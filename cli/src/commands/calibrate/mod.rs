@@ -23,7 +23,7 @@ use crate::{
     assets::ModelArgs,
     client::{Client, goes_on},
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
-    output,
+    output::{self, say},
     prompts::{Kind, Objects},
     table,
 };
@@ -174,7 +174,7 @@ async fn calibrate(
             let path = calibration.save(out)?;
             let picture = curves::draw(&calibration, &recording)?;
             output::write_file(&path.with_extension("png"), &picture.to_png()?)?;
-            println!(
+            say!(
                 "{}: {}, gate {:.2} at alpha {} from {} images",
                 path.display(),
                 node.model_name,
@@ -185,7 +185,7 @@ async fn calibrate(
             if args.verify > 0 {
                 let fresh = run.fresh(node, &scored)?;
                 let sizes = &args.verify_concepts;
-                println!("{}", verify::table(&recording, &fresh, args.alpha, sizes)?);
+                say!("{}", verify::table(&recording, &fresh, args.alpha, sizes)?);
             }
         }
     }

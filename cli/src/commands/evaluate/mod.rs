@@ -22,7 +22,7 @@ use crate::{
     assets::ModelArgs,
     client::{Client, Interrupted, goes_on},
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
-    output,
+    output::{self, say},
     progress::Counter,
     prompts::{Kind, Objects},
     sheet::Picture,
@@ -156,8 +156,8 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     ] {
         output::write_file(&folder.join(name), text.as_bytes())?;
     }
-    println!("{markdown}");
-    println!("{}", folder.join("evaluation.html").display());
+    say!("{markdown}");
+    say!("{}", folder.join("evaluation.html").display());
     Ok(ExitCode::SUCCESS)
 }
 
