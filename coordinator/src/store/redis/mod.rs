@@ -53,6 +53,7 @@ struct Scripts {
     create: Script,
     write: Script,
     take: Script,
+    expired: Script,
     forget: Script,
     mend: Script,
     members: Script,
@@ -65,6 +66,7 @@ impl Scripts {
             create: script(include_str!("create.lua")),
             write: script(include_str!("write.lua")),
             take: script(include_str!("take.lua")),
+            expired: script(include_str!("expired.lua")),
             forget: script(include_str!("forget.lua")),
             mend: script(include_str!("mend.lua")),
             members: script(include_str!("members.lua")),
@@ -160,20 +162,6 @@ impl RedisStore {
             })
             .await?;
         found.iter().flatten().map(|bytes| decode(bytes, "a job")).collect()
-    }
-
-    async fn shards(&self, ids: Vec<String>) -> Result<Vec<ActiveShard>, StoreError> {
-        if ids.is_empty() {
-            return Ok(Vec::new());
-        }
-        let (key, ids) = (&self.key("shards"), &ids);
-        let found: Vec<Option<Vec<u8>>> = self
-            .link
-            .run("read shards", |mut connection, _| async move {
-                ::redis::cmd("HMGET").arg(key).arg(ids).query_async(&mut connection).await
-            })
-            .await?;
-        found.iter().flatten().map(|bytes| decode(bytes, "a shard")).collect()
     }
 }
 
@@ -356,15 +344,14 @@ impl Store for RedisStore {
     }
 
     async fn expired(&self, now: i64, limit: usize) -> Result<Vec<ActiveShard>, StoreError> {
-        let key = &self.key("leases");
-        let limit = isize::try_from(limit).unwrap_or(isize::MAX);
-        let ids: Vec<String> = self
-            .link
-            .run("read leases", |mut connection, _| async move {
-                connection.zrangebyscore_limit(key, "-inf", now, 0, limit).await
+        // Lua's numbers are doubles.
+        let limit = limit.min(i32::MAX as usize);
+        let expired: Vec<Vec<u8>> = self
+            .script("read leases", &self.scripts.expired, now, |invocation| {
+                invocation.arg(limit);
             })
             .await?;
-        self.shards(ids).await
+        expired.iter().map(|bytes| decode(bytes, "a shard")).collect()
     }
 
     async fn backlog(&self, now: i64) -> Result<Backlog, StoreError> {

@@ -134,6 +134,10 @@ async fn what_the_queues_lost_comes_back_from_the_records() {
         assert!(store.mend(12).await.expect("it mends") > 0, "{keys:?}");
         assert_eq!(store.mend(12).await.expect("it looks"), 0, "{keys:?}");
     }
+    // A lease of what nobody knows stands in no one's way.
+    let orphan = "ZADD {fairlead}:leases 1 orphan";
+    assert_eq!(world.server.command(orphan).expect("it answers"), ":1\r\n");
+    assert_eq!(store.expired(12, 1).await.expect("index"), []);
     // The mended ones are like new; what was leased still is.
     let taken = take(&store, id, 5, 13).await;
     assert_eq!(taken, shards[1..]);

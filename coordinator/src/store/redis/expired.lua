@@ -1,0 +1,12 @@
+-- Shards whose lease has ended. Arguments: now, limit. Answers the shards; a lease of what is no longer
+-- there is removed.
+local found = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':leases', '-inf', now, 'LIMIT', 0, number())) do
+  local shard = redis.call('HGET', P .. ':shards', id)
+  if shard then
+    found[#found + 1] = shard
+  else
+    redis.call('ZREM', P .. ':leases', id)
+  end
+end
+return found
