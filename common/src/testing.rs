@@ -73,11 +73,6 @@ impl RedisServer {
         }
     }
 
-    /// The process, for signals.
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().map(Child::id).expect("it runs")
-    }
-
     /// Sends one command, words apart by spaces, and returns the first bytes of the raw answer.
     pub fn command(&self, command: &str) -> std::io::Result<String> {
         let mut stream = UnixStream::connect(self.socket())?;

@@ -8,7 +8,7 @@ use fairlead_common::ids::process_name;
 use crate::{
     error::Result,
     policy::Policies,
-    store::{RedisStore, StoreError},
+    store::{self, RedisStore, StoreError},
 };
 
 /// Arguments of `fairlead coordinator`. Every flag is also an environment variable.
@@ -191,8 +191,7 @@ impl FromStr for RedisUrl {
 
 impl fmt::Debug for RedisUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (scheme, rest) = self.0.split_once("://").unwrap_or(("", &self.0));
-        write!(f, "{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, place)| place))
+        f.write_str(&store::without_password(&self.0))
     }
 }
 

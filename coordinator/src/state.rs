@@ -212,6 +212,11 @@ impl QueueName {
     pub(crate) fn of(model: &v1::ModelInfo) -> Self {
         Self { model: model.name.clone(), hash: model.hash.clone() }
     }
+
+    /// Whether it is the queue of this generator.
+    pub(crate) fn is_of(&self, model: &v1::ModelInfo) -> bool {
+        (&self.model, &self.hash) == (&model.name, &model.hash)
+    }
 }
 
 /// Shards of one queue among which the order of arrival decides.

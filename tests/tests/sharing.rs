@@ -79,13 +79,13 @@ async fn any_coordinator_watches_and_cancels_any_job() -> Result<()> {
     completed(&sandbox, spec(1)).await.map(drop)
 }
 
-#[tokio::test]
-async fn a_job_outlives_the_coordinators_that_are_killed() -> Result<()> {
+/// A job in whose middle something dies ends with the images of a calm one.
+async fn outlives(kill: impl AsyncFnOnce(&mut Sandbox) -> Result<()>) -> Result<()> {
     let mut sandbox = cluster(&["one", "other"]).await?;
     let calm = completed(&sandbox, spec(4)).await?;
     let job = sandbox.submit(spec(4)).await?;
     sandbox.until_step(&job, |_| true).await?;
-    sandbox.kill("one").await?;
+    kill(&mut sandbox).await?;
     let job = sandbox.finish(&job).await?;
     assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
     assert_eq!(outcome(&sandbox, &job).await?, calm);
@@ -93,17 +93,18 @@ async fn a_job_outlives_the_coordinators_that_are_killed() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_job_outlives_the_coordinators_that_are_killed() -> Result<()> {
+    outlives(async |sandbox| sandbox.kill("one").await).await
+}
+
+#[tokio::test]
 async fn a_job_outlives_a_redis_that_is_killed() -> Result<()> {
-    let mut sandbox = cluster(&["one", "other"]).await?;
-    let calm = completed(&sandbox, spec(4)).await?;
-    let job = sandbox.submit(spec(4)).await?;
-    sandbox.until_step(&job, |_| true).await?;
-    sandbox.redis_mut().kill();
-    sandbox.redis_mut().restart();
-    let job = sandbox.finish(&job).await?;
-    assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
-    assert_eq!(outcome(&sandbox, &job).await?, calm);
-    Ok(())
+    outlives(async |sandbox| {
+        sandbox.redis_mut().kill();
+        sandbox.redis_mut().restart();
+        Ok(())
+    })
+    .await
 }
 
 /// What a flush deletes is gone, but the cluster goes on.

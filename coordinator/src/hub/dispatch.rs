@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::Duration,
 };
 
@@ -40,15 +40,9 @@ pub(super) async fn run(shared: Arc<Shared>) {
     let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
     let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
     let mut nodes = shared.registry.subscribe();
-    let (mut abandoned, mut kept) = (Abandoned::default(), Instant::now());
-    let mut mended = None;
+    let mut rounds = Rounds { number: 0, kept: Instant::now(), abandoned: Abandoned::default() };
     loop {
-        // As often as a lease that nobody renews is noticed, about.
-        if mended.is_none_or(|at: Instant| at.elapsed() > 2 * shared.options.lease_ttl) {
-            mended = Some(Instant::now());
-            shared.tasks.spawn(mend(Arc::clone(&shared)));
-        }
-        let wait = match tick(&shared, &mut abandoned, &mut kept).await {
+        let wait = match tick(&shared, &mut rounds).await {
             Ok(next) => next.map_or(pause, |next| next.min(pause)),
             Err(error) => {
                 tracing::error!(%error, "dispatcher cannot read the store");
@@ -64,24 +58,39 @@ pub(super) async fn run(shared: Arc<Shared>) {
     }
 }
 
-/// Looks after what nobody else would notice: the store's time and shards that it has lost.
-async fn mend(shared: Arc<Shared>) {
+/// Looks after what nobody else would notice, the store's time and shards that it has lost, about as
+/// often as a lease that nobody renews is noticed. Runs until the hub closes.
+pub(super) async fn mend(shared: Arc<Shared>) {
     let mending = async {
-        shared.clock.set().await?;
-        shared.store.mend(shared.clock.now()).await
-    };
-    let mended = tokio::select! {
-        mended = mending => mended,
-        () = shared.closing.cancelled() => return,
-    };
-    match mended {
-        Ok(0) => {}
-        Ok(shards) => {
-            tracing::warn!(shards, "shards that the queues had lost are back");
-            shared.wake.notify_one();
+        loop {
+            match mend_once(&shared).await {
+                Ok(0) => {}
+                Ok(shards) => {
+                    tracing::warn!(shards, "shards that the queues had lost are back");
+                    shared.wake.notify_one();
+                }
+                Err(error) => tracing::error!(%error, "cannot look after the queues"),
+            }
+            tokio::time::sleep(2 * shared.options.lease_ttl).await;
         }
-        Err(error) => tracing::error!(%error, "cannot look after the queues"),
+    };
+    tokio::select! {
+        () = mending => {}
+        () = shared.closing.cancelled() => {}
     }
+}
+
+async fn mend_once(shared: &Shared) -> Result<usize, StoreError> {
+    shared.clock.set().await?;
+    shared.store.mend(shared.clock.now()).await
+}
+
+/// What the dispatcher remembers from one round to the next.
+struct Rounds {
+    number: usize,
+    /// When the memberships of workers were renewed.
+    kept: Instant,
+    abandoned: Abandoned,
 }
 
 /// Since when each queue has had shards and no worker; Unix milliseconds.
@@ -117,14 +126,10 @@ fn without_worker(QueueName { model, hash }: &QueueName) -> String {
 }
 
 /// One round; returns how soon the next must follow, if sooner than usual.
-async fn tick(
-    shared: &Arc<Shared>,
-    abandoned: &mut Abandoned,
-    kept: &mut Instant,
-) -> Result<Option<Duration>> {
+async fn tick(shared: &Arc<Shared>, rounds: &mut Rounds) -> Result<Option<Duration>> {
     shared.registry.refresh().await?;
-    if kept.elapsed() >= shared.registry.ttl() / 3 {
-        *kept = Instant::now();
+    if rounds.kept.elapsed() >= shared.registry.ttl() / 3 {
+        rounds.kept = Instant::now();
         keep_workers(shared).await?;
     }
     let now = shared.clock.now();
@@ -146,13 +151,14 @@ async fn tick(
     if !shared.draining.is_cancelled() {
         let attached = shared.registry.queues();
         let max_wait = millis(shared.options.max_wait);
-        for queue in abandoned.look(&backlog, &attached, now, max_wait) {
+        for queue in rounds.abandoned.look(&backlog, &attached, now, max_wait) {
             give_up(shared, &queue, now).await?;
         }
         // Each time another one is first: a worker with several generators serves them in turn.
         let queues: Vec<&QueueName> =
             backlog.queued.keys().filter(|q| attached.contains(q)).collect();
-        let first = shared.rounds.fetch_add(1, Ordering::Relaxed) % queues.len().max(1);
+        rounds.number = rounds.number.wrapping_add(1);
+        let first = rounds.number % queues.len().max(1);
         for queue in queues[first..].iter().chain(&queues[..first]) {
             hand_out(shared, queue, now).await?;
         }

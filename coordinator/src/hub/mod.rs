@@ -7,10 +7,7 @@ mod dispatch;
 mod session;
 mod state;
 
-use std::{
-    sync::{Arc, atomic::AtomicUsize},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{self, attach_response::Message};
@@ -69,8 +66,6 @@ struct Shared {
     handover: tokio::sync::RwLock<()>,
     /// Something changed that may let a shard be handed out.
     wake: Notify,
-    /// Rounds of the dispatcher.
-    rounds: AtomicUsize,
     /// Number of sessions.
     sessions: watch::Sender<usize>,
     /// No further shard is handed out.
@@ -101,7 +96,6 @@ impl Hub {
             state: Mutex::default(),
             handover: tokio::sync::RwLock::default(),
             wake: Notify::new(),
-            rounds: AtomicUsize::new(0),
             sessions: watch::Sender::new(0),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
@@ -114,6 +108,7 @@ impl Hub {
             }
             None => shared.recover().await?,
         }
+        shared.tasks.spawn(dispatch::mend(Arc::clone(&shared)));
         shared.tasks.spawn(dispatch::run(Arc::clone(&shared)));
         Ok(Self { shared })
     }

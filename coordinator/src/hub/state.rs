@@ -121,13 +121,17 @@ impl State {
     /// The workers that take shards of `queue`.
     pub(super) fn candidates(&self, queue: &QueueName) -> Vec<Candidate> {
         let takes = |member: &Member| {
-            !member.draining && member.models.iter().any(|model| QueueName::of(model) == *queue)
+            !member.draining && member.models.iter().any(|model| queue.is_of(model))
         };
+        let mut leases: BTreeMap<u64, usize> = BTreeMap::new();
+        for session in self.sessions.values() {
+            *leases.entry(session.connection).or_default() += 1;
+        }
         let takers = self.workers.iter().filter(|(_, worker)| takes(&worker.member));
         let candidate = |(&connection, worker): (&u64, &Worker)| Candidate {
             connection,
             capacity: worker.capacity,
-            leases: self.leases_of(connection).count(),
+            leases: leases.get(&connection).copied().unwrap_or_default(),
         };
         takers.map(candidate).collect()
     }

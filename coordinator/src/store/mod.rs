@@ -20,7 +20,11 @@ use fairlead_common::{
 };
 use fairlead_proto::v1::{self, WatchJobResponse};
 
-pub(crate) use self::{memory::MemoryStore, redb::RedbStore, redis::RedisStore};
+pub(crate) use self::{
+    memory::MemoryStore,
+    redb::RedbStore,
+    redis::{RedisStore, without_password},
+};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -374,6 +378,11 @@ impl Seen {
     fn len(&self) -> usize {
         self.probes.len() + self.models.len()
     }
+}
+
+/// Reads a stored value.
+fn decode<M: prost::Message + Default>(bytes: &[u8], what: &str) -> Result<M, StoreError> {
+    M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
 }
 
 /// Index entries that lead to `record`.

@@ -16,7 +16,7 @@ use prost::Message;
 
 use super::{
     Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen, Store,
-    StoreError, enqueue, lookups, members::Members, queues::Queues,
+    StoreError, decode, enqueue, lookups, members::Members, queues::Queues,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -135,10 +135,6 @@ async fn blocking<T: Send + 'static>(
 
 fn backend<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> StoreError {
     move |error| StoreError::Backend { what, problem: error.to_string() }
-}
-
-fn decode<M: Message + Default>(bytes: &[u8], what: &str) -> Result<M, StoreError> {
-    M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
 }
 
 /// What a write transaction changed.

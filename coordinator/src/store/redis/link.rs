@@ -46,8 +46,7 @@ impl Link {
     /// Reads where Redis is; connects when it is first needed.
     pub(super) fn new(url: &str) -> Result<Self, StoreError> {
         let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
-        let place = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
-        let name = format!("{scheme}://{place}");
+        let name = without_password(url);
         let wrong = |problem: &dyn fmt::Display| StoreError::Backend {
             what: "redis",
             problem: format!(
@@ -66,33 +65,37 @@ impl Link {
         Ok(Self { source, name, current: Mutex::new((0, None)) })
     }
 
-    /// Runs `call` on the connection. While Redis is away it is tried again for [`PATIENCE`]: then
-    /// `call` may have taken place before, which its second argument tells.
+    /// Runs `call` on the connection. While Redis is away it is tried again for [`PATIENCE`]; whatever
+    /// it does must bear to be done twice, because an answer may be lost.
     pub(super) async fn run<T, F>(
         &self,
         what: &'static str,
-        call: impl Fn(MultiplexedConnection, bool) -> F,
+        call: impl Fn(MultiplexedConnection) -> F,
     ) -> Result<T, StoreError>
     where
         F: Future<Output = RedisResult<T>>,
     {
         let end = Instant::now() + PATIENCE;
         let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
-        let mut again = false;
         loop {
-            let error = match self.connection(ANSWER).await {
-                Ok((number, connection)) => match call(connection, again).await {
+            let error = match self.connection().await {
+                Ok((number, connection)) => match call(connection).await {
                     Ok(value) => return Ok(value),
-                    Err(error) if !is_away(&error) => return Err(self.failed(what, &error)),
                     Err(error) => {
-                        again = true;
-                        self.drop_connection(number).await;
+                        if is_away(&error) {
+                            self.drop_connection(number).await;
+                        }
                         error
                     }
                 },
-                Err(error) if !is_away(&error) => return Err(self.failed(what, &error)),
                 Err(error) => error,
             };
+            if !is_away(&error) {
+                return Err(StoreError::Backend {
+                    what,
+                    problem: format!("{}: {error}", self.name),
+                });
+            }
             let delay = backoff.next_delay();
             if Instant::now() + delay >= end {
                 let problem = format!("{} does not answer: {error}", self.name);
@@ -110,7 +113,7 @@ impl Link {
 
     /// The connection in use, for a call that is not repeated.
     pub(super) async fn shared(&self) -> RedisResult<MultiplexedConnection> {
-        Ok(self.connection(ANSWER).await?.1)
+        Ok(self.connection().await?.1)
     }
 
     /// A connection that hears messages.
@@ -128,12 +131,12 @@ impl Link {
         connected.unwrap_or_else(|_| Err((ErrorKind::Io, "no connection in time").into()))
     }
 
-    async fn connection(&self, answer: Duration) -> RedisResult<(u64, MultiplexedConnection)> {
+    async fn connection(&self) -> RedisResult<(u64, MultiplexedConnection)> {
         let mut current = self.current.lock().await;
         if let (number, Some(connection)) = &*current {
             return Ok((*number, connection.clone()));
         }
-        let connection = self.connect(answer).await?;
+        let connection = self.connect(ANSWER).await?;
         *current = (current.0 + 1, Some(connection.clone()));
         Ok((current.0, connection))
     }
@@ -159,10 +162,12 @@ impl Link {
             current.1 = None;
         }
     }
+}
 
-    pub(super) fn failed(&self, what: &'static str, error: &RedisError) -> StoreError {
-        StoreError::Backend { what, problem: format!("{}: {error}", self.name) }
-    }
+/// The URL of a Redis as it may be shown.
+pub(crate) fn without_password(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    format!("{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, place)| place))
 }
 
 /// Whether another try, maybe with another server, can go better.

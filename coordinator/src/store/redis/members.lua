@@ -3,7 +3,8 @@
 --   keep    until, members with their registrations; answers which of them, from 0, are no longer members
 --   leave   member, registration; answers 1 if it was one
 --   retire  entries of what nobody has any longer; answers how many there were
---   roster  version that is known; answers {version}, or {version, records, seen} if it is another
+--   roster  version that is known; answers {version, records, seen}, the last two nil if it is
+--           the same
 local function changed()
   redis.call('INCR', P .. ':roster')
   ring('members', '')
@@ -54,6 +55,6 @@ else
   for _, member in ipairs(gone) do remove(member) end
   if #gone > 0 then changed() end
   local version = redis.call('GET', P .. ':roster') or '0'
-  if version == argument() then return {version} end
+  if version == argument() then return {version, false, false} end
   return {version, redis.call('HVALS', P .. ':members'), redis.call('SMEMBERS', P .. ':seen')}
 end

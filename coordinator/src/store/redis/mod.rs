@@ -19,10 +19,11 @@ use fairlead_proto::v1::{StepProgress, WatchJobResponse};
 use prost::Message;
 use tokio::sync::mpsc;
 
+pub(crate) use self::link::without_password;
 use self::{link::Link, live::Live};
 use super::{
     Applied, Backlog, CLAIM, Change, Created, Found, Lookup, Member, MemberKey, NewJob, Roster,
-    Seen, Store, StoreError, enqueue, lookups,
+    Seen, Store, StoreError, decode, enqueue, lookups,
 };
 use crate::{
     clock::millis,
@@ -76,7 +77,7 @@ impl Scripts {
 
 /// A record and the version it was read at.
 struct Versioned {
-    version: String,
+    version: u64,
     record: JobRecord,
 }
 
@@ -118,7 +119,7 @@ impl RedisStore {
         arguments(&mut invocation);
         let invocation = &invocation;
         self.link
-            .run(what, |mut connection, _| async move {
+            .run(what, |mut connection| async move {
                 invocation.invoke_async::<T>(&mut connection).await
             })
             .await
@@ -126,12 +127,12 @@ impl RedisStore {
 
     async fn read(&self, job: JobId) -> Result<Option<Versioned>, StoreError> {
         let key = &self.job_key(job);
-        let found: (Option<String>, Option<Vec<u8>>) = self
-            .link
-            .run("read a job", |mut connection, _| async move {
-                connection.hmget(key, &["v", "r"]).await
-            })
-            .await?;
+        let found: (Option<u64>, Option<Vec<u8>>) =
+            self.link
+                .run("read a job", |mut connection| async move {
+                    connection.hmget(key, &["v", "r"]).await
+                })
+                .await?;
         let (Some(version), Some(bytes)) = found else { return Ok(None) };
         Ok(Some(Versioned { version, record: decode(&bytes, "a job")? }))
     }
@@ -140,7 +141,7 @@ impl RedisStore {
         let Some(Versioned { version, record }) = self.read(job).await? else { return Ok(0) };
         let active: Vec<ActiveShard> = record.active().collect();
         self.script("mend a job", &self.scripts.mend, now, |invocation| {
-            invocation.arg(&record.job.job_id).arg(&version);
+            invocation.arg(&record.job.job_id).arg(version);
             add_shards(invocation, &active);
         })
         .await
@@ -157,16 +158,12 @@ impl RedisStore {
         let pipeline = &pipeline;
         let found: Vec<Option<Vec<u8>>> = self
             .link
-            .run("read jobs", |mut connection, _| async move {
+            .run("read jobs", |mut connection| async move {
                 pipeline.query_async(&mut connection).await
             })
             .await?;
         found.iter().flatten().map(|bytes| decode(bytes, "a job")).collect()
     }
-}
-
-fn decode<M: Message + Default>(bytes: &[u8], what: &str) -> Result<M, StoreError> {
-    M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
 }
 
 fn queue_key(QueueName { model, hash }: &QueueName) -> String {
@@ -206,7 +203,7 @@ fn add_change(
     after: &JobRecord,
     events: &[WatchJobResponse],
 ) {
-    let version: u64 = before.map_or(0, |before| before.version.parse().unwrap_or_default());
+    let version = before.map_or(0, |before| before.version);
     let was_open = before.is_none_or(|before| !before.record.is_terminal());
     let ended = match was_open && after.is_terminal() {
         true => after.job.updated_unix_ms.to_string(),
@@ -216,15 +213,17 @@ fn add_change(
     for event in events {
         invocation.arg(event.sequence).arg(event.encode_to_vec());
     }
-    let index = |record: &JobRecord| -> BTreeMap<String, ActiveShard> {
-        record.active().map(|shard| (shard.shard_id.clone(), shard)).collect()
-    };
-    let old = before.map(|before| index(&before.record)).unwrap_or_default();
+    let old: BTreeMap<String, ActiveShard> = before
+        .into_iter()
+        .flat_map(|before| before.record.active())
+        .map(|shard| (shard.shard_id.clone(), shard))
+        .collect();
     let changed: Vec<ActiveShard> =
         after.active().filter(|shard| old.get(&shard.shard_id) != Some(shard)).collect();
     add_shards(invocation, &changed);
-    let new = index(after);
-    let gone: Vec<&String> = old.keys().filter(|id| !new.contains_key(*id)).collect();
+    let ended = after.shards.iter().filter(|shard| shard.lease.is_terminal());
+    let gone: Vec<&str> =
+        ended.map(|shard| shard.id.as_str()).filter(|id| old.contains_key(*id)).collect();
     invocation.arg(gone.len());
     for id in gone {
         invocation.arg(id);
@@ -290,7 +289,7 @@ impl Store for RedisStore {
         let limit = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
             .link
-            .run("list jobs", |mut connection, _| async move {
+            .run("list jobs", |mut connection| async move {
                 connection.zrevrangebylex_limit(key, from, "-", 0, limit).await
             })
             .await?;
@@ -316,7 +315,7 @@ impl Store for RedisStore {
             };
             let written: bool = self
                 .script("write a job", &self.scripts.write, now, |invocation| {
-                    invocation.arg(job.to_string()).arg(&before.version);
+                    invocation.arg(job.to_string()).arg(before.version);
                     add_change(invocation, Some(&before), &record, &events);
                 })
                 .await?;
@@ -364,7 +363,7 @@ impl Store for RedisStore {
         type Counts = (BTreeMap<String, i64>, usize, Vec<(String, f64)>);
         let (queued, running, next): Counts = self
             .link
-            .run("count shards", |mut connection, _| async move {
+            .run("count shards", |mut connection| async move {
                 pipeline.query_async(&mut connection).await
             })
             .await?;
@@ -386,7 +385,7 @@ impl Store for RedisStore {
         type Entry = (String, (String, Vec<u8>));
         let entries: Vec<Entry> = self
             .link
-            .run("read events", |mut connection, _| async move {
+            .run("read events", |mut connection| async move {
                 let mut command = ::redis::cmd("XRANGE");
                 command.arg(key).arg(from).arg("+").arg("COUNT").arg(limit);
                 command.query_async(&mut connection).await
@@ -399,7 +398,7 @@ impl Store for RedisStore {
         let key = &self.key(&format!("lookup:{}", lookup.index_key()));
         let found: Option<Vec<u8>> = self
             .link
-            .run("look up", |mut connection, _| async move { connection.get(key).await })
+            .run("look up", |mut connection| async move { connection.get(key).await })
             .await?;
         found.map(|bytes| decode(&bytes, "a lookup")).transpose()
     }
@@ -426,7 +425,7 @@ impl Store for RedisStore {
     async fn clock(&self) -> Result<i64, StoreError> {
         let (seconds, micros): (i64, i64) = self
             .link
-            .run("read the time", |mut connection, _| async move {
+            .run("read the time", |mut connection| async move {
                 ::redis::cmd("TIME").query_async(&mut connection).await
             })
             .await?;
@@ -439,7 +438,7 @@ impl Store for RedisStore {
         loop {
             let (next, ids): (u64, Vec<JobId>) = self
                 .link
-                .run("read open jobs", |mut connection, _| async move {
+                .run("read open jobs", |mut connection| async move {
                     let mut command = ::redis::cmd("SSCAN");
                     command.arg(key).arg(cursor).arg("COUNT").arg(MENDED_AT_ONCE);
                     let (next, ids): (u64, Vec<String>) =
@@ -496,7 +495,7 @@ impl Store for RedisStore {
         let key = &self.key("seen");
         let entries: Vec<String> =
             self.link
-                .run("read what was seen", |mut connection, _| async move {
+                .run("read what was seen", |mut connection| async move {
                     connection.smembers(key).await
                 })
                 .await?;
@@ -516,24 +515,15 @@ impl Store for RedisStore {
 
     async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError> {
         type Answer = (u64, Option<Vec<Vec<u8>>>, Option<Vec<String>>);
-        let answer: ::redis::Value = self
+        let (version, members, seen): Answer = self
             .script("read the roster", &self.scripts.members, now, |invocation| {
                 let known = known.map(|version| version.to_string()).unwrap_or_default();
                 invocation.arg("roster").arg(known);
             })
             .await?;
-        let ::redis::Value::Array(mut answer) = answer else {
-            return Err(StoreError::Corrupt("the roster".to_owned()));
-        };
-        if answer.len() == 1 {
-            return Ok(None);
-        }
-        answer.resize(3, ::redis::Value::Nil);
-        let (version, members, seen): Answer =
-            ::redis::from_redis_value(::redis::Value::Array(answer))
-                .map_err(|error| StoreError::Corrupt(format!("the roster ({error})")))?;
+        let Some(members) = members else { return Ok(None) };
         let mut roster = Roster { version, ..Roster::default() };
-        for bytes in members.unwrap_or_default() {
+        for bytes in members {
             roster.members.push(Arc::new(decode(&bytes, "a member")?));
         }
         for entry in seen.unwrap_or_default() {
@@ -547,7 +537,7 @@ impl Store for RedisStore {
         let most = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
             .link
-            .run("read ended jobs", |mut connection, _| async move {
+            .run("read ended jobs", |mut connection| async move {
                 connection.zrangebyscore_limit(key, "-inf", format!("({before}"), 0, most).await
             })
             .await?;

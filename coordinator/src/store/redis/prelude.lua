@@ -143,10 +143,12 @@ local function write(job)
     local sequence, event = argument(), argument()
     redis.call('XADD', P .. ':events:' .. job, sequence .. '-0', 'event', event)
   end
+  local queued = false
   for _, shard in ipairs(shards()) do
     put(shard)
-    if not shard.leased then ring('queue', shard.queue) end
+    queued = queued or not shard.leased
   end
+  if queued then ring('queue', '') end
   for _ = 1, number() do drop(argument()) end
   if events > 0 then ring('job', job) end
 end

@@ -57,7 +57,8 @@ async fn read(
         let Some((_, entries)) = streams.and_then(|mut streams| streams.pop()) else {
             // A server that came back with an older clock names its entries lower than `last`.
             if newest(&mut connection, bell).await? != last {
-                return read_anew();
+                let replaced = "the stream was replaced";
+                return Err((::redis::ErrorKind::Client, replaced).into());
             }
             continue;
         };
@@ -76,10 +77,6 @@ async fn read(
             }
         }
     }
-}
-
-fn read_anew() -> RedisResult<()> {
-    Err((::redis::ErrorKind::Client, "the stream was replaced").into())
 }
 
 /// Id of the newest entry.
