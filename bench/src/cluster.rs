@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fairlead_common::{grpc, tensor};
+use fairlead_common::{grpc, tensor, tls::Tls};
 use fairlead_proto::MAX_MESSAGE_BYTES;
 use fairlead_proto::v1::{
     CalibrationKey, ConceptRef, DescribeRequest, EvaluateRequest, GetImageRequest,
@@ -55,8 +55,12 @@ pub(crate) async fn run(rounds: usize) -> Result<()> {
     for generator in GENERATORS {
         let data = tempfile::tempdir()?;
         let service = Service::up(generator, data.path()).await?;
-        let mut client = GenerationServiceClient::new(grpc::channel(&service.address, PATIENCE)?)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut client = GenerationServiceClient::new(grpc::channel(
+            &service.address,
+            PATIENCE,
+            &Tls::default(),
+        )?)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES);
         let cases = [("plain", BENIGN), ("", BENIGN), ("", TARGET)];
         let mut times: [Vec<f64>; 3] = Default::default();
         for round in 0..=rounds {
@@ -214,8 +218,9 @@ async fn first_image(client: &mut Generation, policy: &str, prompt: &str) -> Res
 /// Times single calls to an energy node about the picture `png`, which shows a target.
 async fn calls(png: &[u8], rounds: usize) -> Result<()> {
     let service = Service::energy().await?;
-    let client = EnergyServiceClient::new(grpc::channel(&service.address, PATIENCE)?)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let client =
+        EnergyServiceClient::new(grpc::channel(&service.address, PATIENCE, &Tls::default())?)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let node = describe(&client).await?;
     let calibration = node.calibrations.first().and_then(|info| info.key.clone());
     let refs: Vec<ConceptRef> = node.concepts.into_iter().filter_map(|info| info.concept).collect();

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use fairlead_common::{
     backoff::Backoff,
     grpc::{self, Replicas},
+    tls::Tls,
     trace,
 };
 use fairlead_proto::{
@@ -26,8 +27,11 @@ use fairlead_proto::{
     },
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, service::interceptor::InterceptedService};
+use tonic_types::StatusExt;
 use tracing::Span;
+
+use crate::credentials::{Credentials, Key};
 
 /// How long a coordinator that was reached before may be away: a restart, or a failover of its store.
 const AWAY: Duration = Duration::from_secs(60);
@@ -54,14 +58,17 @@ pub(crate) fn goes_on(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
+type Keyed = InterceptedService<Replicas, Key>;
+
 /// A connection to the coordinators of a cluster. A call that none of them can answer now is repeated
 /// for a while.
 #[derive(Clone)]
 pub(crate) struct Client {
     address: String,
+    tls: Tls,
     was_reached: Arc<AtomicBool>,
-    generation: GenerationServiceClient<Replicas>,
-    catalog: CatalogServiceClient<Replicas>,
+    generation: GenerationServiceClient<Keyed>,
+    catalog: CatalogServiceClient<Keyed>,
 }
 
 /// A finished job with what was released.
@@ -81,10 +88,13 @@ pub(crate) struct FinishedImage {
 
 impl Client {
     /// Connects lazily to `address`, "http://host:port", or to one of several separated by commas.
-    pub(crate) fn new(address: &str) -> Result<Self> {
-        let channel = grpc::replicas(address, grpc::REQUEST_TIMEOUT)?;
+    pub(crate) fn new(address: &str, credentials: Credentials) -> Result<Self> {
+        let Credentials { key, tls } = credentials;
+        let replicas = grpc::replicas(address, grpc::REQUEST_TIMEOUT, &tls)?;
+        let channel = InterceptedService::new(replicas, key);
         Ok(Self {
             address: address.to_owned(),
+            tls,
             was_reached: Arc::default(),
             generation: GenerationServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -92,6 +102,11 @@ impl Client {
             catalog: CatalogServiceClient::new(channel)
                 .max_decoding_message_size(MAX_MESSAGE_BYTES),
         })
+    }
+
+    /// What it proves itself with to the services of the cluster, and whom it believes.
+    pub(crate) fn tls(&self) -> &Tls {
+        &self.tls
     }
 
     pub(crate) async fn models(&self) -> Result<Vec<ModelInfo>> {
@@ -176,15 +191,19 @@ impl Client {
 
     /// Waits before a repetition; the error is one that stays, or has stayed for too long.
     async fn wait(&self, trouble: &mut Trouble, status: Status) -> Result<()> {
-        let transient = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted);
+        // Only what may be repeated says when: a queue that is full, a rate that is exceeded.
+        let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        let transient = hint.is_some()
+            || matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted);
         let patience = match self.was_reached.load(Ordering::Relaxed) {
             true => AWAY,
             false => ABSENT,
         };
-        if !transient || trouble.since.elapsed() >= patience {
+        let delay = trouble.backoff.next_delay().max(hint.unwrap_or_default());
+        if !transient || trouble.since.elapsed() + hint.unwrap_or_default() >= patience {
             return Err(status).with_context(|| format!("the coordinator at {}", self.address));
         }
-        tokio::time::sleep(trouble.backoff.next_delay()).await;
+        tokio::time::sleep(delay).await;
         Ok(())
     }
 

@@ -9,13 +9,18 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use fairlead_common::tls::Tls;
 use fairlead_coordinator::{CoordinatorOptions, Data, Policies};
 use fairlead_energy::EnergyOptions;
 use fairlead_worker::WorkerArgs;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{assets::ModelArgs, client::Client};
+use crate::{
+    assets::ModelArgs,
+    client::Client,
+    credentials::{Credentials, Key},
+};
 
 /// Models are loaded and every service attached within this time, or the start failed.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
@@ -106,6 +111,8 @@ fn policies(options: &ClusterOptions) -> Result<Policies> {
 /// A running local cluster. Call [`LocalCluster::stop`] to end it in order.
 pub(crate) struct LocalCluster {
     address: String,
+    /// Opens it where the policies have tenants.
+    key: Key,
     services: JoinSet<Result<()>>,
     /// Different generators.
     generators: usize,
@@ -119,9 +126,14 @@ pub(crate) struct LocalCluster {
 impl LocalCluster {
     /// Starts coordinator, energy nodes and workers and waits until a job could run.
     pub(crate) async fn start(options: ClusterOptions) -> Result<Self> {
+        let key = hex::encode(rand::random::<[u8; 32]>());
+        let mut policies = policies(&options)?;
+        policies.admit_operator(&key);
+        let key = Key::new(&key)?;
         let coordinator = CoordinatorOptions {
             data: options.data_dir.clone().map_or(Data::Memory, Data::Dir),
-            policies: policies(&options)?,
+            policies,
+            policies_file: options.policies.clone().filter(|_| !options.measuring),
             ..CoordinatorOptions::default()
         };
         let coordinator_listener = TcpListener::bind(options.listen).await.with_context(|| {
@@ -169,6 +181,7 @@ impl LocalCluster {
         }
         let mut cluster = Self {
             address,
+            key,
             services,
             generators,
             nodes: energies.len(),
@@ -183,6 +196,12 @@ impl LocalCluster {
     /// Address of the coordinator, "http://127.0.0.1:port".
     pub(crate) fn address(&self) -> &str {
         &self.address
+    }
+
+    /// A client that may do everything here.
+    pub(crate) fn client(&self) -> Result<Client> {
+        let credentials = Credentials { key: self.key.clone(), tls: Tls::default() };
+        Client::new(&self.address, credentials)
     }
 
     /// Ends when a service does, which is an error unless the cluster was stopped.
@@ -215,7 +234,7 @@ impl LocalCluster {
     }
 
     async fn ready(&mut self) -> Result<()> {
-        let client = Client::new(&self.address)?;
+        let client = self.client()?;
         let (generators, energies) = (self.generators, self.nodes);
         let attached = async {
             loop {

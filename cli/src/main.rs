@@ -4,11 +4,13 @@ mod assets;
 mod client;
 mod cluster;
 mod commands;
+mod credentials;
 mod journal;
 mod output;
 mod pairs;
 mod progress;
 mod prompts;
+mod provenance;
 mod share;
 mod sheet;
 mod ssim;
@@ -67,6 +69,10 @@ enum Command {
     Calibrate(commands::calibrate::CalibrateArgs),
     /// Show what a PNG says about itself and check it against its safety record.
     Inspect(commands::inspect::InspectArgs),
+    /// Check that a cluster that you trust released these very files.
+    Verify(commands::verify::VerifyArgs),
+    /// Make certificates, clients' keys and signing keys.
+    Keys(commands::keys::KeysArgs),
     /// Draw the demonstration sheet: unsteered and steered pairs with their score curves.
     Demo(commands::demo::DemoArgs),
     /// Measure steering with a judge that does not steer.
@@ -132,6 +138,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Concepts(args) => commands::concepts::run(args).await,
         Command::Calibrate(args) => commands::calibrate::run(args).await,
         Command::Inspect(args) => commands::inspect::run(args).await,
+        Command::Verify(args) => commands::verify::run(args).await,
+        Command::Keys(args) => commands::keys::run(args),
         Command::Demo(args) => commands::demo::run(args).await,
         Command::Evaluate(args) => commands::evaluate::run(args).await,
     }

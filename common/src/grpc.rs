@@ -1,6 +1,7 @@
 //! Channels and servers with the project's limits and deadlines.
 
 use std::{
+    collections::HashMap,
     future::poll_fn,
     pin::Pin,
     sync::{
@@ -11,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use rand::Rng;
 use tokio::net::TcpListener;
 use tonic::{
@@ -20,24 +22,62 @@ use tonic::{
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
 };
 
+use crate::tls::{Peers, Tls};
+
 /// Time to open a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Channels kept; a cluster has fewer energy nodes.
+const MAX_CHANNELS: usize = 256;
 
 /// Deadline of a plain request, unless a caller has a reason for another.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A lazily connected channel to `address` ("http://host:port") whose calls end after `timeout`.
-/// Streams are bounded by it only until their first response headers.
-pub fn channel(address: &str, timeout: Duration) -> Result<Channel, AddressError> {
-    let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|source| AddressError { address: address.to_owned(), source })?;
-    Ok(endpoint
+/// A lazily connected channel to `address` ("http://host:port", or with "https" by `tls`) whose calls end
+/// after `timeout`. Streams are bounded by it only until their first response headers.
+pub fn channel(address: &str, timeout: Duration, tls: &Tls) -> Result<Channel, AddressError> {
+    let failed = |source| AddressError { address: address.to_owned(), source };
+    let endpoint = Endpoint::from_shared(address.to_owned()).map_err(failed)?;
+    Ok(tls
+        .connect(endpoint)
+        .map_err(failed)?
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(timeout)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(10))
         .connect_lazy())
+}
+
+/// Channels to the energy nodes of a cluster, one an address, made when they are first asked for; clones
+/// share them.
+#[derive(Debug, Clone)]
+pub struct Channels {
+    tls: Tls,
+    timeout: Duration,
+    open: Arc<Mutex<HashMap<String, Channel>>>,
+}
+
+impl Channels {
+    /// Channels as [`channel`] makes them.
+    pub fn new(timeout: Duration, tls: Tls) -> Self {
+        Self { tls, timeout, open: Arc::default() }
+    }
+
+    /// The channel to `address`. Call it inside a tokio runtime.
+    pub fn get(&self, address: &str) -> Result<Channel, AddressError> {
+        let mut open = self.open.lock();
+        if let Some(channel) = open.get(address) {
+            return Ok(channel.clone());
+        }
+        let channel = channel(address, self.timeout, &self.tls)?;
+        // Nodes that came and went on ports of their own; those that are left connect again.
+        if open.len() >= MAX_CHANNELS {
+            open.clear();
+        }
+        open.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
 }
 
 /// Coordinators that serve the same cluster: calls go to one of them until it cannot be reached or says
@@ -50,10 +90,10 @@ pub struct Replicas {
 }
 
 /// Lazily connected channels to `addresses`, separated by commas, as [`channel`] makes them.
-pub fn replicas(addresses: &str, timeout: Duration) -> Result<Replicas, AddressError> {
+pub fn replicas(addresses: &str, timeout: Duration, tls: &Tls) -> Result<Replicas, AddressError> {
     let channels: Vec<Channel> = addresses
         .split(',')
-        .map(|address| channel(address.trim(), timeout))
+        .map(|address| channel(address.trim(), timeout, tls))
         .collect::<Result<_, _>>()?;
     // Not all clients of a cluster begin with the first.
     let first = rand::rng().random_range(0..channels.len());
@@ -96,11 +136,15 @@ fn is_unavailable(answer: &http::Response<Body>) -> bool {
     code == Some(Code::Unavailable)
 }
 
-/// A server with the project's transport settings.
-pub fn server() -> Server {
-    Server::builder()
+/// A server with the project's transport settings, which lets in `peers` where `tls` has a certificate.
+pub fn server(tls: &Tls, peers: Peers) -> Result<Server, tonic::transport::Error> {
+    let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)));
+    match tls.server(peers) {
+        Some(config) => server.tls_config(config),
+        None => Ok(server),
+    }
 }
 
 /// The connections of `listener`, for `serve_with_incoming`. They do not wait to fill a packet: the
@@ -112,7 +156,7 @@ pub fn incoming(listener: TcpListener) -> TcpIncoming {
 
 /// An address that is no URI.
 #[derive(Debug, thiserror::Error)]
-#[error("`{address}` is not an address; write it as http://host:port")]
+#[error("`{address}` is not an address; write it as http://host:port, or https:// with TLS")]
 pub struct AddressError {
     address: String,
     source: tonic::transport::Error,

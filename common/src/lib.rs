@@ -7,8 +7,10 @@ pub mod metrics;
 pub mod probe;
 pub mod record;
 pub mod shutdown;
+pub mod signature;
 pub mod telemetry;
 pub mod tensor;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod tls;
 pub mod trace;

@@ -18,6 +18,7 @@ use crate::{
     steering,
     store::Seen,
     suggest,
+    tenants::Tenant,
 };
 
 /// Most bytes of a prompt.
@@ -58,6 +59,7 @@ pub(crate) struct Identity {
 pub(crate) fn admit(
     spec: &v1::JobSpec,
     policies: &Policies,
+    tenant: &Tenant,
     cluster: &Cluster<'_>,
     identity: Identity,
 ) -> Result<JobRecord> {
@@ -68,13 +70,11 @@ pub(crate) fn admit(
     let height = side("height", spec.height, model.default_height, model)?;
     let steps = steps(spec.steps.unwrap_or(model.default_steps))?;
     let guidance = guidance(spec.guidance_scale.unwrap_or(model.default_guidance_scale))?;
-    let policy = policies.get(&spec.policy).ok_or_else(|| {
-        let hint = suggest::hint(&spec.policy, policies.names());
-        Error::invalid("policy", format!("`{}` is unknown{hint}", spec.policy))
-    })?;
+    let policy = find_policy(&spec.policy, policies, tenant)?;
+    let priority = priority(spec.priority(), tenant)?;
     let key =
         v1::CalibrationKey { generator: model.hash.clone(), sampler: model.sampler.clone(), steps };
-    let pinned = pin_policy(spec, policy, cluster, model, &key)?;
+    let pinned = pin_policy(spec, policy, tenant, cluster, model, &key)?;
     let filled = v1::JobSpec {
         model: model.name.clone(),
         width: Some(width),
@@ -83,10 +83,11 @@ pub(crate) fn admit(
         guidance_scale: Some(guidance),
         seed: Some(spec.seed.unwrap_or(identity.drawn_seed)),
         policy: policy.name.clone(),
+        priority: priority.into(),
         steering: pinned.steering,
         ..spec.clone()
     };
-    Ok(build(filled, pinned, model, identity))
+    Ok(JobRecord { tenant: tenant.name.clone(), ..build(filled, pinned, model, identity) })
 }
 
 /// Calibration that a job under `policy` needs of its nodes.
@@ -149,6 +150,34 @@ fn find_model<'a>(name: &str, cluster: &Cluster<'a>) -> Result<&'a v1::ModelInfo
     }
 }
 
+fn find_policy<'a>(asked: &str, policies: &'a Policies, tenant: &Tenant) -> Result<&'a Policy> {
+    let Some(name) = tenant.policy(asked) else {
+        let own = tenant.policies.as_deref().unwrap_or_default().join(", ");
+        let problem = format!("policy: `{asked}` is none of tenant `{}`'s: {own}", tenant.name);
+        return Err(Error::Forbidden(problem));
+    };
+    policies.get(name).ok_or_else(|| {
+        let hint = suggest::hint(name, policies.names());
+        Error::invalid("policy", format!("`{name}` is unknown{hint}"))
+    })
+}
+
+/// A job's priority: what is asked for, or the tenant's highest where nothing is and that is below normal.
+fn priority(asked: v1::Priority, tenant: &Tenant) -> Result<v1::Priority> {
+    use v1::Priority::{High, Low, Normal, Unspecified};
+    let highest = tenant.highest_priority;
+    match (asked, highest) {
+        (Unspecified, Low) => Ok(Low),
+        (High, Normal | Low) | (Normal, Low) => Err(Error::Forbidden(format!(
+            "priority: {} is above the highest of tenant `{}`, {}",
+            asked.as_str_name(),
+            tenant.name,
+            highest.as_str_name()
+        ))),
+        _ => Ok(asked),
+    }
+}
+
 fn side(
     field: &'static str,
     asked: Option<u32>,
@@ -190,6 +219,7 @@ fn guidance(scale: f32) -> Result<f32> {
 fn pin_policy(
     spec: &v1::JobSpec,
     policy: &Policy,
+    tenant: &Tenant,
     cluster: &Cluster<'_>,
     model: &v1::ModelInfo,
     key: &v1::CalibrationKey,
@@ -228,10 +258,12 @@ fn pin_policy(
         .filter(|probe| policy.asks(&probe.energy))
         .collect();
     let names = known.iter().map(|probe| probe.concept.as_str());
-    for name in policy.concepts_for(names, &spec.extra_concepts) {
+    let mut concepts = policy.concepts_for(names, &spec.extra_concepts);
+    concepts.extend(tenant.concepts.iter().cloned());
+    for name in concepts {
         let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
         if probes.peek().is_none() {
-            return Err(unserved(&name, policy, cluster));
+            return Err(unserved(&name, policy, tenant, cluster));
         }
         for probe in probes {
             let Some(versions) = served.get(*probe) else { return Err(gone(probe)) };
@@ -294,9 +326,10 @@ fn gone(Probe { concept, energy }: &Probe) -> Error {
 }
 
 /// The error for a concept that no energy of the policy was ever known for.
-fn unserved(name: &str, policy: &Policy, cluster: &Cluster<'_>) -> Error {
+fn unserved(name: &str, policy: &Policy, tenant: &Tenant, cluster: &Cluster<'_>) -> Error {
     let served = served(cluster.nodes);
-    if policy.concepts.contains(name) || served.keys().any(|probe| probe.concept == name) {
+    let mandatory = policy.concepts.contains(name) || tenant.concepts.contains(name);
+    if mandatory || served.keys().any(|probe| probe.concept == name) {
         let whose = match policy.energies.is_empty() {
             true => String::new(),
             false => format!(" with an energy of policy `{}`", policy.name),

@@ -3,7 +3,7 @@
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
-use fairlead_common::ids::process_name;
+use fairlead_common::{ids::process_name, tls::Tls};
 
 use crate::{
     error::Result,
@@ -23,6 +23,11 @@ pub struct CoordinatorArgs {
         value_name = "ADDR"
     )]
     pub listen: SocketAddr,
+
+    /// Listen where other machines can connect without TLS, or without tenants: anybody may then send
+    /// jobs and read images.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_INSECURE")]
+    pub insecure: bool,
 
     /// Directory for jobs, images and safety records; kept between runs, created if absent. With
     /// --redis it holds images and records only, and all coordinators must have the same one, e.g. on
@@ -52,9 +57,15 @@ pub struct CoordinatorArgs {
     pub redis_prefix: String,
 
     /// TOML file of policies: `[policies.default] concepts = ["*"]` and so on. Without it there is
-    /// one policy, `default`, over every concept that an energy node serves.
+    /// one policy, `default`, over every concept that an energy node serves. With `[tenants.NAME]` in it,
+    /// clients need a key. It is read again when it changes.
     #[arg(long, env = "FAIRLEAD_COORDINATOR_POLICIES", value_name = "FILE")]
     pub policies: Option<PathBuf>,
+
+    /// PEM file of the Ed25519 key that signs safety records. Default: signing-key.pem in --data-dir, made
+    /// if absent, with signing-key.pub.pem for `fairlead verify`.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_SIGNING_KEY", value_name = "FILE")]
+    pub signing_key: Option<PathBuf>,
 
     /// Most shards that may wait for a worker; further jobs are refused with RESOURCE_EXHAUSTED.
     #[arg(
@@ -156,6 +167,8 @@ impl CoordinatorArgs {
         Ok(CoordinatorOptions {
             data: self.data(),
             policies,
+            policies_file: self.policies.clone(),
+            signing_key: self.signing_key.clone(),
             max_queued: self.max_queued,
             lease_ttl: self.lease_ttl,
             node_ttl: self.node_ttl,
@@ -227,8 +240,14 @@ pub struct CoordinatorOptions {
     pub coordinator_id: String,
     /// Where state is kept.
     pub data: Data,
-    /// What is forbidden.
+    /// What is forbidden, and to whom.
     pub policies: Policies,
+    /// Where they are read again from when it changes.
+    pub policies_file: Option<PathBuf>,
+    /// The key that signs records; `None` for the data's own.
+    pub signing_key: Option<PathBuf>,
+    /// With a certificate, services must show theirs.
+    pub tls: Tls,
     /// Most queued shards.
     pub max_queued: usize,
     /// Length of a shard's lease.
@@ -253,6 +272,9 @@ impl Default for CoordinatorOptions {
             coordinator_id: process_name("coordinator"),
             data: Data::Memory,
             policies: Policies::default(),
+            policies_file: None,
+            signing_key: None,
+            tls: Tls::default(),
             max_queued: 1024,
             lease_ttl: Duration::from_secs(15),
             node_ttl: Duration::from_secs(10),

@@ -1,11 +1,18 @@
 //! Everything that can go wrong here, and the one table from it to gRPC codes.
 
+use std::time::Duration;
+
+use fairlead_common::signature::KeyError;
 use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{outputs::OutputError, policy::PolicyError, store::StoreError};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// When a full queue is tried again.
+const FULL_RETRY: Duration = Duration::from_secs(2);
 
 /// An error of the coordinator. The message says what, where and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +95,38 @@ pub enum Error {
         /// The bound.
         limit: usize,
     },
+    /// A tenant has as many shards waiting as it may.
+    #[error(
+        "tenant `{tenant}` may have {limit} shards waiting (max_queued); retry when some have run"
+    )]
+    TenantFull {
+        /// The tenant.
+        tenant: String,
+        /// The bound.
+        limit: usize,
+    },
+    /// A tenant has asked for as many images in a minute as it may.
+    #[error(
+        "tenant `{tenant}` may ask for {limit} images a minute (images_per_minute); retry in {:.1} s",
+        wait.as_secs_f64()
+    )]
+    TooFast {
+        /// The tenant.
+        tenant: String,
+        /// The bound.
+        limit: u32,
+        /// Until there is room.
+        wait: Duration,
+    },
+    /// A call without the key or certificate that it needs.
+    #[error("not authenticated: {problem}")]
+    Unauthenticated {
+        /// What is missing and where it comes from.
+        problem: &'static str,
+    },
+    /// A tenant that asks for what it may not have.
+    #[error("{0}")]
+    Forbidden(String),
     /// A stored object is not the one that was released.
     #[error("{object} does not match the hash in its job; it was changed or lost on disk")]
     Damaged {
@@ -106,6 +145,9 @@ pub enum Error {
     /// The policies file is wrong.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// The key that signs records cannot be used.
+    #[error("--signing-key: {0}")]
+    Key(#[from] KeyError),
     /// The server failed.
     #[error("gRPC server: {0}")]
     Server(#[from] tonic::transport::Error),
@@ -124,6 +166,16 @@ impl Error {
         Self::Invalid { field, problem: problem.into() }
     }
 
+    /// When the same request may succeed, of those that are too many now: `google.rpc.RetryInfo` in the
+    /// status.
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::QueueFull { .. } | Self::TenantFull { .. } => Some(FULL_RETRY),
+            Self::TooFast { wait, .. } => Some(*wait),
+            _ => None,
+        }
+    }
+
     /// The gRPC code of this error.
     pub fn code(&self) -> Code {
         match self {
@@ -135,11 +187,17 @@ impl Error {
             | Self::StillServed { .. } => Code::FailedPrecondition,
             Self::KeyReused { .. } => Code::AlreadyExists,
             Self::Unavailable(_) | Self::Stopping => Code::Unavailable,
-            Self::QueueFull { .. } => Code::ResourceExhausted,
+            Self::QueueFull { .. } | Self::TenantFull { .. } | Self::TooFast { .. } => {
+                Code::ResourceExhausted
+            }
+            Self::Unauthenticated { .. } => Code::Unauthenticated,
+            Self::Forbidden(_) => Code::PermissionDenied,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Store(StoreError::Refused(_)) => Code::Aborted,
             Self::Store(StoreError::Away { .. }) => Code::Unavailable,
-            Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Io { .. } => Code::Internal,
+            Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Key(_) | Self::Io { .. } => {
+                Code::Internal
+            }
         }
     }
 }
@@ -150,7 +208,13 @@ impl From<Error> for Status {
         if matches!(code, Code::Internal | Code::DataLoss) {
             tracing::error!(%error, "request failed");
         }
-        Status::new(code, error.to_string())
+        match error.retry_after() {
+            None => Status::new(code, error.to_string()),
+            wait => {
+                let details = ErrorDetails::with_retry_info(wait);
+                Status::with_error_details(code, error.to_string(), details)
+            }
+        }
     }
 }
 
@@ -188,6 +252,9 @@ mod tests {
             (Error::Incompatible("protocol 2".into()), Code::FailedPrecondition),
             (Error::Unavailable("no worker".into()), Code::Unavailable),
             (Error::QueueFull { limit: 4 }, Code::ResourceExhausted),
+            (Error::TenantFull { tenant: "a".into(), limit: 4 }, Code::ResourceExhausted),
+            (Error::Unauthenticated { problem: "no key" }, Code::Unauthenticated),
+            (Error::Forbidden("no admin".into()), Code::PermissionDenied),
             (Error::Damaged { object: "image 0".into() }, Code::DataLoss),
             (Error::Stopping, Code::Unavailable),
             (
@@ -198,6 +265,18 @@ mod tests {
             (Error::Policy(PolicyError::NoPolicies), Code::InvalidArgument),
             (Error::Io { what: "data dir".into(), source: io() }, Code::Internal),
         ]
+    }
+
+    #[test]
+    fn what_is_too_much_says_when_to_come_back() {
+        let wait = Duration::from_millis(1_500);
+        let status = Status::from(Error::TooFast { tenant: "a".into(), limit: 60, wait });
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.message().contains("retry in 1.5 s"), "{status}");
+        let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        assert_eq!(hint, Some(wait));
+        let full = Status::from(Error::QueueFull { limit: 1 });
+        assert!(full.get_details_retry_info().is_some());
     }
 
     #[test]

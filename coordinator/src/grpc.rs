@@ -1,6 +1,6 @@
 //! The gRPC faces of the coordinator: translation and nothing else.
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::Arc};
 
 use fairlead_common::trace;
 use fairlead_proto::v1::{
@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-use crate::{clock::millis, error::Error, service::Coordinator};
+use crate::{clock::millis, error::Error, service::Coordinator, tenants::Tenant};
 
 type Answer<T> = Result<Response<T>, Status>;
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -26,6 +26,11 @@ pub(crate) struct Grpc {
 impl Grpc {
     pub(crate) fn new(coordinator: Coordinator) -> Self {
         Self { coordinator }
+    }
+
+    /// Who asks.
+    fn client<T>(&self, request: &Request<T>) -> Result<Arc<Tenant>, Error> {
+        self.coordinator.access().client(request.metadata())
     }
 
     fn ttl_ms(&self) -> u32 {
@@ -42,13 +47,15 @@ impl GenerationService for Grpc {
         let incoming = trace::incoming(request.metadata()).to_owned();
         let span = tracing::info_span!("submit_job", otel.kind = "server");
         trace::follow(&span, &incoming);
-        let admitted = self.coordinator.submit(request.into_inner(), &incoming);
+        let tenant = self.client(&request)?;
+        let admitted = self.coordinator.submit(&tenant, request.into_inner(), &incoming);
         let job = admitted.instrument(span).await?;
         Ok(Response::new(v1::SubmitJobResponse { job: Some(job) }))
     }
 
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Answer<v1::GetJobResponse> {
-        let job = self.coordinator.get(&request.into_inner().job_id).await?;
+        let tenant = self.client(&request)?;
+        let job = self.coordinator.get(&tenant, &request.into_inner().job_id).await?;
         Ok(Response::new(v1::GetJobResponse { job: Some(job) }))
     }
 
@@ -58,8 +65,9 @@ impl GenerationService for Grpc {
         &self,
         request: Request<v1::WatchJobRequest>,
     ) -> Answer<Self::WatchJobStream> {
+        let tenant = self.client(&request)?;
         let v1::WatchJobRequest { job_id, after_sequence } = request.into_inner();
-        let events = self.coordinator.watch(&job_id, after_sequence).await?;
+        let events = self.coordinator.watch(&tenant, &job_id, after_sequence).await?;
         Ok(Response::new(Box::pin(ReceiverStream::new(events))))
     }
 
@@ -67,7 +75,8 @@ impl GenerationService for Grpc {
         &self,
         request: Request<v1::CancelJobRequest>,
     ) -> Answer<v1::CancelJobResponse> {
-        let job = self.coordinator.cancel(&request.into_inner().job_id).await?;
+        let tenant = self.client(&request)?;
+        let job = self.coordinator.cancel(&tenant, &request.into_inner().job_id).await?;
         Ok(Response::new(v1::CancelJobResponse { job: Some(job) }))
     }
 
@@ -75,22 +84,25 @@ impl GenerationService for Grpc {
         &self,
         request: Request<v1::ListJobsRequest>,
     ) -> Answer<v1::ListJobsResponse> {
-        Ok(Response::new(self.coordinator.list(request.into_inner()).await?))
+        let tenant = self.client(&request)?;
+        Ok(Response::new(self.coordinator.list(&tenant, request.into_inner()).await?))
     }
 
     async fn get_image(
         &self,
         request: Request<v1::GetImageRequest>,
     ) -> Answer<v1::GetImageResponse> {
+        let tenant = self.client(&request)?;
         let v1::GetImageRequest { job_id, index } = request.into_inner();
-        Ok(Response::new(self.coordinator.image(&job_id, index).await?))
+        Ok(Response::new(self.coordinator.image(&tenant, &job_id, index).await?))
     }
 
     async fn get_record(
         &self,
         request: Request<v1::GetRecordRequest>,
     ) -> Answer<v1::GetRecordResponse> {
-        let record = self.coordinator.record(request.into_inner()).await?;
+        let tenant = self.client(&request)?;
+        let record = self.coordinator.record(&tenant, request.into_inner()).await?;
         Ok(Response::new(v1::GetRecordResponse { record: Some(record) }))
     }
 }
@@ -99,15 +111,17 @@ impl GenerationService for Grpc {
 impl CatalogService for Grpc {
     async fn list_models(
         &self,
-        _request: Request<v1::ListModelsRequest>,
+        request: Request<v1::ListModelsRequest>,
     ) -> Answer<v1::ListModelsResponse> {
+        self.client(&request)?;
         Ok(Response::new(v1::ListModelsResponse { models: self.coordinator.models() }))
     }
 
     async fn list_concepts(
         &self,
-        _request: Request<v1::ListConceptsRequest>,
+        request: Request<v1::ListConceptsRequest>,
     ) -> Answer<v1::ListConceptsResponse> {
+        self.client(&request)?;
         Ok(Response::new(self.coordinator.concepts()))
     }
 
@@ -115,6 +129,7 @@ impl CatalogService for Grpc {
         &self,
         request: Request<v1::RetireConceptRequest>,
     ) -> Answer<v1::RetireConceptResponse> {
+        self.coordinator.access().admin(request.metadata())?;
         let concept = request.into_inner().concept;
         let energies = self.coordinator.registry().retire(&concept).await?;
         let energies = energies.into_iter().collect();
@@ -128,6 +143,7 @@ impl RegistryService for Grpc {
         &self,
         request: Request<v1::RegisterNodeRequest>,
     ) -> Answer<v1::RegisterNodeResponse> {
+        self.coordinator.access().service(&request)?;
         let node = request.into_inner().node;
         let node = node.ok_or_else(|| Error::invalid("node", "is missing"))?;
         let registration_id = self.coordinator.registry().register(node).await?;
@@ -138,6 +154,7 @@ impl RegistryService for Grpc {
         &self,
         request: Request<v1::RenewNodeRequest>,
     ) -> Answer<v1::RenewNodeResponse> {
+        self.coordinator.access().service(&request)?;
         let v1::RenewNodeRequest { node_id, registration_id } = request.into_inner();
         self.coordinator.registry().renew(&node_id, &registration_id).await?;
         Ok(Response::new(v1::RenewNodeResponse { ttl_ms: self.ttl_ms() }))
@@ -147,6 +164,7 @@ impl RegistryService for Grpc {
         &self,
         request: Request<v1::DeregisterNodeRequest>,
     ) -> Answer<v1::DeregisterNodeResponse> {
+        self.coordinator.access().service(&request)?;
         let v1::DeregisterNodeRequest { node_id, registration_id } = request.into_inner();
         self.coordinator.registry().deregister(&node_id, &registration_id).await?;
         Ok(Response::new(v1::DeregisterNodeResponse {}))
@@ -161,6 +179,7 @@ impl WorkerService for Grpc {
         &self,
         request: Request<Streaming<v1::AttachRequest>>,
     ) -> Answer<Self::AttachStream> {
+        self.coordinator.access().service(&request)?;
         let outbound = self.coordinator.hub().attach(request.into_inner());
         Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
     }

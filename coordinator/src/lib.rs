@@ -5,6 +5,7 @@
 //! Decisions are pure functions (`admission`, `policy`, `placement`, `lease`, `transition`,
 //! `routing`, `verdict`); everything outside sits behind the `Store` trait, `object_store` or gRPC.
 
+mod access;
 mod admission;
 mod clock;
 mod config;
@@ -27,6 +28,7 @@ mod state;
 mod steering;
 mod store;
 mod suggest;
+mod tenants;
 mod transition;
 mod verdict;
 
@@ -37,4 +39,5 @@ pub use outputs::OutputError;
 pub use policy::{Policies, Policy, PolicyError};
 pub use server::run;
 pub use store::StoreError;
+pub use tenants::{Quota, Tenant, Tenants};
 pub use transition::Refusal;

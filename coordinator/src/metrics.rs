@@ -26,6 +26,16 @@ pub(crate) fn round(round: &Round) {
     gauge!("fairlead_coordinator_energy_nodes").set(round.nodes as f64);
 }
 
+/// A policies file could not be used.
+pub(crate) fn reload_failed() {
+    counter!("fairlead_coordinator_reload_failures_total").increment(1);
+}
+
+/// A job was not admitted because a bound is reached.
+pub(crate) fn refused() {
+    counter!("fairlead_coordinator_jobs_refused_total").increment(1);
+}
+
 pub(crate) fn admitted() {
     counter!("fairlead_coordinator_jobs_admitted_total").increment(1);
 }

@@ -1,5 +1,5 @@
-//! Policies: what an operator forbids. Read from one TOML file; a client can add concepts to a
-//! policy, never remove one.
+//! Policies: what an operator forbids. Read from one TOML file, which also names the tenants
+//! ([`crate::tenants`]); a client can add concepts to a policy, never remove one.
 //!
 //! ```toml
 //! default_policy = "default"
@@ -34,7 +34,10 @@ use fairlead_proto::{
 };
 use serde::Deserialize;
 
-use crate::steering::{self, SteeringFile};
+use crate::{
+    steering::{self, SteeringFile},
+    tenants::{Tenant, TenantFile, Tenants},
+};
 
 /// Stands for every concept that was ever served in this cluster.
 const ALL: &str = "*";
@@ -70,6 +73,19 @@ pub enum PolicyError {
          write [\"*\"] for all, or say allow_unchecked = true or observe_only = true"
     )]
     Unchecked(String),
+    /// A tenant that cannot be.
+    #[error("tenant `{tenant}`: {problem}")]
+    Tenant {
+        /// The tenant.
+        tenant: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A file that would open to everybody what was for tenants.
+    #[error(
+        "policies file {0}: it names no tenants any longer; restart without them if that is meant"
+    )]
+    TenantsGone(PathBuf),
     /// A value that cannot be.
     #[error("policy `{policy}`: {problem}")]
     Value {
@@ -86,6 +102,8 @@ struct File {
     default_policy: Option<String>,
     #[serde(default)]
     policies: BTreeMap<String, PolicyFile>,
+    #[serde(default)]
+    tenants: BTreeMap<String, TenantFile>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -234,6 +252,7 @@ impl Policy {
 pub struct Policies {
     default: String,
     policies: BTreeMap<String, Policy>,
+    tenants: Tenants,
 }
 
 impl Default for Policies {
@@ -256,6 +275,7 @@ impl Default for Policies {
         Self {
             default: policy.name.clone(),
             policies: BTreeMap::from([(policy.name.clone(), policy)]),
+            tenants: Tenants::default(),
         }
     }
 }
@@ -273,7 +293,7 @@ impl Policies {
         Self::parse_at(text, String::new())
     }
 
-    fn parse_at(text: &str, at: String) -> Result<Self, PolicyError> {
+    pub(crate) fn parse_at(text: &str, at: String) -> Result<Self, PolicyError> {
         let file: File = toml::from_str(text)
             .map_err(|source| PolicyError::Parse { at, source: Box::new(source) })?;
         let policies = file
@@ -292,12 +312,28 @@ impl Policies {
             (None, _) if policies.contains_key("default") => "default".to_owned(),
             (None, _) => return Err(PolicyError::Default("is missing; name one".into(), names())),
         };
-        Ok(Self { default, policies })
+        let known: Vec<&str> = policies.keys().map(String::as_str).collect();
+        let tenants = Tenants::from_file(file.tenants, &default, &known)
+            .map_err(|(tenant, problem)| PolicyError::Tenant { tenant, problem })?;
+        Ok(Self { default, policies, tenants })
     }
 
     /// The policy `name`, or the default one if it is empty.
     pub fn get(&self, name: &str) -> Option<&Policy> {
         self.policies.get(if name.is_empty() { self.default.as_str() } else { name })
+    }
+
+    /// Who may ask; nobody in particular where there are none.
+    pub fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    /// Lets the process itself in where there are tenants, with `key`: it may see everything.
+    pub fn admit_operator(&mut self, key: &str) {
+        if !self.tenants.is_empty() {
+            let name = "operator".to_owned();
+            self.tenants.insert(key, Tenant { name, ..Tenant::everyone() });
+        }
     }
 
     /// Names of all policies, sorted.

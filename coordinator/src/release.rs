@@ -3,24 +3,27 @@
 //! may the store mark the image released. Whatever goes wrong on the way releases nothing.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use fairlead_common::{
+    grpc::Channels,
     probe::{Probe, names_asked},
-    record, trace,
+    record,
+    signature::Signer,
+    tls::Tls,
+    trace,
 };
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{self, ImageStatus, energy_service_client::EnergyServiceClient},
 };
 use futures::future::join_all;
-use parking_lot::Mutex;
 use tokio::sync::Semaphore;
-use tonic::{Code, transport::Channel};
+use tonic::Code;
 use tracing::Instrument;
 
 use crate::{
@@ -36,8 +39,6 @@ use crate::{
 
 /// Images that are checked at once, over all shards.
 const CONCURRENT_CHECKS: usize = 16;
-/// Connections kept; more than this many addresses start over.
-const MAX_CHANNELS: usize = 256;
 
 /// Why an image cannot be released.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,18 +84,26 @@ pub(crate) struct Gate {
     outputs: Outputs,
     timeout: Duration,
     permits: Arc<Semaphore>,
-    channels: Arc<Mutex<HashMap<String, Channel>>>,
+    channels: Channels,
+    signer: Signer,
 }
 
 impl Gate {
-    /// Each node has `timeout` to answer about one image.
-    pub(crate) fn new(registry: Registry, outputs: Outputs, timeout: Duration) -> Self {
+    /// Each node has `timeout` to answer about one image; `signer` vouches for what was decided.
+    pub(crate) fn new(
+        registry: Registry,
+        outputs: Outputs,
+        timeout: Duration,
+        tls: Tls,
+        signer: Signer,
+    ) -> Self {
         Self {
             registry,
             outputs,
             timeout,
             permits: Arc::new(Semaphore::new(CONCURRENT_CHECKS)),
-            channels: Arc::default(),
+            channels: Channels::new(timeout, tls),
+            signer,
         }
     }
 
@@ -128,6 +137,7 @@ impl Gate {
         if proposed == ImageStatus::Released {
             record.image_sha256 = sha256_hex(&png);
         }
+        self.signer.sign(&mut record);
         let info = v1::ImageInfo {
             status: record.status,
             image_sha256: record.image_sha256.clone(),
@@ -227,7 +237,7 @@ impl Gate {
         traceparent: &str,
     ) -> Result<v1::CheckResponse, String> {
         let address = endpoint.node.as_ref().map(|node| node.address.as_str()).unwrap_or_default();
-        let channel = self.channel(address)?;
+        let channel = self.channels.get(address).map_err(|error| error.to_string())?;
         let mut client = EnergyServiceClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -250,20 +260,6 @@ impl Gate {
         let question = Question { concepts: &endpoint.concepts, image_sha256, policy };
         verdict::accept_answer(question, &answer)?;
         Ok(answer)
-    }
-
-    fn channel(&self, address: &str) -> Result<Channel, String> {
-        let mut channels = self.channels.lock();
-        if let Some(channel) = channels.get(address) {
-            return Ok(channel.clone());
-        }
-        let channel = fairlead_common::grpc::channel(address, self.timeout)
-            .map_err(|error| error.to_string())?;
-        if channels.len() >= MAX_CHANNELS {
-            channels.clear();
-        }
-        channels.insert(address.to_owned(), channel.clone());
-        Ok(channel)
     }
 }
 
@@ -339,5 +335,6 @@ fn assemble(
         worker_id: String::new(),
         finished_unix_ms: 0,
         trajectory: claimed.trajectory,
+        signature: None,
     }
 }

@@ -1,7 +1,8 @@
 //! The server: from a bound listener to a clean end.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, path::PathBuf, time::Duration};
 
+use fairlead_common::tls::{Peers, Tls};
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
@@ -47,12 +48,14 @@ pub async fn run(
     let coordinator = Coordinator::start(options.clone()).await?;
     tracing::info!(%address, id = options.coordinator_id, data = ?options.data, "coordinator ready");
     let ended = CancellationToken::new();
-    let server = serve(listener, coordinator.clone(), ended.clone());
+    let tls = options.tls.clone();
+    let server = serve(listener, coordinator.clone(), tls, ended.clone());
     tokio::pin!(server);
     tokio::select! {
         served = &mut server => return served,
         () = shutdown.cancelled() => {}
         () = forget_old(&coordinator) => {}
+        () = follow_policies(&coordinator, options.policies_file) => {}
     }
     tracing::info!("coordinator stopping");
     // The server goes on while running shards finish and clients watch them.
@@ -67,6 +70,13 @@ pub async fn run(
     }
     tracing::info!("coordinator stopped");
     Ok(())
+}
+
+async fn follow_policies(coordinator: &Coordinator, file: Option<PathBuf>) {
+    match file {
+        Some(file) => coordinator.access().follow(file).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn forget_old(coordinator: &Coordinator) {
@@ -84,6 +94,7 @@ async fn forget_old(coordinator: &Coordinator) {
 fn serve(
     listener: TcpListener,
     coordinator: Coordinator,
+    tls: Tls,
     ended: CancellationToken,
 ) -> impl Future<Output = Result<()>> {
     let grpc = Grpc::new(coordinator);
@@ -98,7 +109,7 @@ fn serve(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .build_v1()
             .expect("the descriptors come from the build");
-        fairlead_common::grpc::server()
+        fairlead_common::grpc::server(&tls, Peers::Anybody)?
             .add_service(health_service)
             .add_service(reflection)
             .add_service(limits!(GenerationServiceServer::new(grpc.clone())))

@@ -1,8 +1,8 @@
 //! What the coordinator does for clients. `grpc.rs` only translates.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use fairlead_common::{ids::JobId, trace};
+use fairlead_common::{ids::JobId, signature::Signer, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -12,6 +12,7 @@ use tonic::Status;
 use tracing::Span;
 
 use crate::{
+    access::Access,
     admission::{self, Cluster, Identity},
     clock::{Clock, millis},
     config::{CoordinatorOptions, Data},
@@ -21,13 +22,13 @@ use crate::{
     lease::Phase,
     metrics,
     outputs::{Outputs, sha256_hex},
-    policy::Policies,
     registry::Registry,
     release::Gate,
     state::JobRecord,
     store::{
-        Created, Found, Lookup, MemoryStore, NewJob, RedbStore, RedisStore, Store, StoreError,
+        Created, Found, Full, Lookup, MemoryStore, NewJob, RedbStore, RedisStore, Store, StoreError,
     },
+    tenants::Tenant,
 };
 
 /// Most characters of an idempotency key.
@@ -35,6 +36,9 @@ const MAX_KEY_CHARS: usize = 128;
 /// Jobs on a page unless asked otherwise, and at most.
 const DEFAULT_PAGE: u32 = 50;
 const MAX_PAGE: u32 = 1_000;
+/// The key that signs records, in the data directory, and what others check it with.
+const SIGNING_KEY: &str = "signing-key.pem";
+const PUBLIC_KEY: &str = "signing-key.pub.pem";
 /// Jobs forgotten in one round.
 const FORGET_AT_ONCE: usize = 100;
 
@@ -47,7 +51,7 @@ pub(crate) struct Coordinator {
     registry: Registry,
     events: Events,
     hub: Hub,
-    policies: Arc<Policies>,
+    access: Access,
     options: Arc<CoordinatorOptions>,
     /// No further job is admitted.
     stopping: CancellationToken,
@@ -56,12 +60,15 @@ pub(crate) struct Coordinator {
 impl Coordinator {
     /// Opens the store and the outputs and starts the hub.
     pub(crate) async fn start(options: CoordinatorOptions) -> Result<Self> {
-        let (store, outputs) = open(&options.data).await?;
+        let (store, outputs, signer) = open(&options).await?;
+        tracing::info!(key = signer.public().id(), "safety records are signed");
         let clock = Clock::of(Arc::clone(&store)).await?;
         let pause = options.node_ttl.min(options.lease_ttl) / 2;
         let registry = Registry::new(Arc::clone(&store), clock.clone(), options.node_ttl, pause);
         let events = Events::new(Arc::clone(&store));
-        let gate = Gate::new(registry.clone(), outputs.clone(), options.check_timeout);
+        let (timeout, tls) = (options.check_timeout, options.tls.clone());
+        let access = Access::new(options.policies.clone(), tls.is_on());
+        let gate = Gate::new(registry.clone(), outputs.clone(), timeout, tls, signer);
         let hub_options = HubOptions {
             coordinator_id: options.coordinator_id.clone(),
             lease_ttl: options.lease_ttl,
@@ -84,10 +91,14 @@ impl Coordinator {
             registry,
             events,
             hub,
-            policies: Arc::new(options.policies.clone()),
+            access,
             options: Arc::new(options),
             stopping: CancellationToken::new(),
         })
+    }
+
+    pub(crate) fn access(&self) -> &Access {
+        &self.access
     }
 
     pub(crate) fn registry(&self) -> &Registry {
@@ -101,6 +112,7 @@ impl Coordinator {
     /// Admits and stores a job. `incoming` is the client's traceparent.
     pub(crate) async fn submit(
         &self,
+        tenant: &Tenant,
         request: v1::SubmitJobRequest,
         incoming: &str,
     ) -> Result<v1::Job> {
@@ -116,20 +128,22 @@ impl Coordinator {
         let body = Sha256::digest(spec.encode_to_vec()).to_vec();
         // Before admission: a repeated request gets its job even if the cluster has changed.
         if !key.is_empty()
-            && let Some(found) = self.store.find(Lookup::Key(&key)).await?
+            && let Some(found) = self.store.find(Lookup::Key(&tenant.name, &key)).await?
         {
-            return self.existing(&key, &body, found).await;
+            return self.existing(tenant, &key, &body, found).await;
         }
         let now = self.clock.now();
         let identity = Identity { job: JobId::generate(), drawn_seed: rand::random(), now };
         let (models, nodes, seen) =
             (self.registry.models(), self.registry.live(), self.registry.seen());
         let cluster = Cluster { models: &models, nodes: &nodes, seen: &seen };
-        let mut record = admission::admit(&spec, &self.policies, &cluster, identity)?;
+        let policies = self.access.policies();
+        let mut record = admission::admit(&spec, &policies, tenant, &cluster, identity)?;
         record.traceparent = trace::traceparent_or(&Span::current(), incoming);
         let max_queued = self.options.max_queued;
         let key = (!key.is_empty()).then_some((key, body));
-        let new = NewJob { record, key: key.clone(), max_queued };
+        let quota = tenant.quota;
+        let new = NewJob { record, key: key.clone(), max_queued, quota };
         match self.store.create(new, now).await? {
             Created::New(record) => {
                 metrics::admitted();
@@ -146,30 +160,52 @@ impl Coordinator {
             }
             Created::Existing(found) => {
                 let (key, body) = key.unwrap_or_default();
-                self.existing(&key, &body, found).await
+                self.existing(tenant, &key, &body, found).await
             }
-            Created::QueueFull => Err(Error::QueueFull { limit: max_queued }),
+            Created::Full(full) => {
+                metrics::refused();
+                let name = tenant.name.clone();
+                Err(match full {
+                    Full::Queue => Error::QueueFull { limit: max_queued },
+                    Full::Tenant => Error::TenantFull {
+                        tenant: name,
+                        limit: quota.max_queued.unwrap_or_default(),
+                    },
+                    Full::Rate { wait_ms } => Error::TooFast {
+                        tenant: name,
+                        limit: quota.images_per_minute.unwrap_or_default(),
+                        wait: Duration::from_millis(wait_ms),
+                    },
+                })
+            }
         }
     }
 
-    async fn existing(&self, key: &str, body: &[u8], found: Found) -> Result<v1::Job> {
+    async fn existing(
+        &self,
+        tenant: &Tenant,
+        key: &str,
+        body: &[u8],
+        found: Found,
+    ) -> Result<v1::Job> {
         if found.body_hash != body {
             return Err(Error::KeyReused { key: key.to_owned(), job_id: found.job_id });
         }
-        Ok(self.record_of(&found.job_id).await?.job)
+        Ok(self.record_of(tenant, &found.job_id).await?.job)
     }
 
-    pub(crate) async fn get(&self, job_id: &str) -> Result<v1::Job> {
-        Ok(self.record_of(job_id).await?.job)
+    pub(crate) async fn get(&self, tenant: &Tenant, job_id: &str) -> Result<v1::Job> {
+        Ok(self.record_of(tenant, job_id).await?.job)
     }
 
     /// Events after a sequence number; the stream ends after the job's last event.
     pub(crate) async fn watch(
         &self,
+        tenant: &Tenant,
         job_id: &str,
         after: u64,
     ) -> Result<mpsc::Receiver<Result<v1::WatchJobResponse, Status>>> {
-        let record = self.record_of(job_id).await?;
+        let record = self.record_of(tenant, job_id).await?;
         let last = record.last_sequence;
         if after > last {
             let problem = format!("is {after}, but the job's last event is {last}");
@@ -182,8 +218,9 @@ impl Coordinator {
         Ok(self.events.watch(parse_job(job_id)?, after))
     }
 
-    pub(crate) async fn cancel(&self, job_id: &str) -> Result<v1::Job> {
+    pub(crate) async fn cancel(&self, tenant: &Tenant, job_id: &str) -> Result<v1::Job> {
         let job = parse_job(job_id)?;
+        self.record_of(tenant, job_id).await?;
         match self.hub.cancel(job, "cancelled by the client").await {
             Ok(record) => {
                 tracing::info!(job = job_id, state = record.job.state().as_str_name(), "cancel");
@@ -194,7 +231,11 @@ impl Coordinator {
         }
     }
 
-    pub(crate) async fn list(&self, request: v1::ListJobsRequest) -> Result<v1::ListJobsResponse> {
+    pub(crate) async fn list(
+        &self,
+        tenant: &Tenant,
+        request: v1::ListJobsRequest,
+    ) -> Result<v1::ListJobsResponse> {
         let size = match request.page_size {
             0 => DEFAULT_PAGE,
             size @ 1..=MAX_PAGE => size,
@@ -209,7 +250,8 @@ impl Coordinator {
                 Error::invalid("page_token", format!("`{token}` comes from no previous page"))
             })?),
         };
-        let mut records = self.store.list(before, size + 1).await?;
+        let own = (!tenant.admin).then_some(tenant.name.as_str());
+        let mut records = self.store.list(own, before, size + 1).await?;
         let mut room = MAX_MESSAGE_BYTES / 2;
         let fits = records.iter().take(size).take_while(|record| {
             let length = record.job.encoded_len();
@@ -227,8 +269,13 @@ impl Coordinator {
     }
 
     /// The bytes of a released image, as they were checked.
-    pub(crate) async fn image(&self, job_id: &str, index: u32) -> Result<v1::GetImageResponse> {
-        let record = self.record_of(job_id).await?;
+    pub(crate) async fn image(
+        &self,
+        tenant: &Tenant,
+        job_id: &str,
+        index: u32,
+    ) -> Result<v1::GetImageResponse> {
+        let record = self.record_of(tenant, job_id).await?;
         let image = image_of(&record, index)?;
         if image.status() != v1::ImageStatus::Released {
             return Err(not_released(job_id, image));
@@ -242,16 +289,25 @@ impl Coordinator {
     }
 
     /// The safety record of an image that was released or withheld.
-    pub(crate) async fn record(&self, request: v1::GetRecordRequest) -> Result<v1::SafetyRecord> {
-        let (job_id, index) = if request.record_id.is_empty() {
-            (request.job_id, request.index)
-        } else {
+    pub(crate) async fn record(
+        &self,
+        tenant: &Tenant,
+        request: v1::GetRecordRequest,
+    ) -> Result<v1::SafetyRecord> {
+        let by_id = !request.record_id.is_empty();
+        let unknown = || Error::NotFound(format!("record `{}`", request.record_id));
+        let (job_id, index) = if by_id {
             let found = self.store.find(Lookup::Record(&request.record_id)).await?;
-            let found =
-                found.ok_or_else(|| Error::NotFound(format!("record `{}`", request.record_id)))?;
+            let found = found.ok_or_else(unknown)?;
             (found.job_id, found.index)
+        } else {
+            (request.job_id.clone(), request.index)
         };
-        let record = self.record_of(&job_id).await?;
+        let record = self.record_of(tenant, &job_id).await.map_err(|error| match error {
+            // Another tenant's: its job is not told.
+            Error::NotFound(_) if by_id => unknown(),
+            other => other,
+        })?;
         let image = image_of(&record, index)?;
         let id = &image.record_id;
         let Some(token) = winner(&record, index) else {
@@ -323,23 +379,37 @@ impl Coordinator {
         self.events.stop().await;
     }
 
-    async fn record_of(&self, job_id: &str) -> Result<JobRecord> {
-        self.store.get(parse_job(job_id)?).await?.ok_or_else(|| unknown_job(job_id))
+    /// A job that `tenant` may see.
+    async fn record_of(&self, tenant: &Tenant, job_id: &str) -> Result<JobRecord> {
+        let record = self.store.get(parse_job(job_id)?).await?;
+        record.filter(|record| tenant.sees(&record.tenant)).ok_or_else(|| unknown_job(job_id))
     }
 }
 
-async fn open(data: &Data) -> Result<(Arc<dyn Store>, Outputs)> {
-    let data = data.clone();
-    let opened = tokio::task::spawn_blocking(move || -> Result<(Arc<dyn Store>, Outputs)> {
+type Opened = (Arc<dyn Store>, Outputs, Signer);
+
+/// The store, the outputs and the key that signs records.
+async fn open(options: &CoordinatorOptions) -> Result<Opened> {
+    let (data, signing_key) = (options.data.clone(), options.signing_key.clone());
+    let opened = tokio::task::spawn_blocking(move || -> Result<Opened> {
+        let signer = |dir: &Path| match &signing_key {
+            Some(path) => Signer::load(path),
+            None => Signer::load_or_create(&dir.join(SIGNING_KEY), &dir.join(PUBLIC_KEY)),
+        };
         Ok(match data {
-            Data::Memory => (Arc::new(MemoryStore::default()), Outputs::in_memory()),
+            Data::Memory => {
+                let signer = signing_key.as_deref().map(Signer::load).transpose()?;
+                let signer = signer.unwrap_or_else(Signer::generate);
+                (Arc::new(MemoryStore::default()), Outputs::in_memory(), signer)
+            }
             Data::Dir(dir) => {
                 let outputs = outputs(&dir)?;
-                (Arc::new(RedbStore::open(&dir.join("jobs.redb"))?), outputs)
+                let store = RedbStore::open(&dir.join("jobs.redb"))?;
+                (Arc::new(store), outputs, signer(&dir)?)
             }
             Data::Redis { url, prefix, outputs: dir } => {
                 let store = RedisStore::new(url.reveal(), &prefix)?;
-                (Arc::new(store), outputs(&dir)?)
+                (Arc::new(store), outputs(&dir)?, signer(&dir)?)
             }
         })
     });

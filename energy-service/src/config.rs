@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
-use fairlead_common::ids;
+use fairlead_common::{ids, tls::Tls};
 use fairlead_models::DeviceName;
 
 /// Options of `fairlead energy`.
@@ -36,6 +36,9 @@ pub struct EnergyArgs {
         default_value = "127.0.0.1:0"
     )]
     pub listen: SocketAddr,
+    /// Listen in the clear where other machines can connect, and let anybody in.
+    #[arg(long, env = "FAIRLEAD_ENERGY_INSECURE")]
+    pub insecure: bool,
     /// Address that workers and the coordinator reach this node at, e.g. http://10.0.0.7:7101.
     /// Default: the one it listens on. Needed when that is 0.0.0.0.
     #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_ADVERTISE")]
@@ -109,6 +112,8 @@ pub struct EnergyOptions {
     pub max_batch: Option<u32>,
     /// Where the model runs.
     pub device: DeviceName,
+    /// With a certificate, only services of the cluster can connect.
+    pub tls: Tls,
 }
 
 impl EnergyOptions {
@@ -126,6 +131,7 @@ impl EnergyOptions {
             queue: DEFAULT_QUEUE,
             max_batch: None,
             device: DeviceName::Cpu,
+            tls: Tls::default(),
         }
     }
 
@@ -149,6 +155,7 @@ impl From<EnergyArgs> for EnergyOptions {
             queue: args.queue,
             max_batch: args.max_batch,
             device: args.device,
+            tls: Tls::default(),
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use fairlead_common::grpc::{Replicas, channel, incoming, replicas, server};
+use fairlead_common::{
+    grpc::{Replicas, channel, incoming, replicas, server},
+    tls::Peers,
+};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
@@ -60,14 +63,14 @@ pub async fn run_with_scorer(
     let registry = options
         .coordinator
         .as_deref()
-        .map(|coordinator| replicas(coordinator, register::CALL_TIMEOUT))
+        .map(|coordinator| replicas(coordinator, register::CALL_TIMEOUT, &options.tls))
         .transpose()?;
     let concepts = ConceptSet::load(&options.concepts)?;
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, None, false).await;
     let cell = NodeCell::default();
     let stop_serving = CancellationToken::new();
-    let serve = server()
+    let serve = server(&options.tls, Peers::Services)?
         .add_service(health_service)
         .add_service(reflection()?)
         .add_service(EnergyGrpc::server(cell.clone()))
@@ -168,10 +171,10 @@ fn identity(options: &EnergyOptions, listener: &TcpListener) -> Result<Identity,
             );
             return refused("--advertise", why);
         }
-        None => format!("http://{address}"),
+        None => format!("{}://{address}", options.tls.scheme()),
     };
     // Refused here rather than by the first worker that tries it.
-    channel(&address, register::CALL_TIMEOUT)
+    channel(&address, register::CALL_TIMEOUT, &options.tls)
         .map_err(|error| Error::Option { option: "--advertise", why: error.to_string() })?;
     Ok(Identity { node_id: options.node_id.clone(), address, crops: options.crops })
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use fairlead_common::{
     grpc::{self, Replicas},
     testing::RedisServer,
+    tls::Tls,
 };
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
@@ -139,7 +140,8 @@ impl Sandbox {
         self.redis.as_mut().expect("the coordinators share a Redis")
     }
 
-    fn empty(observed: Vec<String>) -> Result<Self> {
+    /// No process yet.
+    pub fn empty(observed: Vec<String>) -> Result<Self> {
         Ok(Self {
             redis: None,
             folder: tempfile::tempdir()?,
@@ -378,12 +380,12 @@ impl Sandbox {
     }
 
     fn channel(&self) -> Result<Replicas> {
-        Ok(grpc::replicas(&self.address, PATIENCE)?)
+        Ok(grpc::replicas(&self.address, PATIENCE, &Tls::default())?)
     }
 
     /// Starts a service and reads the address it prints after `words`, and before it perhaps that of
     /// its metrics.
-    async fn spawn(&mut self, name: &str, mut command: Command, words: &str) -> Result<String> {
+    pub async fn spawn(&mut self, name: &str, mut command: Command, words: &str) -> Result<String> {
         command.args(&self.observed).env("OTEL_BSP_SCHEDULE_DELAY", "50");
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let stdout = child.stdout.take().context("stdout was piped")?;

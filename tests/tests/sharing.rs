@@ -1,7 +1,7 @@
 //! Coordinators that share a Redis: any of them may die, and the Redis itself may.
 
 use anyhow::{Context, Result, bail};
-use fairlead_common::grpc;
+use fairlead_common::{grpc, tls::Tls};
 use fairlead_proto::v1::{
     CancelJobRequest, Job, JobSpec, JobState, WatchJobRequest,
     generation_service_client::GenerationServiceClient, watch_job_response::Event,
@@ -50,7 +50,9 @@ async fn completed(sandbox: &Sandbox, spec: JobSpec) -> Result<Vec<Vec<u8>>> {
 fn each(sandbox: &Sandbox) -> Result<Vec<GenerationServiceClient<Channel>>> {
     let addresses = sandbox.address().split(',');
     addresses
-        .map(|address| Ok(GenerationServiceClient::new(grpc::channel(address, PATIENCE)?)))
+        .map(|address| {
+            Ok(GenerationServiceClient::new(grpc::channel(address, PATIENCE, &Tls::default())?))
+        })
         .collect()
 }
 

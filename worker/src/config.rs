@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
+use fairlead_common::tls::Tls;
 use fairlead_models::DeviceName;
 
 /// Options of `fairlead worker`; each can also be set in the environment.
@@ -58,6 +59,10 @@ pub struct WorkerArgs {
     /// Most seconds to finish running shards after the stop signal; then they are handed back.
     #[arg(long, value_name = "SECONDS", env = "FAIRLEAD_WORKER_DRAIN_TIMEOUT", default_value = "60", value_parser = seconds)]
     pub drain_timeout: Duration,
+
+    /// Certificates, read by the caller.
+    #[arg(skip)]
+    pub tls: Tls,
 }
 
 impl WorkerArgs {
@@ -73,6 +78,7 @@ impl WorkerArgs {
             threads: 0,
             energy_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(60),
+            tls: Tls::default(),
         }
     }
 }

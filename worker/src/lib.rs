@@ -58,6 +58,7 @@ pub async fn run(options: WorkerArgs, shutdown: CancellationToken) -> Result<()>
         capacity: options.capacity,
         energy_timeout: options.energy_timeout,
         drain_timeout: options.drain_timeout,
+        tls: options.tls,
     };
     Hub::new(hub, engines).run(shutdown).await
 }

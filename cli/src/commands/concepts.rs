@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::Args;
 use fairlead_proto::v1::{ServedConcept, ServingNode};
 
-use crate::{client::Client, output::say};
+use crate::{client::Client, credentials::CredentialArgs, output::say};
 
 /// Lists the concepts that live energy nodes serve: their group and version, and of each node its
 /// model, how long it has served them and the number of its calibrations.
@@ -21,13 +21,15 @@ pub(crate) struct ConceptsArgs {
     /// Coordinator to ask.
     #[arg(long, default_value = "http://127.0.0.1:7100", env = "FAIRLEAD_SERVER")]
     server: String,
+    #[command(flatten)]
+    credentials: CredentialArgs,
     /// Forget this concept, which no node serves any longer.
     #[arg(long, value_name = "CONCEPT")]
     retire: Option<String>,
 }
 
 pub(crate) async fn run(args: ConceptsArgs) -> Result<ExitCode> {
-    let client = Client::new(&args.server)?;
+    let client = Client::new(&args.server, args.credentials.load()?)?;
     if let Some(concept) = args.retire {
         let energies = client.retire(&concept).await?;
         say!("`{concept}` is no longer required; it was known from {}", energies.join(", "));

@@ -10,7 +10,6 @@ use fairlead_proto::v1::{ImageStatus, JobSpec, StepRecord};
 
 use crate::{
     assets::ModelArgs,
-    client::Client,
     cluster::{ClusterOptions, LocalCluster},
     output::{self, say},
     pairs::{self, Pair},
@@ -78,7 +77,7 @@ pub(crate) async fn run(args: DemoArgs) -> Result<ExitCode> {
     let folder = args.out.parent().context("--out names no file")?;
     output::ensure_folder(folder)?;
     let cluster = LocalCluster::start(ClusterOptions::temporary(&args.models)).await?;
-    let client = Client::new(cluster.address())?;
+    let client = cluster.client()?;
     let counter = Counter::new("pairs", prompts.len());
     let pairs = pairs::run(&client, specs.collect(), &stop, || counter.inc()).await;
     drop(counter);

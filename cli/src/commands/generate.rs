@@ -17,6 +17,7 @@ use crate::{
     assets::ModelArgs,
     client::{self, Client, Finished, Interrupted},
     cluster::{ClusterOptions, LocalCluster},
+    credentials::CredentialArgs,
     output::{self, say},
     progress::JobProgress,
 };
@@ -46,6 +47,8 @@ pub(crate) struct GenerateArgs {
     /// Coordinator to send the jobs to, e.g. http://127.0.0.1:7100.
     #[arg(long, env = "FAIRLEAD_SERVER")]
     server: Option<String>,
+    #[command(flatten)]
+    credentials: CredentialArgs,
     /// Generator by name, where the coordinator has several.
     #[arg(long, value_name = "NAME", requires = "server")]
     model_name: Option<String>,
@@ -213,14 +216,14 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
     }
     let folder = output::ensure_folder(&args.out)?;
     let (client, cluster) = match &args.server {
-        Some(server) => (Client::new(server)?, None),
+        Some(server) => (Client::new(server, args.credentials.load()?)?, None),
         None => {
             let start = LocalCluster::start(ClusterOptions::temporary(&args.models));
             let cluster = tokio::select! {
                 cluster = start => cluster?,
                 () = stop.cancelled() => return Err(Interrupted.into()),
             };
-            (Client::new(cluster.address())?, Some(cluster))
+            (cluster.client()?, Some(cluster))
         }
     };
     let generate = generate_all(&client, &args, &folder, &stop);

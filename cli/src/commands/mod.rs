@@ -6,5 +6,7 @@ pub(crate) mod demo;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod keys;
 pub(crate) mod services;
 pub(crate) mod up;
+pub(crate) mod verify;

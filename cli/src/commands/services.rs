@@ -2,10 +2,13 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use fairlead_common::{metrics, shutdown};
-use fairlead_coordinator::CoordinatorArgs;
+use fairlead_common::{
+    metrics, shutdown,
+    tls::{Tls, TlsArgs},
+};
+use fairlead_coordinator::{CoordinatorArgs, CoordinatorOptions};
 use fairlead_energy::{EnergyArgs, EnergyOptions};
 use fairlead_worker::WorkerArgs;
 use tokio::net::TcpListener;
@@ -17,6 +20,8 @@ use crate::output::say;
 pub(crate) struct ServiceArgs<T: Args> {
     #[command(flatten)]
     service: T,
+    #[command(flatten)]
+    tls: TlsArgs,
     #[command(flatten)]
     metrics: MetricsArgs,
 }
@@ -52,9 +57,17 @@ impl MetricsArgs {
 pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     args.metrics.serve().await?;
-    let args = args.service;
-    let options = args.options()?;
-    let listener = bind(args.listen).await?;
+    let (tls, args) = (args.tls.load()?, args.service);
+    tls.may_listen(args.listen, args.insecure)?;
+    let options = CoordinatorOptions { tls: tls.clone(), ..args.options()? };
+    if options.policies.tenants().is_empty() && !args.insecure && !args.listen.ip().is_loopback() {
+        bail!(
+            "will not let anybody in on {}, where other machines can connect: name [tenants.NAME] in \
+             --policies (`fairlead keys client` makes their keys), or say --insecure",
+            args.listen
+        );
+    }
+    let listener = bind(args.listen, &tls).await?;
     fairlead_coordinator::run(listener, options, stop).await?;
     Ok(ExitCode::SUCCESS)
 }
@@ -62,23 +75,27 @@ pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<Ex
 pub(crate) async fn worker(args: ServiceArgs<WorkerArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     args.metrics.serve().await?;
-    fairlead_worker::run(args.service, stop).await?;
+    let options = WorkerArgs { tls: args.tls.load()?, ..args.service };
+    fairlead_worker::run(options, stop).await?;
     Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) async fn energy(args: ServiceArgs<EnergyArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     args.metrics.serve().await?;
-    let listener = bind(args.service.listen).await?;
-    fairlead_energy::run(listener, EnergyOptions::from(args.service), stop).await?;
+    let (tls, args) = (args.tls.load()?, args.service);
+    tls.may_listen(args.listen, args.insecure)?;
+    let listener = bind(args.listen, &tls).await?;
+    let options = EnergyOptions { tls, ..EnergyOptions::from(args) };
+    fairlead_energy::run(listener, options, stop).await?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Binds and says where: with port 0 nobody could know otherwise.
-async fn bind(address: SocketAddr) -> Result<TcpListener> {
+async fn bind(address: SocketAddr, tls: &Tls) -> Result<TcpListener> {
     let listener = TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen on {address}; choose another address with --listen")
     })?;
-    say!("listening on http://{}", listener.local_addr()?);
+    say!("listening on {}://{}", tls.scheme(), listener.local_addr()?);
     Ok(listener)
 }

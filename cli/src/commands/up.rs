@@ -2,9 +2,9 @@
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
-use fairlead_common::shutdown;
+use fairlead_common::{shutdown, tls::Tls};
 
 use super::services::MetricsArgs;
 use crate::{
@@ -22,7 +22,8 @@ pub(crate) struct UpArgs {
     models: ModelArgs,
     #[command(flatten)]
     workers: WorkersArgs,
-    /// Address of the coordinator. This mode has no authentication: keep it on loopback.
+    /// Address of the coordinator, on loopback: this mode speaks no TLS. With `[tenants.NAME]` in --policies,
+    /// clients need a key.
     #[arg(long, default_value = "127.0.0.1:7100", env = "FAIRLEAD_LISTEN")]
     listen: SocketAddr,
     /// Folder of jobs, images and safety records; kept between runs.
@@ -40,6 +41,9 @@ pub(crate) struct UpArgs {
 
 pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
+    Tls::default().may_listen(args.listen, false).context(
+        "`fairlead up` is for one machine: take an address on loopback, or start the services one by one",
+    )?;
     args.metrics.serve().await?;
     let options = ClusterOptions {
         models: args.models,

@@ -58,6 +58,7 @@ struct World {
     nodes: Vec<LiveNode>,
     seen: Seen,
     policies: Policies,
+    tenant: Tenant,
 }
 
 impl World {
@@ -69,6 +70,7 @@ impl World {
             nodes: vec![node(&concepts, 1, Some(key("sd", 25)))],
             seen: Seen { models: ["gone-model".to_owned()].into(), ..Seen::default() },
             policies: Policies::default(),
+            tenant: Tenant::everyone(),
         }
     }
 
@@ -80,7 +82,7 @@ impl World {
     fn admit(&self, spec: &v1::JobSpec) -> Result<JobRecord> {
         let cluster = Cluster { models: &self.models, nodes: &self.nodes, seen: &self.seen };
         let identity = Identity { job: JobId::generate(), drawn_seed: 99, now: 7 };
-        admit(spec, &self.policies, &cluster, identity)
+        admit(spec, &self.policies, &self.tenant, &cluster, identity)
     }
 }
 

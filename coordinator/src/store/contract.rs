@@ -57,7 +57,7 @@ pub(super) async fn take(store: &dyn Store, job: JobId, limit: usize, now: i64) 
 }
 
 pub(super) fn new(record: JobRecord) -> NewJob {
-    NewJob { record, key: None, max_queued: 100 }
+    NewJob { record, key: None, max_queued: 100, quota: Quota::default() }
 }
 
 fn released(range: std::ops::Range<u32>) -> Vec<v1::ImageInfo> {
@@ -202,9 +202,10 @@ async fn the_queue_keeps_its_order_and_its_bound(store: &dyn Store) {
     let queued: usize = backlog.queued.values().sum();
     assert_eq!(backlog.queued.get(&queue_of(id)), Some(&3));
     let (_, record) = job(2, 1);
-    let full = NewJob { record: record.clone(), key: None, max_queued: queued + 1 };
-    assert_eq!(store.create(full, 12).await.expect("it answers"), Created::QueueFull);
-    let fits = NewJob { record, key: None, max_queued: queued + 2 };
+    let full = NewJob { max_queued: queued + 1, ..new(record.clone()) };
+    let answer = store.create(full, 12).await.expect("it answers");
+    assert_eq!(answer, Created::Full(Full::Queue));
+    let fits = NewJob { max_queued: queued + 2, ..new(record) };
     assert!(matches!(store.create(fits, 12).await.expect("it answers"), Created::New(_)));
 }
 
@@ -245,7 +246,7 @@ async fn keys_shards_and_records_lead_to_their_job(store: &dyn Store) {
     assert_eq!(found.map(|found| (found.job_id, found.index)), Some((id.to_string(), 1)));
     let found = store.find(Lookup::Shard(&record.shards[0].id)).await.expect("it answers");
     assert_eq!(found.map(|found| found.job_id), Some(id.to_string()));
-    assert_eq!(store.find(Lookup::Key("another")).await.expect("it answers"), None);
+    assert_eq!(store.find(Lookup::Key("", "another")).await.expect("it answers"), None);
 }
 
 async fn lists_are_newest_first_and_page(store: &dyn Store) {
@@ -256,10 +257,10 @@ async fn lists_are_newest_first_and_page(store: &dyn Store) {
     let names = |records: Vec<JobRecord>| -> Vec<_> {
         records.into_iter().map(|record| record.job.job_id).collect()
     };
-    let first = names(store.list(None, 2).await.expect("a page"));
+    let first = names(store.list(None, None, 2).await.expect("a page"));
     assert_eq!(first, [ids[2].clone(), ids[1].clone()]);
     let last = first[1].parse().expect("an id");
-    assert_eq!(names(store.list(Some(last), 1).await.expect("a page")), [ids[0].clone()]);
+    assert_eq!(names(store.list(None, Some(last), 1).await.expect("a page")), [ids[0].clone()]);
 }
 
 async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
@@ -277,7 +278,7 @@ async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
     assert!(gone.iter().any(|gone| gone.job.job_id == id.to_string()));
     assert_eq!(store.get(id).await.expect("it answers"), None);
     assert!(store.events(id, 0, 10).await.expect("it answers").is_empty());
-    assert_eq!(store.find(Lookup::Key(&key)).await.expect("it answers"), None);
+    assert_eq!(store.find(Lookup::Key("", &key)).await.expect("it answers"), None);
 }
 
 async fn members_stay_by_renewing_and_what_they_had_is_known(store: &dyn Store) {
@@ -345,6 +346,50 @@ async fn tenants_take_turns(store: &dyn Store) {
     assert_eq!(places, [3, 0, 4, 1, 5], "in turn, each in its order");
 }
 
+async fn a_tenants_jobs_keys_and_bounds_are_its_own(store: &dyn Store) {
+    let of = |tenant: &str, images| {
+        let mut record = job(images, 1).1;
+        tenant.clone_into(&mut record.tenant);
+        record
+    };
+    let (first, second) = (of("one", 2), of("two", 1));
+    let key = Some(("same".to_owned(), vec![1]));
+    for record in [&first, &second] {
+        let new = NewJob { key: key.clone(), ..new(record.clone()) };
+        let created = store.create(new, 5).await.expect("it stores");
+        assert!(matches!(created, Created::New(_)), "another tenant's key is another key");
+    }
+    let found = store.find(Lookup::Key("two", "same")).await.expect("it answers");
+    assert_eq!(found.map(|found| found.job_id), Some(second.job.job_id.clone()));
+    let listed = store.list(Some("one"), None, 10).await.expect("a page");
+    assert_eq!(listed.iter().map(|record| &record.tenant).collect::<Vec<_>>(), ["one"]);
+
+    let quota = Quota { max_queued: Some(3), images_per_minute: None };
+    let create = async |tenant, images, quota, now| {
+        let new = NewJob { quota, ..new(of(tenant, images)) };
+        store.create(new, now).await.expect("it answers")
+    };
+    assert_eq!(create("one", 2, quota, 5).await, Created::Full(Full::Tenant));
+    assert!(matches!(create("one", 1, quota, 5).await, Created::New(_)));
+    assert!(matches!(create("two", 2, quota, 5).await, Created::New(_)), "its own two and one");
+    let cancel = Transition::Cancel { reason: String::new() };
+    store.apply(first.id().expect("an id"), cancel, 6).await.expect("it cancels");
+    assert!(matches!(create("one", 2, quota, 7).await, Created::New(_)), "there is room again");
+
+    let quota = Quota { max_queued: None, images_per_minute: Some(4) };
+    let start = 1_000_000_000_000;
+    assert!(matches!(create("one", 3, quota, start).await, Created::New(_)));
+    let wait = |wait_ms| Created::Full(Full::Rate { wait_ms });
+    assert_eq!(create("one", 2, quota, start).await, wait(15_000));
+    assert!(
+        matches!(create("one", 1, quota, start).await, Created::New(_)),
+        "refusals cost nothing"
+    );
+    assert_eq!(create("one", 64, quota, start + 30_000).await, wait(30_000), "until it is whole");
+    assert!(matches!(create("two", 4, quota, start).await, Created::New(_)), "its own allowance");
+    assert!(matches!(create("one", 2, quota, start + 30_000).await, Created::New(_)));
+}
+
 async fn concurrent_grants_have_one_winner(store: Arc<dyn Store>) {
     let (id, shards) = stored(store.as_ref(), 1, 1).await;
     let mut tasks = tokio::task::JoinSet::new();
@@ -373,6 +418,7 @@ async fn all(store: Arc<dyn Store>) {
     old_jobs_are_forgotten_with_everything_about_them(backend).await;
     members_stay_by_renewing_and_what_they_had_is_known(backend).await;
     tenants_take_turns(backend).await;
+    a_tenants_jobs_keys_and_bounds_are_its_own(backend).await;
     let unknown = JobId::generate();
     let cancel = Transition::Cancel { reason: String::new() };
     let error = backend.apply(unknown, cancel, 0).await.expect_err("there is no such job");

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::{
     Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Store, StoreError,
-    enqueue, lookups, members::Members, queues::Queues,
+    enqueue, lookups, members::Members, queues::Queues, rates::Rates,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -27,6 +27,7 @@ struct Tables {
     jobs: BTreeMap<JobId, JobRecord>,
     queues: Queues,
     members: Members,
+    rates: Rates,
     events: BTreeMap<(JobId, u64), WatchJobResponse>,
     lookups: BTreeMap<String, Found>,
     next_position: u64,
@@ -43,16 +44,17 @@ impl Tables {
 #[async_trait]
 impl Store for MemoryStore {
     async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
-        let NewJob { mut record, key, max_queued } = new;
+        let NewJob { mut record, key, max_queued, quota } = new;
         let id = record.id().ok_or_else(|| StoreError::Corrupt("a new job's id".into()))?;
         let tables = &mut *self.tables.lock();
         if let Some((key, _)) = &key
-            && let Some(found) = tables.lookups.get(&Lookup::Key(key).index_key())
+            && let Some(found) = tables.lookups.get(&Lookup::Key(&record.tenant, key).index_key())
         {
             return Ok(Created::Existing(found.clone()));
         }
-        if tables.queues.queued() + record.shards.len() > max_queued {
-            return Ok(Created::QueueFull);
+        let room = tables.queues.room(&record, max_queued, quota);
+        if let Err(full) = room.and_then(|()| tables.rates.admit(&record, quota, now)) {
+            return Ok(Created::Full(full));
         }
         let events = enqueue(&mut record, &mut tables.next_position, now);
         tables.lookups.extend(lookups(&record, key.as_ref()));
@@ -66,13 +68,15 @@ impl Store for MemoryStore {
 
     async fn list(
         &self,
+        tenant: Option<&str>,
         before: Option<JobId>,
         limit: usize,
     ) -> Result<Vec<JobRecord>, StoreError> {
         let tables = self.tables.lock();
         let older = |(id, _): &(&JobId, &JobRecord)| before.is_none_or(|before| **id < before);
-        let newest = tables.jobs.iter().rev().filter(older).take(limit);
-        Ok(newest.map(|(_, record)| record.clone()).collect())
+        let theirs = |record: &&JobRecord| tenant.is_none_or(|tenant| record.tenant == tenant);
+        let newest = tables.jobs.iter().rev().filter(older).map(|(_, record)| record);
+        Ok(newest.filter(theirs).take(limit).cloned().collect())
     }
 
     async fn apply(

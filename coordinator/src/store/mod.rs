@@ -4,6 +4,7 @@
 mod members;
 mod memory;
 mod queues;
+mod rates;
 mod redb;
 mod redis;
 
@@ -30,6 +31,7 @@ use tokio::sync::mpsc;
 use crate::{
     clock::unix_ms,
     state::{ActiveShard, JobRecord, QueueName},
+    tenants::Quota,
     transition::{Effect, Refusal, Transition},
 };
 
@@ -72,6 +74,8 @@ pub(crate) struct NewJob {
     pub(crate) key: Option<(String, Vec<u8>)>,
     /// Most queued shards the store may hold with this job.
     pub(crate) max_queued: usize,
+    /// The same of its tenant's alone, and how many images that may ask for.
+    pub(crate) quota: Quota,
 }
 
 /// What [`Store::create`] did.
@@ -81,15 +85,29 @@ pub(crate) enum Created {
     New(Box<JobRecord>),
     /// The idempotency key belongs to this earlier job.
     Existing(Found),
-    /// The queue is full; nothing was stored.
-    QueueFull,
+    /// A bound is reached; nothing was stored.
+    Full(Full),
+}
+
+/// Which bound keeps a job out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Full {
+    /// The shards of all tenants that wait.
+    Queue,
+    /// Those of its tenant.
+    Tenant,
+    /// Its tenant's images a minute; there is room again in so many milliseconds.
+    Rate {
+        /// Milliseconds, above 0.
+        wait_ms: u64,
+    },
 }
 
 /// How a job is found by something other than its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lookup<'a> {
-    /// By idempotency key.
-    Key(&'a str),
+    /// By a tenant's idempotency key.
+    Key(&'a str, &'a str),
     /// By shard id.
     Shard(&'a str),
     /// By record id.
@@ -99,7 +117,7 @@ pub(crate) enum Lookup<'a> {
 impl Lookup<'_> {
     pub(crate) fn index_key(self) -> String {
         match self {
-            Self::Key(key) => format!("key/{key}"),
+            Self::Key(tenant, key) => format!("key/{tenant}/{key}"),
             Self::Shard(id) => format!("shard/{id}"),
             Self::Record(id) => format!("record/{id}"),
         }
@@ -166,15 +184,19 @@ pub(crate) enum Change {
 /// The durable state. Calls are atomic; what a call other than a renewal changed survives a crash.
 #[async_trait]
 pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
-    /// Stores a job and its first event, unless its idempotency key is taken or the queue is full.
+    /// Stores a job and its first event, unless its idempotency key is taken or a bound is reached.
     async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError>;
 
     /// One job.
     async fn get(&self, job: JobId) -> Result<Option<JobRecord>, StoreError>;
 
-    /// Jobs older than `before` (all if absent), newest first.
-    async fn list(&self, before: Option<JobId>, limit: usize)
-    -> Result<Vec<JobRecord>, StoreError>;
+    /// Jobs of a tenant, or of all, older than `before`, or all; newest first.
+    async fn list(
+        &self,
+        tenant: Option<&str>,
+        before: Option<JobId>,
+        limit: usize,
+    ) -> Result<Vec<JobRecord>, StoreError>;
 
     /// Applies one transition, or refuses it and changes nothing.
     async fn apply(
@@ -397,7 +419,8 @@ pub(crate) fn lookups(record: &JobRecord, key: Option<&(String, Vec<u8>)>) -> Ve
         .images
         .iter()
         .map(|i| (Lookup::Record(&i.record_id).index_key(), found(i.index, Vec::new())));
-    let key = key.map(|(key, body)| (Lookup::Key(key).index_key(), found(0, body.clone())));
+    let key = key
+        .map(|(key, body)| (Lookup::Key(&record.tenant, key).index_key(), found(0, body.clone())));
     shards.chain(images).chain(key).collect()
 }
 

@@ -8,8 +8,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::Backlog;
-use crate::state::{ActiveShard, JobRecord, Lane, QueueName};
+use super::{Backlog, Full};
+use crate::{
+    state::{ActiveShard, JobRecord, Lane, QueueName},
+    tenants::Quota,
+};
 
 /// Place of a queued shard among those of its tenant and priority.
 type Place = (u64, String);
@@ -18,6 +21,8 @@ type Place = (u64, String);
 pub(super) struct Queues {
     shards: HashMap<String, ActiveShard>,
     queues: BTreeMap<QueueName, Queue>,
+    /// Shards that wait, of each tenant that has any.
+    waiting: BTreeMap<String, usize>,
     /// Queued shards that are not due yet.
     delayed: BTreeSet<(i64, String)>,
     /// Leased shards by the end of their lease.
@@ -63,6 +68,7 @@ impl Queues {
             self.leases.insert((shard.expires_unix_ms, id.clone()));
         } else {
             self.queues.entry(shard.queue.clone()).or_default().queued += 1;
+            *self.waiting.entry(shard.lane.tenant.clone()).or_default() += 1;
             // Due ones move to their lane when somebody looks.
             self.delayed.insert((shard.not_before_unix_ms, id.clone()));
         }
@@ -76,6 +82,10 @@ impl Queues {
             return;
         }
         self.delayed.remove(&(old.not_before_unix_ms, old.shard_id.clone()));
+        if let Some(waiting) = self.waiting.get_mut(&old.lane.tenant) {
+            *waiting -= 1;
+            self.waiting.retain(|_, waiting| *waiting > 0);
+        }
         let Some(queue) = self.queues.get_mut(&old.queue) else { return };
         queue.queued -= 1;
         if let Some(places) = queue.lanes.get_mut(&old.lane) {
@@ -124,9 +134,22 @@ impl Queues {
         }
     }
 
-    /// Shards that wait, due or not.
-    pub(super) fn queued(&self) -> usize {
-        self.shards.len() - self.leases.len()
+    /// Whether a new job fits.
+    pub(super) fn room(
+        &self,
+        job: &JobRecord,
+        max_queued: usize,
+        quota: Quota,
+    ) -> Result<(), Full> {
+        let queued = self.shards.len() - self.leases.len();
+        if queued + job.shards.len() > max_queued {
+            return Err(Full::Queue);
+        }
+        let waiting = self.waiting.get(&job.tenant).copied().unwrap_or_default();
+        match quota.max_queued {
+            Some(most) if waiting + job.shards.len() > most => Err(Full::Tenant),
+            _ => Ok(()),
+        }
     }
 
     fn promote(&mut self, now: i64) {

@@ -16,7 +16,7 @@ use prost::Message;
 
 use super::{
     Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen, Store,
-    StoreError, decode, enqueue, lookups, members::Members, queues::Queues,
+    StoreError, decode, enqueue, lookups, members::Members, queues::Queues, rates::Rates,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -41,7 +41,7 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const NEXT_POSITION: &str = "next_position";
 const FORMAT: &str = "format";
 /// Grows when stored values change their meaning.
-const FORMAT_VERSION: u64 = 2;
+const FORMAT_VERSION: u64 = 3;
 
 /// A store in one file that one coordinator holds at a time.
 #[derive(Debug)]
@@ -52,6 +52,7 @@ pub(crate) struct RedbStore {
     queues: Arc<Mutex<Queues>>,
     /// Registrations do not outlive the process: members register again.
     members: Arc<Mutex<Members>>,
+    rates: Arc<Mutex<Rates>>,
 }
 
 impl RedbStore {
@@ -85,7 +86,8 @@ impl RedbStore {
         txn.commit().map_err(backend("open"))?;
         let queues = Arc::new(Mutex::new(Queues::new(active(&database)?)));
         let members = Arc::new(Mutex::new(Members::new(seen(&database)?)));
-        Ok(Self { database: Arc::new(database), writer: Arc::default(), queues, members })
+        let database = Arc::new(database);
+        Ok(Self { database, writer: Arc::default(), queues, members, rates: Arc::default() })
     }
 
     /// Runs `body` in a write transaction and commits what it changed.
@@ -199,24 +201,25 @@ fn get(txn: &WriteTransaction, job: JobId) -> Result<Option<JobRecord>, StoreErr
     bytes.map(|bytes| decode(bytes.value(), "a job")).transpose()
 }
 
-/// Stores a job beside `queued` shards that wait.
 fn create(
     txn: &WriteTransaction,
     new: NewJob,
-    queued: usize,
+    queues: &Queues,
+    rates: &mut Rates,
     now: i64,
 ) -> Result<Created, StoreError> {
-    let NewJob { mut record, key, max_queued } = new;
+    let NewJob { mut record, key, max_queued, quota } = new;
     {
         let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
         if let Some((key, _)) = &key {
-            let key = Lookup::Key(key).index_key();
+            let key = Lookup::Key(&record.tenant, key).index_key();
             if let Some(found) = index.get(key.as_str()).map_err(backend("lookups"))? {
                 return Ok(Created::Existing(decode(found.value(), "a lookup")?));
             }
         }
-        if queued + record.shards.len() > max_queued {
-            return Ok(Created::QueueFull);
+        let room = queues.room(&record, max_queued, quota);
+        if let Err(full) = room.and_then(|()| rates.admit(&record, quota, now)) {
+            return Ok(Created::Full(full));
         }
         for (key, found) in lookups(&record, key.as_ref()) {
             let value = found.encode_to_vec();
@@ -268,13 +271,12 @@ fn forget(txn: &WriteTransaction, before: i64, limit: usize) -> Result<Vec<JobRe
 #[async_trait]
 impl Store for RedbStore {
     async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
-        let queues = Arc::clone(&self.queues);
+        let (queues, rates) = (Arc::clone(&self.queues), Arc::clone(&self.rates));
         self.write(true, move |txn| {
-            let queued = queues.lock().queued();
-            let created = create(txn, new, queued, now)?;
+            let created = create(txn, new, &queues.lock(), &mut rates.lock(), now)?;
             let change = match &created {
                 Created::New(record) => Change::Shards(record.clone()),
-                Created::Existing(_) | Created::QueueFull => Change::None,
+                Created::Existing(_) | Created::Full(_) => Change::None,
             };
             Ok((created, change))
         })
@@ -292,9 +294,11 @@ impl Store for RedbStore {
 
     async fn list(
         &self,
+        tenant: Option<&str>,
         before: Option<JobId>,
         limit: usize,
     ) -> Result<Vec<JobRecord>, StoreError> {
+        let tenant = tenant.map(str::to_owned);
         self.read(move |txn| {
             let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
             let before = before.map(|id| id.to_string());
@@ -302,8 +306,14 @@ impl Store for RedbStore {
                 Some(before) => jobs.range::<&str>(..before.as_str()),
                 None => jobs.range::<&str>(..),
             };
-            let newest = range.map_err(backend("jobs"))?.rev().take(limit);
-            newest.map(|entry| decode(entry.map_err(backend("jobs"))?.1.value(), "a job")).collect()
+            let newest = range.map_err(backend("jobs"))?.rev();
+            let records = newest
+                .map(|entry| decode(entry.map_err(backend("jobs"))?.1.value(), "a job"))
+                .filter(|record: &Result<JobRecord, StoreError>| {
+                    let Some(tenant) = &tenant else { return true };
+                    record.as_ref().map_or(true, |record| record.tenant == *tenant)
+                });
+            records.take(limit).collect()
         })
         .await
     }

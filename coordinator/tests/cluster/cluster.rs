@@ -2,6 +2,7 @@
 
 use std::{future::Future, net::SocketAddr, time::Duration};
 
+use fairlead_common::tls::Tls;
 use fairlead_coordinator::{CoordinatorOptions, Policies};
 use fairlead_proto::v1::{
     self, JobSpec, JobState, catalog_service_client::CatalogServiceClient,
@@ -10,7 +11,7 @@ use fairlead_proto::v1::{
 };
 use tokio::{net::TcpListener, runtime::Runtime, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 /// Bounds every wait of a test: reached only if something hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -75,7 +76,8 @@ impl Cluster {
     }
 
     pub(crate) fn channel(&self) -> Channel {
-        fairlead_common::grpc::channel(&format!("http://{}", self.address), PATIENCE)
+        let address = format!("http://{}", self.address);
+        fairlead_common::grpc::channel(&address, PATIENCE, &Tls::default())
             .expect("a valid address")
     }
 
@@ -178,6 +180,13 @@ pub(crate) fn spec(n: u32) -> JobSpec {
 
 pub(crate) fn statuses(job: &v1::Job) -> Vec<v1::ImageStatus> {
     job.images.iter().map(v1::ImageInfo::status).collect()
+}
+
+/// Asserts a refusal with `code` whose message holds `part`.
+pub(crate) fn assert_status(result: Result<impl std::fmt::Debug, Status>, code: Code, part: &str) {
+    let status = result.expect_err(part);
+    assert_eq!(status.code(), code, "{status}");
+    assert!(status.message().contains(part), "{status}");
 }
 
 pub(crate) fn assert_failed_naming(job: &v1::Job, parts: &[&str]) {

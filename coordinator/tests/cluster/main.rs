@@ -1,5 +1,6 @@
 //! The coordinator over real gRPC, with scripted workers and energy nodes.
 
+mod access;
 mod cluster;
 mod faults;
 mod gate;

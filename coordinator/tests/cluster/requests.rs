@@ -2,10 +2,10 @@
 
 use fairlead_coordinator::CoordinatorOptions;
 use fairlead_proto::v1::{self, JobState};
-use tonic::{Code, Status};
+use tonic::Code;
 
 use crate::{
-    cluster::{Cluster, options, patient, spec},
+    cluster::{Cluster, assert_status, options, patient, spec},
     node::{Node, Script, describe},
     worker::Worker,
 };
@@ -15,12 +15,6 @@ async fn start(options: CoordinatorOptions) -> (Cluster, Node, Worker) {
     let node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
     let worker = Worker::attach(&cluster, "w", 1).await;
     (cluster, node, worker)
-}
-
-fn assert_status(result: Result<impl std::fmt::Debug, Status>, code: Code, part: &str) {
-    let status = result.expect_err(part);
-    assert_eq!(status.code(), code, "{status}");
-    assert!(status.message().contains(part), "{status}");
 }
 
 #[tokio::test]

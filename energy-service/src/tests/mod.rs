@@ -7,7 +7,7 @@ mod registration;
 
 use std::{fs, path::Path};
 
-use fairlead_common::{grpc, tensor};
+use fairlead_common::{grpc, tensor, tls::Tls};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
@@ -82,7 +82,7 @@ impl TestNode {
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(run(listener, shutdown.clone()));
-        let channel = grpc::channel(&address, DEADLINE).expect("an address");
+        let channel = grpc::channel(&address, DEADLINE, &Tls::default()).expect("an address");
         Self {
             client: EnergyServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES),

@@ -10,6 +10,7 @@ use tonic::{Request, Response};
 
 use super::*;
 use crate::testing::Fault;
+use fairlead_common::tls::Peers;
 
 #[derive(Debug)]
 enum Call {
@@ -75,7 +76,8 @@ impl Coordinator {
         let (calls_in, calls) = mpsc::channel(16);
         let (answers, answers_out) = mpsc::channel(16);
         let registry = Registry { calls: calls_in, answers: Mutex::new(answers_out), ttl_ms };
-        let serve = grpc::server()
+        let serve = grpc::server(&Tls::default(), Peers::Services)
+            .expect("nothing to go wrong")
             .add_service(RegistryServiceServer::new(registry))
             .serve_with_incoming(fairlead_common::grpc::incoming(listener));
         tokio::spawn(serve);

@@ -1,13 +1,11 @@
 //! One call to one energy node: connection, deadline, headers, and the check of what came back.
 
 use std::{
-    collections::BTreeMap,
     future::Future,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use fairlead_common::{grpc, trace};
+use fairlead_common::{grpc::Channels, tls::Tls, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -15,7 +13,6 @@ use fairlead_proto::{
         energy_service_client::EnergyServiceClient,
     },
 };
-use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tonic::{Code, Request, Status, transport::Channel};
 use tracing::Span;
@@ -27,34 +24,11 @@ use crate::metrics;
 /// tells what happened.
 const LENIENCE: Duration = Duration::from_secs(1);
 
-/// Connections kept; a cluster has far fewer energy nodes.
-const MAX_CHANNELS: usize = 64;
-
 pub(super) type Client = EnergyServiceClient<Channel>;
 
-/// Connections to energy nodes, shared by all shards of a worker.
-#[derive(Debug, Clone, Default)]
-pub struct Channels(Arc<Mutex<BTreeMap<String, Channel>>>);
-
-impl Channels {
-    fn client(&self, address: &str, timeout: Duration) -> Result<Client, Trouble> {
-        let mut channels = self.0.lock();
-        let channel = match channels.get(address) {
-            Some(channel) => channel.clone(),
-            None => {
-                let channel = grpc::channel(address, timeout + LENIENCE)
-                    .map_err(|error| Trouble::refused(error.to_string()))?;
-                if channels.len() >= MAX_CHANNELS {
-                    channels.pop_first();
-                }
-                channels.insert(address.to_owned(), channel.clone());
-                channel
-            }
-        };
-        Ok(EnergyServiceClient::new(channel)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES))
-    }
+/// Connections to energy nodes for calls that may take `timeout`.
+pub fn channels(timeout: Duration, tls: Tls) -> Channels {
+    Channels::new(timeout + LENIENCE, tls)
 }
 
 /// How a shard's calls to energy nodes are made.
@@ -85,7 +59,12 @@ impl PoolOptions {
         }
         let input = usable_input(node)?;
         let _inside = self.runtime.enter();
-        Ok((self.channels.client(&node.address, self.timeout)?, input))
+        let channel = self.channels.get(&node.address);
+        let channel = channel.map_err(|error| Trouble::refused(error.to_string()))?;
+        let client = EnergyServiceClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok((client, input))
     }
 
     /// A request with the deadline and the trace, as a part of the present span.

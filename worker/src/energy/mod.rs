@@ -11,7 +11,7 @@ use fairlead_common::probe::Probe;
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, ConceptScore, InputSpec, SampleEvaluation};
 use tokio_util::sync::CancellationToken;
 
-pub use call::{Channels, PoolOptions};
+pub use call::{PoolOptions, channels};
 pub use pool::EnergyPool;
 pub(crate) use validate::is_open;
 

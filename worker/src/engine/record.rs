@@ -50,6 +50,7 @@ impl Run<'_> {
             worker_id: self.engine.worker_id.clone(),
             finished_unix_ms: now.as_millis() as i64,
             engine_ms: u32::try_from(track.spent_time.as_millis()).unwrap_or(u32::MAX),
+            signature: None,
         }
     }
 }

@@ -11,14 +11,15 @@ use std::time::Duration;
 
 use fairlead_common::{
     backoff::Backoff,
-    grpc::{self, Replicas},
+    grpc::{self, Channels, Replicas},
+    tls::Tls,
 };
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1::worker_service_client::WorkerServiceClient};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use crate::{
-    energy::Channels,
+    energy,
     engine::EngineHandle,
     error::{Error, Result},
 };
@@ -43,6 +44,8 @@ pub struct HubOptions {
     pub energy_timeout: Duration,
     /// Longest time to finish running shards after the stop signal.
     pub drain_timeout: Duration,
+    /// What it proves itself with, and whom it believes.
+    pub tls: Tls,
 }
 
 /// Keeps a worker attached to a coordinator and runs what it is assigned.
@@ -56,7 +59,8 @@ pub struct Hub {
 impl Hub {
     /// A hub over engines that are ready.
     pub fn new(options: HubOptions, engines: Vec<EngineHandle>) -> Self {
-        Self { options, engines, channels: Channels::default() }
+        let channels = energy::channels(options.energy_timeout, options.tls.clone());
+        Self { options, engines, channels }
     }
 
     /// Serves until `shutdown`, then finishes or hands back what it holds.
@@ -64,7 +68,7 @@ impl Hub {
     /// # Errors
     /// [`Error::Coordinator`] if the address is none or the coordinator refuses this worker for good.
     pub async fn run(self, shutdown: CancellationToken) -> Result<()> {
-        let coordinators = grpc::replicas(&self.options.coordinator, HANDSHAKE)
+        let coordinators = grpc::replicas(&self.options.coordinator, HANDSHAKE, &self.options.tls)
             .map_err(|error| self.refused(error.to_string()))?;
         let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
         while !shutdown.is_cancelled() {

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use fairlead_common::{grpc, tensor};
+use fairlead_common::{
+    grpc, tensor,
+    tls::{Peers, Tls},
+};
 use fairlead_proto::{
     PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -81,7 +84,8 @@ impl Node {
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let (stop, evaluations) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
         let service = NodeService { gate, flaw, evaluations: evaluations.clone() };
-        let server = grpc::server()
+        let server = grpc::server(&Tls::default(), Peers::Services)
+            .expect("nothing to go wrong")
             .add_service(EnergyServiceServer::new(service))
             .serve_with_incoming_shutdown(grpc::incoming(listener), stop.clone().cancelled_owned());
         tokio::spawn(server);
@@ -219,7 +223,8 @@ impl Coordinator {
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let (sender, attachments) = mpsc::channel(4);
         let stop = CancellationToken::new();
-        let server = grpc::server()
+        let server = grpc::server(&Tls::default(), Peers::Services)
+            .expect("nothing to go wrong")
             .add_service(WorkerServiceServer::new(HubService(sender)))
             .serve_with_incoming_shutdown(grpc::incoming(listener), stop.clone().cancelled_owned());
         tokio::spawn(server);

@@ -2,6 +2,7 @@
 
 use std::{sync::mpsc::Sender, time::Duration};
 
+use fairlead_common::tls::Tls;
 use fairlead_proto::v1::{
     CommitReply, CommitStatus, EnergyEndpoint, ImageStatus, ImageTask, JobSpec, LeaseRef,
     LeaseRenewed, NodeUpdate, PinnedPolicy, ShardAssignment, ShardCancel, ShardFailure,
@@ -89,6 +90,7 @@ impl Worker {
         let load = move || Ok(Engine::new(Box::new(generator), "worker-a", 4));
         let engine = EngineHandle::spawn("toy", 0, load).await.expect("the toy loads");
         let options = HubOptions {
+            tls: Tls::default(),
             coordinator: coordinator.address.clone(),
             worker_id: "worker-a".into(),
             capacity: 2,

@@ -23,6 +23,7 @@ use crate::{
     assets::ModelArgs,
     client::{Client, goes_on},
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
+    credentials::CredentialArgs,
     output::{self, say},
     prompts::{Kind, Objects},
     table,
@@ -53,6 +54,8 @@ pub(crate) struct CalibrateArgs {
     /// `calibration`, as in assets/policies-measuring.toml.
     #[arg(long, env = "FAIRLEAD_SERVER")]
     server: Option<String>,
+    #[command(flatten)]
+    credentials: CredentialArgs,
     /// Generator by name, where the coordinator has several.
     #[arg(long, value_name = "NAME", default_value = "")]
     model_name: String,
@@ -118,7 +121,7 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
     // Before the work, not after it.
     output::ensure_folder(&out)?;
     let (client, cluster) = match &args.server {
-        Some(server) => (Client::new(server)?, None),
+        Some(server) => (Client::new(server, args.credentials.load()?)?, None),
         None => {
             let options = ClusterOptions {
                 workers: args.workers,
@@ -126,7 +129,7 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
                 ..ClusterOptions::temporary(&args.models)
             };
             let cluster = LocalCluster::start(options).await?;
-            (Client::new(cluster.address())?, Some(cluster))
+            (cluster.client()?, Some(cluster))
         }
     };
     let outcome = calibrate(&client, &args, &prompts, &out, &stop).await;
@@ -292,7 +295,7 @@ async fn nodes(client: &Client) -> Result<Vec<NodeInfo>> {
     );
     let mut nodes: BTreeMap<Vec<(String, String)>, NodeInfo> = BTreeMap::new();
     for address in addresses {
-        let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT)?;
+        let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT, client.tls())?;
         let reply = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
         let reply = reply.with_context(|| format!("the energy node at {address}"))?;
         let node = reply.into_inner().node.context("an answer without a description")?;

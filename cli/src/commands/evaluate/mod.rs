@@ -143,7 +143,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
         ..ClusterOptions::temporary(&args.models)
     };
     let cluster = LocalCluster::start(options).await?;
-    let client = Client::new(cluster.address())?;
+    let client = cluster.client()?;
     let measured = measure(&client, &args, items, &judge, [&folder, &unsteered], &stop).await;
     cluster.stop().await?;
     let report = measured.map_err(goes_on)?;

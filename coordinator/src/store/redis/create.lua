@@ -1,6 +1,8 @@
--- Stores a job. Arguments: now, job, idempotency key or '', its entry, limit of queued shards, lookups,
--- then what `write` reads. Answers {'new'}, {'existing', entry} or {'full'}.
-local job, key, entry, limit = argument(), argument(), argument(), number()
+-- Stores a job. Arguments: now, job, tenant, idempotency key or '', its entry, limit of queued shards, the
+-- same of the tenant's or -1, its images a minute or 0, images of the job, lookups, its shards, then what
+-- `write` reads. Answers {'new'}, {'existing', entry}, {'full'}, {'tenant'} or {'rate', milliseconds to wait}.
+local job, tenant, key, entry = argument(), argument(), argument(), argument()
+local limit, own_limit, per_minute, images = number(), number(), number(), number()
 local lookups = {}
 for i = 1, number() do lookups[i] = {argument(), argument()} end
 if redis.call('EXISTS', P .. ':job:' .. job) == 1 then return {'new'} end -- asked again after a lost answer
@@ -9,14 +11,28 @@ if key ~= '' then
   if taken then return {'existing', taken} end
 end
 local queued = number()
-for _, count in ipairs(redis.call('HVALS', P .. ':queued')) do queued = queued + tonumber(count) end
+local own, waiting = queued, redis.call('HGETALL', P .. ':queued')
+for i = 1, #waiting, 2 do
+  queued = queued + tonumber(waiting[i + 1])
+  if string.match(waiting[i], '|([^|]*)$') == tenant then own = own + tonumber(waiting[i + 1]) end
+end
 if queued > limit then return {'full'} end
+if own_limit >= 0 and own > own_limit then return {'tenant'} end
+if per_minute > 0 then -- as store/rates.rs
+  local minute, rate = 60000, P .. ':rate:' .. tenant
+  local whole = math.max(now, tonumber(redis.call('GET', rate) or '0'))
+  local cost = math.floor(images * minute / per_minute)
+  local used = whole - now + math.min(cost, minute)
+  if used > minute then return {'rate', string.format('%.0f', used - minute)} end
+  whole = string.format('%.0f', whole + cost)
+  redis.call('SET', rate, whole, 'PX', string.format('%.0f', math.max(1, whole - now)))
+end
 if key ~= '' then
   redis.call('SET', P .. ':lookup:' .. key, entry)
   redis.call('HSET', P .. ':job:' .. job, 'k', key)
 end
 for _, lookup in ipairs(lookups) do redis.call('SET', P .. ':lookup:' .. lookup[1], lookup[2]) end
-redis.call('ZADD', P .. ':jobs', 0, job)
+file(job, tenant)
 redis.call('SADD', P .. ':open', job)
 write(job)
 return {'new'}

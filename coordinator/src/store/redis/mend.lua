@@ -1,8 +1,8 @@
--- Puts shards of a job back where they belong if they are not there. Arguments: now, job, the version
--- that was read, its shards. Answers how many were put back.
-local job, expected = argument(), argument()
+-- Puts shards of a job back where they belong if they are not there. Arguments: now, job, tenant, the
+-- version that was read, its shards. Answers how many were put back.
+local job, tenant, expected = argument(), argument(), argument()
 if redis.call('HGET', P .. ':job:' .. job, 'v') ~= expected then return 0 end
-redis.call('ZADD', P .. ':jobs', 0, job)
+file(job, tenant)
 redis.call('SADD', P .. ':open', job)
 
 local function is_listed(id, place)

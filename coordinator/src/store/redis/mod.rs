@@ -22,8 +22,8 @@ use tokio::sync::mpsc;
 pub(crate) use self::link::without_password;
 use self::{link::Link, live::Live};
 use super::{
-    Applied, Backlog, CLAIM, Change, Created, Found, Lookup, Member, MemberKey, NewJob, Roster,
-    Seen, Store, StoreError, decode, enqueue, lookups,
+    Applied, Backlog, CLAIM, Change, Created, Found, Full, Lookup, Member, MemberKey, NewJob,
+    Roster, Seen, Store, StoreError, decode, enqueue, lookups,
 };
 use crate::{
     clock::millis,
@@ -141,7 +141,7 @@ impl RedisStore {
         let Some(Versioned { version, record }) = self.read(job).await? else { return Ok(0) };
         let active: Vec<ActiveShard> = record.active().collect();
         self.script("mend a job", &self.scripts.mend, now, |invocation| {
-            invocation.arg(&record.job.job_id).arg(version);
+            invocation.arg(&record.job.job_id).arg(&record.tenant).arg(version);
             add_shards(invocation, &active);
         })
         .await
@@ -243,21 +243,23 @@ fn was_granted(record: &JobRecord, transition: &Transition, now: i64) -> Option<
 #[async_trait]
 impl Store for RedisStore {
     async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
-        let NewJob { mut record, key, max_queued } = new;
+        let NewJob { mut record, key, max_queued, quota } = new;
         let events = enqueue(&mut record, &mut 0, now);
         let lookups = lookups(&record, None);
         let (name, entry) = match &key {
             Some((key, body_hash)) => {
                 let job_id = record.job.job_id.clone();
                 let found = Found { job_id, index: 0, body_hash: body_hash.clone() };
-                (Lookup::Key(key).index_key(), found.encode_to_vec())
+                (Lookup::Key(&record.tenant, key).index_key(), found.encode_to_vec())
             }
             None => (String::new(), Vec::new()),
         };
         let answer: Vec<Vec<u8>> = self
             .script("store a job", &self.scripts.create, now, |invocation| {
-                invocation.arg(&record.job.job_id).arg(&name).arg(&entry).arg(max_queued);
-                invocation.arg(lookups.len());
+                invocation.arg(&record.job.job_id).arg(&record.tenant).arg(&name).arg(&entry);
+                invocation.arg(max_queued).arg(quota.max_queued.map_or(-1, |most| most as i64));
+                invocation.arg(quota.images_per_minute.unwrap_or_default());
+                invocation.arg(record.job.images.len()).arg(lookups.len());
                 for (key, found) in &lookups {
                     invocation.arg(key).arg(found.encode_to_vec());
                 }
@@ -265,13 +267,18 @@ impl Store for RedisStore {
                 add_change(invocation, None, &record, &events);
             })
             .await?;
+        let value = answer.get(1).map(Vec::as_slice).unwrap_or_default();
         match answer.first().map(Vec::as_slice) {
             Some(b"new") => Ok(Created::New(Box::new(record))),
-            Some(b"full") => Ok(Created::QueueFull),
-            _ => {
-                let found = answer.get(1).map(Vec::as_slice).unwrap_or_default();
-                Ok(Created::Existing(decode(found, "a lookup")?))
+            Some(b"full") => Ok(Created::Full(Full::Queue)),
+            Some(b"tenant") => Ok(Created::Full(Full::Tenant)),
+            Some(b"rate") => {
+                let wait_ms = std::str::from_utf8(value).ok().and_then(|wait| wait.parse().ok());
+                let wait_ms =
+                    wait_ms.ok_or_else(|| StoreError::Corrupt("a time to wait".to_owned()))?;
+                Ok(Created::Full(Full::Rate { wait_ms }))
             }
+            _ => Ok(Created::Existing(decode(value, "a lookup")?)),
         }
     }
 
@@ -281,10 +288,14 @@ impl Store for RedisStore {
 
     async fn list(
         &self,
+        tenant: Option<&str>,
         before: Option<JobId>,
         limit: usize,
     ) -> Result<Vec<JobRecord>, StoreError> {
-        let key = &self.key("jobs");
+        let key = &match tenant {
+            Some(tenant) => self.key(&format!("jobs:{tenant}")),
+            None => self.key("jobs"),
+        };
         let from = &before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
         let limit = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
@@ -367,12 +378,14 @@ impl Store for RedisStore {
                 pipeline.query_async(&mut connection).await
             })
             .await?;
-        let queued = queued.into_iter().filter_map(|(key, count)| {
-            let count = usize::try_from(count).ok().filter(|&count| count > 0)?;
-            Some((queue_name(&key), count))
-        });
+        let mut of_queues = BTreeMap::new();
+        for (key, count) in queued {
+            let queue = key.rsplit_once('|').map_or(key.as_str(), |(queue, _)| queue);
+            *of_queues.entry(queue_name(queue)).or_default() += usize::try_from(count).unwrap_or(0);
+        }
+        of_queues.retain(|_, count| *count > 0);
         let next_due_unix_ms = next.first().map(|(_, due)| *due as i64);
-        Ok(Backlog { queued: queued.collect(), running, next_due_unix_ms })
+        Ok(Backlog { queued: of_queues, running, next_due_unix_ms })
     }
 
     async fn events(
@@ -545,7 +558,7 @@ impl Store for RedisStore {
         for record in &records {
             let lookups = lookups(record, None);
             self.script::<()>("forget a job", &self.scripts.forget, before, |invocation| {
-                invocation.arg(&record.job.job_id).arg(lookups.len());
+                invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
                 for (key, _) in &lookups {
                     invocation.arg(key);
                 }

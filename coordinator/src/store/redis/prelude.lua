@@ -3,12 +3,14 @@
 -- P:job:ID      hash     v version, r record, k idempotency key
 -- P:events:ID   stream   durable events; an entry's id is its sequence number
 -- P:jobs        zset     job ids in the order of their creation
+-- P:jobs:TENANT zset     the same of one tenant
 -- P:open        set      jobs that have not ended
 -- P:ended       zset     jobs that have, by when
 -- P:lookup:KEY  string   where a key, shard or record leads
 -- P:shards      hash     shards that have not ended
 -- P:places      hash     where each of them is: queue, lane, work, stream entry
--- P:queued      hash     shards that wait, of each generator
+-- P:queued      hash     shards that wait, of each generator and tenant, `QUEUE|TENANT`
+-- P:rate:TENANT string   when a tenant's allowance of images is whole again
 -- P:delayed     zset     shards that are not due, by when they are
 -- P:claims      zset     shards that were taken and not yet granted, by when they are free again
 -- P:leases      zset     leased shards by the end of their lease
@@ -43,6 +45,20 @@ local function set_place(id, place)
   redis.call('HSET', P .. ':places', id, cmsgpack.pack(place))
 end
 
+-- Lists a job among all and its tenant's.
+local function file(job, tenant)
+  redis.call('ZADD', P .. ':jobs', 0, job)
+  redis.call('ZADD', P .. ':jobs:' .. tenant, 0, job)
+end
+
+-- Counts a shard that waits, or no longer does.
+local function count(place, by)
+  local field = place.queue .. '|' .. place.tenant
+  if redis.call('HINCRBY', P .. ':queued', field, by) <= 0 then
+    redis.call('HDEL', P .. ':queued', field)
+  end
+end
+
 -- Takes the entry of a shard out of its stream.
 local function unlist(id, place)
   if place.entry then
@@ -71,7 +87,7 @@ local function drop(id)
   if not place then return end
   unlist(id, place)
   if place.queued then
-    redis.call('HINCRBY', P .. ':queued', place.queue, -1)
+    count(place, -1)
   else
     ring('lease', id)
   end
@@ -87,7 +103,7 @@ local function put(shard)
   local place = get_place(id)
   if shard.leased then
     place = place or {queue = shard.queue, class = shard.class, tenant = shard.tenant, work = shard.work}
-    if place.queued then redis.call('HINCRBY', P .. ':queued', place.queue, -1) end
+    if place.queued then count(place, -1) end
     place.queued = false
     redis.call('ZREM', P .. ':delayed', id)
     redis.call('ZREM', P .. ':claims', id)
@@ -97,7 +113,7 @@ local function put(shard)
   end
   if place then unlist(id, place) end
   if place and not place.queued then ring('lease', id) end
-  if not (place and place.queued) then redis.call('HINCRBY', P .. ':queued', shard.queue, 1) end
+  if not (place and place.queued) then count(shard, 1) end
   redis.call('ZREM', P .. ':leases', id)
   place = {queue = shard.queue, class = shard.class, tenant = shard.tenant, work = shard.work, queued = true}
   if shard.not_before > now then

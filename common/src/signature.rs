@@ -1,0 +1,283 @@
+//! Signatures of safety records: Ed25519 (RFC 8032) over the record as protobuf encodes it, with its fields
+//! in the order of their numbers and without the signature itself.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use ed25519_dalek::{
+    Signature, Signer as _, SigningKey, VerifyingKey,
+    pkcs8::{
+        DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey,
+        spki::der::pem::LineEnding,
+    },
+};
+use fairlead_proto::v1::{RecordSignature, SafetyRecord};
+use prost::Message;
+use sha2::{Digest, Sha256};
+
+/// Begins what is signed: no signature of something else is one of a record.
+const CONTEXT: &[u8] = b"fairlead.v1.SafetyRecord\0";
+
+/// A key file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// The file cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// It holds something else.
+    #[error("{path} holds no Ed25519 {what} in PEM form; `fairlead keys signing` makes one")]
+    Pem {
+        /// The file.
+        path: PathBuf,
+        /// "private key" or "public key".
+        what: &'static str,
+    },
+}
+
+/// Why a record is not believed.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SignatureError {
+    /// There is nothing to check.
+    #[error("the record is not signed")]
+    Missing,
+    /// Somebody else signed it.
+    #[error("the record is signed with key {0}, which is none of the keys that are trusted here")]
+    Unknown(String),
+    /// The record is not the one that was signed.
+    #[error("the signature does not fit the record: it was changed after it was signed")]
+    Wrong,
+}
+
+/// Signs records; clones share the key.
+#[derive(Clone)]
+pub struct Signer {
+    key: Arc<SigningKey>,
+    id: String,
+}
+
+impl std::fmt::Debug for Signer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Signer({})", self.id)
+    }
+}
+
+impl Signer {
+    /// A key that nobody has had before.
+    pub fn generate() -> Self {
+        Self::new(SigningKey::from_bytes(&rand::random()))
+    }
+
+    fn new(key: SigningKey) -> Self {
+        let id = key_id(&key.verifying_key());
+        Self { key: Arc::new(key), id }
+    }
+
+    /// The key in `path`, PKCS #8 in PEM form.
+    ///
+    /// # Errors
+    /// If the file cannot be read or holds something else.
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        let text = read(path)?;
+        let key = SigningKey::from_pkcs8_pem(&text)
+            .map_err(|_| KeyError::Pem { path: path.to_owned(), what: "private key" })?;
+        Ok(Self::new(key))
+    }
+
+    /// The key in `path`; where there is none, a new one is put there, readable by its owner alone, and
+    /// its public key into `public`. Of processes that do so at once all get the same key.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written, or holds something else.
+    pub fn load_or_create(path: &Path, public: &Path) -> Result<Self, KeyError> {
+        if !path.exists() {
+            Self::generate().save(path)?;
+        }
+        let signer = Self::load(path)?;
+        if !public.exists() {
+            write(public, signer.public().to_pem().as_bytes(), 0o644)?;
+        }
+        Ok(signer)
+    }
+
+    /// Puts the key into `path`, readable by its owner alone; a key that is there already stays.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), KeyError> {
+        let pem = self.key.to_pkcs8_pem(LineEnding::LF).expect("a key in memory has a PEM form");
+        write(path, pem.as_bytes(), 0o600)
+    }
+
+    /// What others check its signatures with.
+    pub fn public(&self) -> PublicKey {
+        PublicKey { key: self.key.verifying_key(), id: self.id.clone() }
+    }
+
+    /// Signs a record, which must not change any more.
+    pub fn sign(&self, record: &mut SafetyRecord) {
+        let signature = self.key.sign(&signed_bytes(record));
+        record.signature = Some(RecordSignature {
+            key_id: self.id.clone(),
+            ed25519: signature.to_bytes().to_vec(),
+        });
+    }
+}
+
+/// Checks signatures.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicKey {
+    key: VerifyingKey,
+    id: String,
+}
+
+impl PublicKey {
+    /// The key in `path`, SubjectPublicKeyInfo in PEM form.
+    ///
+    /// # Errors
+    /// If the file cannot be read or holds something else.
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        let text = read(path)?;
+        let key = VerifyingKey::from_public_key_pem(&text)
+            .map_err(|_| KeyError::Pem { path: path.to_owned(), what: "public key" })?;
+        Ok(Self { key, id: key_id(&key) })
+    }
+
+    /// Its name in signatures: the first 16 hex digits of the key's SHA-256.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// SubjectPublicKeyInfo in PEM form.
+    pub fn to_pem(&self) -> String {
+        self.key.to_public_key_pem(LineEnding::LF).expect("a key in memory has a PEM form")
+    }
+}
+
+/// The key among `trusted` that signed `record` as it is.
+///
+/// # Errors
+/// If none did.
+pub fn verify<'a>(
+    record: &SafetyRecord,
+    trusted: &'a [PublicKey],
+) -> Result<&'a PublicKey, SignatureError> {
+    let signature = record.signature.as_ref().ok_or(SignatureError::Missing)?;
+    let key = trusted
+        .iter()
+        .find(|key| key.id == signature.key_id)
+        .ok_or_else(|| SignatureError::Unknown(signature.key_id.clone()))?;
+    let bytes = Signature::from_slice(&signature.ed25519).map_err(|_| SignatureError::Wrong)?;
+    key.key.verify_strict(&signed_bytes(record), &bytes).map_err(|_| SignatureError::Wrong)?;
+    Ok(key)
+}
+
+fn signed_bytes(record: &SafetyRecord) -> Vec<u8> {
+    let unsigned = SafetyRecord { signature: None, ..record.clone() };
+    [CONTEXT, &unsigned.encode_to_vec()].concat()
+}
+
+fn key_id(key: &VerifyingKey) -> String {
+    Sha256::digest(key.as_bytes()).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn read(path: &Path) -> Result<String, KeyError> {
+    std::fs::read_to_string(path).map_err(|source| KeyError::Io { path: path.to_owned(), source })
+}
+
+/// Creates a file whole, unless there is one.
+fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), KeyError> {
+    let failed = |source| KeyError::Io { path: path.to_owned(), source };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let mut file = tempfile::Builder::new()
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))
+        .tempfile_in(folder.unwrap_or(Path::new(".")))
+        .map_err(failed)?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
+    match file.persist_noclobber(path) {
+        Err(error) if error.error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(failed(error.error))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> SafetyRecord {
+        SafetyRecord {
+            record_id: "r".into(),
+            seed: 7,
+            image_sha256: "ab".into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_signed_record_is_believed_until_anything_changes() {
+        let signer = Signer::generate();
+        let trusted = [Signer::generate().public(), signer.public()];
+        let mut signed = record();
+        assert_eq!(verify(&signed, &trusted), Err(SignatureError::Missing));
+        signer.sign(&mut signed);
+        assert_eq!(verify(&signed, &trusted).map(PublicKey::id), Ok(signer.public().id()));
+        let json = crate::record::to_json(&signed);
+        let read = crate::record::from_json(&json).expect("it is a record");
+        assert!(verify(&read, &trusted).is_ok(), "through JSON");
+
+        let changed = SafetyRecord { image_sha256: "cd".into(), ..signed.clone() };
+        assert_eq!(verify(&changed, &trusted), Err(SignatureError::Wrong));
+        let others = verify(&signed, &trusted[..1]);
+        assert_eq!(others, Err(SignatureError::Unknown(signer.public().id().to_owned())));
+        // Another's signature under this key's name.
+        let mut forged = record();
+        Signer::generate().sign(&mut forged);
+        forged.signature.as_mut().expect("signed").key_id = signer.public().id().to_owned();
+        assert_eq!(verify(&forged, &trusted), Err(SignatureError::Wrong));
+        signed.signature.as_mut().expect("signed").ed25519.pop();
+        assert_eq!(verify(&signed, &trusted), Err(SignatureError::Wrong));
+    }
+
+    /// RFC 8410, section 10: the private key's PEM, and the public key that belongs to it.
+    #[test]
+    fn keys_are_read_as_other_tools_write_them() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("key.pem");
+        std::fs::write(
+            &path,
+            "-----BEGIN PRIVATE KEY-----\n\
+             MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n\
+             -----END PRIVATE KEY-----\n",
+        )
+        .expect("it is written");
+        let public = Signer::load(&path).expect("it is a key").public().to_pem();
+        assert!(
+            public.contains("MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE="),
+            "{public}"
+        );
+    }
+
+    #[test]
+    fn a_key_is_made_once_and_kept_from_others() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, public) = (folder.path().join("key.pem"), folder.path().join("public.pem"));
+        let first = Signer::load_or_create(&path, &public).expect("it is made");
+        let again = Signer::load_or_create(&path, &public).expect("it is read");
+        assert_eq!(first.public(), again.public());
+        assert_eq!(PublicKey::load(&public).expect("it is there"), first.public());
+        let mode = std::fs::metadata(&path).expect("it is there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let error = Signer::load(&public).expect_err("it is the public one").to_string();
+        assert!(error.contains("holds no Ed25519 private key"), "{error}");
+    }
+}
