@@ -38,8 +38,13 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_MAX_BATCH", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub max_batch: u32,
 
-    /// Shards held at once: one is computed per model, the others wait, so that the device never
-    /// idles between two.
+    /// Shards of a model that are made at once, in turns: while one waits for an energy node, the device
+    /// works for another. The images do not depend on it; memory does.
+    #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_MICRO_BATCHES", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub micro_batches: u32,
+
+    /// Shards held at once: --micro-batches of each model are made, the others wait, so that the device
+    /// never idles between two.
     #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_CAPACITY", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub capacity: u32,
 
@@ -73,6 +78,7 @@ impl WorkerArgs {
             coordinator: coordinator.into(),
             worker_id: None,
             max_batch: 4,
+            micro_batches: 2,
             capacity: 2,
             device: DeviceName::Cpu,
             threads: 0,

@@ -17,6 +17,7 @@ pub mod output;
 pub mod sampler;
 mod shard;
 pub mod steering;
+pub mod turn;
 
 use std::path::Path;
 
@@ -71,7 +72,7 @@ pub async fn load(dir: &Path, options: &WorkerArgs, worker_id: &str) -> Result<E
     let name = generator::model_name(dir)?;
     let (dir, device, max_batch) = (dir.to_owned(), options.device, options.max_batch);
     let worker_id = worker_id.to_owned();
-    EngineHandle::spawn(&name, options.threads, move || {
+    EngineHandle::spawn(&name, options.threads, options.micro_batches, move || {
         Ok(Engine::new(generator::load(&dir, &device.open()?)?, worker_id, max_batch))
     })
     .await

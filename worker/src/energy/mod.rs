@@ -9,13 +9,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fairlead_common::probe::Probe;
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, ConceptScore, InputSpec, SampleEvaluation};
-use tokio_util::sync::CancellationToken;
 
 pub use call::{PoolOptions, channels};
 pub use pool::EnergyPool;
 pub(crate) use validate::is_open;
 
-use crate::error::Result;
+use crate::{error::Result, turn::Turn};
 
 /// What holds for every question of one shard.
 #[derive(Debug, Clone)]
@@ -98,7 +97,8 @@ pub struct Sources {
 pub type Render<'a> = dyn FnMut(&InputSpec) -> Result<Vec<f32>> + 'a;
 
 /// Everything that can say where images are heading. Called from the engine's thread and blocking
-/// it; an implementation bounds the wait and returns at once when `cancel` fires.
+/// it; an implementation bounds the wait, waits aside of the turn, and returns at once when its token
+/// is cancelled.
 pub trait Energy: Send {
     /// Asks a node of every probe of `terms` about the images of `samples`. Answers are
     /// in the order of the policy's concepts and cover each exactly once.
@@ -110,7 +110,7 @@ pub trait Energy: Send {
         terms: &Terms,
         samples: &[Sample],
         render: &mut Render<'_>,
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
     ) -> Result<Vec<Answer>>;
 
     /// Judges finished images, one verdict each.
@@ -121,7 +121,7 @@ pub trait Energy: Send {
         &mut self,
         terms: &Terms,
         candidates: &[Candidate],
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
     ) -> Result<Vec<Verdict>>;
 
     /// Who answered so far.

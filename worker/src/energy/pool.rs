@@ -16,7 +16,6 @@ use fairlead_proto::v1::{
 };
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::Request;
 use tracing::{Instrument, Span};
 
@@ -25,7 +24,7 @@ use super::{
     call::{self, Answered, Trouble},
     routing::{Failed, Route, names, route},
 };
-use crate::{Error, NodeFailure, error::Result};
+use crate::{Error, NodeFailure, error::Result, turn::Turn};
 
 /// Longest wait for another node, or for the same one to recover, once a call has failed.
 const FAILOVER_WAIT: Duration = Duration::from_secs(10);
@@ -61,16 +60,16 @@ impl EnergyPool {
     fn gather<T>(
         &mut self,
         concepts: &[ConceptRef],
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
         mut call: impl FnMut(&Route) -> Result<Call<T>>,
     ) -> Result<Vec<(Route, T)>> {
         let mut answers: Vec<(Route, T)> = Vec::new();
         let mut pending = concepts.to_vec();
         let mut trouble: Option<(NodeFailure, Instant)> = None;
         while !pending.is_empty() {
-            let routes = self.routes(&pending, trouble.as_ref(), cancel)?;
+            let routes = self.routes(&pending, trouble.as_ref(), turn)?;
             let calls = routes.iter().map(&mut call).collect::<Result<Vec<_>>>()?;
-            let results = self.block_on(cancel, join_all(calls))?;
+            let results = self.block_on(turn, join_all(calls))?;
             pending.clear();
             for (route, result) in routes.into_iter().zip(results) {
                 match result {
@@ -114,7 +113,7 @@ impl EnergyPool {
         &mut self,
         pending: &[ConceptRef],
         trouble: Option<&(NodeFailure, Instant)>,
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
     ) -> Result<Vec<Route>> {
         loop {
             if self.endpoints.has_changed().unwrap_or(false) {
@@ -132,24 +131,21 @@ impl EnergyPool {
                 return Err(failure.clone().into());
             }
             let endpoints = self.endpoints.clone();
-            self.block_on(cancel, changed(endpoints, RETRY_PAUSE.min(left)))?;
+            self.block_on(turn, changed(endpoints, RETRY_PAUSE.min(left)))?;
             self.failed.retain(|_, passing| !*passing);
         }
     }
 
-    /// Runs `future` on the runtime while this thread waits; cancellation drops it.
-    fn block_on<T>(
-        &self,
-        cancel: &CancellationToken,
-        future: impl Future<Output = T>,
-    ) -> Result<T> {
-        self.options.runtime.block_on(async {
+    /// Runs `future` on the runtime while this thread waits and others compute; cancellation drops it.
+    fn block_on<T>(&self, turn: &Turn<'_>, future: impl Future<Output = T>) -> Result<T> {
+        let answer = async {
             tokio::select! {
                 biased;
-                () = cancel.cancelled() => Err(Error::Cancelled),
+                () = turn.cancel().cancelled() => Err(Error::Cancelled),
                 value = future => Ok(value),
             }
-        })
+        };
+        turn.aside(|| self.options.runtime.block_on(answer))
     }
 }
 
@@ -248,10 +244,10 @@ impl Energy for EnergyPool {
         terms: &Terms,
         samples: &[Sample],
         render: &mut Render<'_>,
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
     ) -> Result<Vec<Answer>> {
         let options = self.options.clone();
-        let answers = self.gather(&terms.concepts, cancel, |route| {
+        let answers = self.gather(&terms.concepts, turn, |route| {
             let (client, input) = match options.connect(&route.node) {
                 Ok(ready) => ready,
                 Err(trouble) => return Ok(hopeless(trouble)),
@@ -273,10 +269,10 @@ impl Energy for EnergyPool {
         &mut self,
         terms: &Terms,
         candidates: &[Candidate],
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
     ) -> Result<Vec<Verdict>> {
         let options = self.options.clone();
-        let answers = self.gather(&terms.concepts, cancel, |route| {
+        let answers = self.gather(&terms.concepts, turn, |route| {
             let (client, _) = match options.connect(&route.node) {
                 Ok(ready) => ready,
                 Err(trouble) => return Ok(hopeless(trouble)),

@@ -28,7 +28,7 @@ impl Run<'_> {
         let pictures = self.pictures(&tracks)?;
         let verdicts = self.judge(&tracks, &pictures)?;
         self.alive()?;
-        let each = self.begun.elapsed() / tracks.len().max(1) as u32;
+        let each = self.spent() / tracks.len().max(1) as u32;
         let mut rerun = Vec::new();
         for ((mut track, picture), verdict) in tracks.into_iter().zip(pictures).zip(verdicts) {
             track.spent_time += each;
@@ -105,7 +105,7 @@ impl Run<'_> {
                 steered_away: record::steered_away(&track.trajectory),
             })
             .collect();
-        self.energy.check(&self.terms, &candidates, self.cancel)
+        self.energy.check(&self.terms, &candidates, self.turn)
     }
 
     fn outcome(

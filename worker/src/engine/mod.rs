@@ -14,10 +14,9 @@ mod steer;
 mod thread;
 mod track;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, StepProgress};
-use tokio_util::sync::CancellationToken;
 
 pub use thread::EngineHandle;
 
@@ -27,6 +26,7 @@ use crate::{
     error::{Error, Result},
     generator::Generator,
     sampler::Step,
+    turn::Turn,
 };
 use conditioning::Conditioning;
 use track::Track;
@@ -63,7 +63,7 @@ impl Observer for Collected {
     }
 }
 
-/// A generator with the means to steer it. It belongs to one thread; see [`EngineHandle`].
+/// A generator with the means to steer it. It belongs to threads that take turns; see [`EngineHandle`].
 pub struct Engine {
     generator: Box<dyn Generator>,
     worker_id: String,
@@ -93,20 +93,21 @@ impl Engine {
         self.generator.as_ref()
     }
 
-    /// Makes the shard's images. Each ends as one [`Observer::image`] call; an image handed over
+    /// Makes the shard's images in a turn at the device, which others have while this waits for energy
+    /// nodes. Each ends as one [`Observer::image`] call; an image handed over
     /// stays good even if a later one fails.
     ///
     /// # Errors
-    /// [`Error::Cancelled`] within one step of `cancel`; [`Error::Energy`] if a concept has no usable
+    /// [`Error::Cancelled`] within one step of the turn's token; [`Error::Energy`] if a concept has no usable
     /// answer; [`Error::Numeric`] for values that are not finite; [`Error::Request`].
     pub fn run(
         &self,
         shard: &Shard,
         energy: &mut dyn Energy,
         observer: &mut dyn Observer,
-        cancel: &CancellationToken,
+        turn: &Turn<'_>,
     ) -> Result<()> {
-        let mut run = Run::prepare(self, shard, energy, observer, cancel)?;
+        let mut run = Run::prepare(self, shard, energy, observer, turn)?;
         for tasks in shard.images.chunks(self.info.max_batch as usize) {
             let mut tracks: Vec<Track> = tasks.iter().cloned().map(Track::new).collect();
             for attempt in 0..=MAX_RERUNS {
@@ -132,9 +133,9 @@ struct Run<'a> {
     shape: [usize; 3],
     energy: &'a mut dyn Energy,
     observer: &'a mut dyn Observer,
-    cancel: &'a CancellationToken,
-    /// When the attempt began.
-    begun: Instant,
+    turn: &'a Turn<'a>,
+    /// When the attempt began, and how long the turn had been waited for by then.
+    begun: (Instant, Duration),
 }
 
 impl<'a> Run<'a> {
@@ -143,7 +144,7 @@ impl<'a> Run<'a> {
         shard: &'a Shard,
         energy: &'a mut dyn Energy,
         observer: &'a mut dyn Observer,
-        cancel: &'a CancellationToken,
+        turn: &'a Turn<'a>,
     ) -> Result<Self> {
         let generator = engine.generator();
         let conditioning = Conditioning::new(generator, shard)?;
@@ -170,14 +171,14 @@ impl<'a> Run<'a> {
             shape: generator.latent_shape(shard.size.0, shard.size.1),
             energy,
             observer,
-            cancel,
-            begun: Instant::now(),
+            turn,
+            begun: (Instant::now(), turn.waited()),
         })
     }
 
     /// One attempt at all images of a batch; returns those to be made again.
     fn attempt(&mut self, mut tracks: Vec<Track>, attempt: u32) -> Result<Vec<Track>> {
-        self.begun = Instant::now();
+        self.begun = (Instant::now(), self.turn.waited());
         self.sample(&mut tracks, attempt)?;
         self.finish(tracks, attempt)
     }
@@ -192,6 +193,12 @@ impl<'a> Run<'a> {
 
     /// Fails once the work is cancelled.
     fn alive(&self) -> Result<()> {
-        if self.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+        if self.turn.cancel().is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// Time since the attempt began in which nobody else had the device.
+    fn spent(&self) -> Duration {
+        let (begun, waited) = self.begun;
+        begun.elapsed().saturating_sub(self.turn.waited().saturating_sub(waited))
     }
 }

@@ -95,7 +95,7 @@ impl Run<'_> {
                 steered_away: record::steered_away(&track.trajectory),
             })
             .collect();
-        match self.energy.check(&self.terms, &candidates, self.cancel) {
+        match self.energy.check(&self.terms, &candidates, self.turn) {
             Ok(verdicts) => {
                 Ok(verdicts.into_iter().map(|v| (!v.flagged).then_some(v.scores)).collect())
             }

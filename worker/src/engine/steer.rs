@@ -113,7 +113,7 @@ impl<'a> Run<'a> {
         };
         let samples: Vec<Sample> = due.iter().map(context).collect();
         let mut render = |input: &_| estimates.render(input);
-        self.energy.evaluate(&self.terms, &samples, &mut render, self.cancel)
+        self.energy.evaluate(&self.terms, &samples, &mut render, self.turn)
     }
 
     fn opinions(&self, answers: &[Answer], count: usize) -> Vec<Opinion> {

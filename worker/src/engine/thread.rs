@@ -1,4 +1,5 @@
-//! The engine on its own OS thread, behind a bounded channel: async code never computes.
+//! The engine on OS threads of its own, which take turns, behind a bounded channel: async code never
+//! computes.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -7,6 +8,7 @@ use std::{
 };
 
 use fairlead_proto::v1::ModelInfo;
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
@@ -16,6 +18,7 @@ use crate::{
     Shard,
     energy::Energy,
     error::{Error, Result},
+    turn::Turns,
 };
 
 /// Shards that may wait in the channel; the rest waits at the senders.
@@ -31,7 +34,7 @@ struct Job {
     done: oneshot::Sender<Result<()>>,
 }
 
-/// A cheap handle to an engine's thread. The thread ends when the last handle is dropped.
+/// A cheap handle to an engine's threads. They end when the last handle is dropped.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
     info: Arc<ModelInfo>,
@@ -39,7 +42,8 @@ pub struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Starts a thread, loads the engine on it, and waits until it is ready. `threads` bounds the
+    /// Starts a thread, loads the engine on it, and waits until it is ready. Then so many threads as
+    /// `micro_batches` says make shards, at least one; one of them computes at a time. `threads` bounds the
     /// CPU kernels' threads; 0 takes one per core.
     ///
     /// # Errors
@@ -47,17 +51,35 @@ impl EngineHandle {
     pub async fn spawn(
         name: &str,
         threads: usize,
+        micro_batches: u32,
         load: impl FnOnce() -> Result<Engine> + Send + 'static,
     ) -> Result<Self> {
         let gone = || Error::EngineGone { model: name.to_owned() };
         let (ready, loaded) = oneshot::channel();
         let (jobs, queue) = mpsc::channel(QUEUE);
-        thread::Builder::new()
-            .name(format!("engine-{name}"))
-            .spawn(move || in_pool(threads, move || serve(load, ready, queue)))
-            .map_err(|_| gone())?;
-        let info = loaded.await.map_err(|_| gone())??;
-        Ok(Self { info: Arc::new(info), jobs })
+        let spawn = |number: u32, work: Box<dyn FnOnce() + Send>| {
+            let thread = thread::Builder::new().name(format!("engine-{name}-{number}"));
+            // Each has a pool of its own: in a shared one, whoever waits would keep a thread from the other.
+            thread.spawn(move || in_pool(threads, work)).map_err(|_| gone())
+        };
+        let (queue, turns) = (Arc::new(Mutex::new(queue)), Turns::default());
+        let (own_queue, own_turns) = (Arc::clone(&queue), turns.clone());
+        let first = move || {
+            let loaded = load().map(Arc::new);
+            let engine = loaded.as_ref().ok().cloned();
+            if ready.send(loaded).is_ok()
+                && let Some(engine) = engine
+            {
+                serve(&engine, &own_queue, &own_turns);
+            }
+        };
+        spawn(0, Box::new(first))?;
+        let engine = loaded.await.map_err(|_| gone())??;
+        for number in 1..micro_batches {
+            let (engine, queue, turns) = (Arc::clone(&engine), Arc::clone(&queue), turns.clone());
+            spawn(number, Box::new(move || serve(&engine, &queue, &turns)))?;
+        }
+        Ok(Self { info: Arc::new(engine.info().clone()), jobs })
     }
 
     /// What is served.
@@ -65,8 +87,7 @@ impl EngineHandle {
         &self.info
     }
 
-    /// Makes a shard's images; see [`Engine::run`]. Shards are made one after the other in the order
-    /// of the calls. Dropping the future cancels the work, and so does `cancel`, at once for a shard that
+    /// Makes a shard's images; see [`Engine::run`]. Shards are begun in the order of the calls. Dropping the future cancels the work, and so does `cancel`, at once for a shard that
     /// waits and within a step for one that runs.
     ///
     /// # Errors
@@ -112,31 +133,22 @@ fn in_pool(threads: usize, work: impl FnOnce() + Send) {
     }
 }
 
-fn serve(
-    load: impl FnOnce() -> Result<Engine>,
-    ready: oneshot::Sender<Result<ModelInfo>>,
-    mut queue: mpsc::Receiver<Job>,
-) {
-    let engine = match load() {
-        Ok(engine) => engine,
-        Err(error) => {
-            let _ = ready.send(Err(error));
-            return;
-        }
-    };
-    if ready.send(Ok(engine.info().clone())).is_err() {
-        return;
-    }
-    while let Some(mut job) = queue.blocking_recv() {
+/// Makes one shard after the other until no handle is left.
+fn serve(engine: &Engine, queue: &Mutex<mpsc::Receiver<Job>>, turns: &Turns) {
+    loop {
+        let next = queue.lock().blocking_recv();
+        let Some(mut job) = next else { return };
         let _entered = job.span.clone().entered();
+        let turn = turns.take(&job.cancel);
         let result = if job.cancel.is_cancelled() {
             Err(Error::Cancelled)
         } else {
             let (energy, observer) = (job.energy.as_mut(), job.observer.as_mut());
             // One shard's panic must not take the other shards of this model with it.
-            catch_unwind(AssertUnwindSafe(|| engine.run(&job.shard, energy, observer, &job.cancel)))
+            catch_unwind(AssertUnwindSafe(|| engine.run(&job.shard, energy, observer, &turn)))
                 .unwrap_or_else(|panic| Err(Error::Panic { message: message_of(&*panic) }))
         };
+        drop(turn);
         let _ = job.done.send(result);
     }
 }

@@ -17,7 +17,7 @@ const MAX_SIDE: usize = 2048;
 const SMALL_SIDE: usize = 128;
 
 /// A denoising network with its text encoders; see [`Generator`] for what the two methods promise.
-pub(super) trait Denoiser: Send {
+pub(super) trait Denoiser: Send + Sync {
     /// [`Generator::encode`].
     fn encode(&self, prompt: &str) -> Result<EncodedText>;
 

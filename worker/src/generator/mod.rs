@@ -36,9 +36,9 @@ pub struct Context {
     pub pooled: Option<Tensor>,
 }
 
-/// One generative model, owned by one thread. Whatever it computes for a sample depends on that
+/// One generative model, used by one thread at a time. Whatever it computes for a sample depends on that
 /// sample alone: neither the batch size nor the place in the batch may change a bit.
-pub trait Generator: Send {
+pub trait Generator: Send + Sync {
     /// What it is and what it takes.
     fn info(&self) -> &ModelInfo;
 

@@ -3,8 +3,8 @@
 use fairlead_worker::{
     Result,
     energy::{Answer, Candidate, Energy, Render, Sample, Sources, Terms, Verdict},
+    turn::Turn,
 };
-use tokio_util::sync::CancellationToken;
 
 /// The energy of a policy without concepts: asking it is a bug.
 pub(crate) struct NoEnergy;
@@ -15,12 +15,12 @@ impl Energy for NoEnergy {
         _: &Terms,
         _: &[Sample],
         _: &mut Render<'_>,
-        _: &CancellationToken,
+        _: &Turn<'_>,
     ) -> Result<Vec<Answer>> {
         panic!("no energy is to be asked");
     }
 
-    fn check(&mut self, _: &Terms, _: &[Candidate], _: &CancellationToken) -> Result<Vec<Verdict>> {
+    fn check(&mut self, _: &Terms, _: &[Candidate], _: &Turn<'_>) -> Result<Vec<Verdict>> {
         panic!("no energy is to be asked");
     }
 

@@ -1,5 +1,7 @@
 //! The engine on a generator and an energy made of formulas.
 
+use std::sync::{Arc, Barrier};
+
 use crate::{
     common::{self, NoEnergy},
     toy::{Fault, ToyEnergy, ToyGenerator, concept},
@@ -10,9 +12,10 @@ use fairlead_proto::v1::{
 };
 use fairlead_worker::{
     Engine, Error, Result, Shard,
-    energy::Energy,
+    energy::{Answer, Candidate, Energy, Render, Sample, Sources, Terms, Verdict},
     engine::{Collected, Observer},
     generator::Generator,
+    turn::{Turn, Turns},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -50,7 +53,8 @@ fn run_with(
 ) -> Result<Collected> {
     let engine = Engine::new(Box::new(generator), "worker-a", batch);
     let mut collected = Collected::default();
-    engine.run(shard, energy, &mut collected, &CancellationToken::new())?;
+    let (turns, cancel) = (Turns::default(), CancellationToken::new());
+    engine.run(shard, energy, &mut collected, &turns.take(&cancel))?;
     collected.images.sort_by_key(|image| image.index);
     Ok(collected)
 }
@@ -332,7 +336,9 @@ fn cancelling_stops_within_one_step() {
         let mut observer = CancelAfter { steps, seen: Collected::default(), token: token.clone() };
         let engine = Engine::new(Box::new(ToyGenerator::new()), "worker-a", 1);
         let shard = shard(spec(), policy(strong()), 1);
-        let result = engine.run(&shard, &mut ToyEnergy::new(GATE), &mut observer, &token);
+        let turns = Turns::default();
+        let turn = turns.take(&token);
+        let result = engine.run(&shard, &mut ToyEnergy::new(GATE), &mut observer, &turn);
         assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
         assert_eq!(observer.seen.steps.len(), steps);
         assert!(observer.seen.images.is_empty());
@@ -413,11 +419,82 @@ fn the_record_accounts_for_the_image() {
     assert_eq!(trajectory(image).iter().filter(|step| step.attempt == 0).count(), 20);
 }
 
+/// A toy that answers only when as many others wait as are to: aside of its turn.
+struct Together {
+    toy: ToyEnergy,
+    barrier: Arc<Barrier>,
+}
+
+impl Energy for Together {
+    fn evaluate(
+        &mut self,
+        terms: &Terms,
+        samples: &[Sample],
+        render: &mut Render<'_>,
+        turn: &Turn<'_>,
+    ) -> Result<Vec<Answer>> {
+        turn.aside(|| self.barrier.wait());
+        self.toy.evaluate(terms, samples, render, turn)
+    }
+
+    fn check(
+        &mut self,
+        terms: &Terms,
+        candidates: &[Candidate],
+        turn: &Turn<'_>,
+    ) -> Result<Vec<Verdict>> {
+        self.toy.check(terms, candidates, turn)
+    }
+
+    fn sources(&self) -> &Sources {
+        self.toy.sources()
+    }
+}
+
+#[tokio::test]
+async fn micro_batches_wait_together_and_change_no_byte() {
+    let shard = || shard(spec(), policy(strong()), 2);
+    let alone = run(&shard(), &mut ToyEnergy::new(GATE));
+    for threads in [0, 1] {
+        let load = || Ok(Engine::new(Box::new(ToyGenerator::new()), "worker-a", 2));
+        let engine = fairlead_worker::EngineHandle::spawn("toy", threads, 3, load);
+        let engine = engine.await.expect("the engine loads");
+        let barrier = Arc::new(Barrier::new(3));
+        let making = (0..3).map(|_| {
+            let energy = Together { toy: ToyEnergy::new(GATE), barrier: Arc::clone(&barrier) };
+            let (images, kept) = std::sync::mpsc::channel();
+            let observer = Box::new(Kept(images));
+            let run = engine.run(shard(), Box::new(energy), observer, CancellationToken::new());
+            async move {
+                run.await.expect("it runs");
+                kept.iter().collect::<Vec<ImageOutcome>>()
+            }
+        });
+        for images in futures::future::join_all(making).await {
+            let pngs = |images: &[ImageOutcome]| -> Vec<Vec<u8>> {
+                images.iter().map(|image| image.png.clone()).collect()
+            };
+            assert_eq!(pngs(&images), pngs(&alone));
+        }
+    }
+}
+
+/// Sends finished images on.
+struct Kept(std::sync::mpsc::Sender<ImageOutcome>);
+
+impl Observer for Kept {
+    fn step(&mut self, _: StepProgress) {}
+
+    fn image(&mut self, outcome: ImageOutcome) {
+        self.0.send(outcome).expect("the test waits");
+    }
+}
+
 #[tokio::test]
 async fn a_thread_survives_a_panic_and_stops_with_its_caller() {
     let load = || Ok(Engine::new(Box::new(ToyGenerator::new()), "worker-a", 2));
     let engine =
-        fairlead_worker::EngineHandle::spawn("toy", 1, load).await.expect("the engine loads");
+        fairlead_worker::EngineHandle::spawn("toy", 1, 1, load).await.expect("the engine loads");
     let run = |policy: PinnedPolicy| {
         engine.run(
             shard(spec(), policy, 1),
@@ -446,6 +523,7 @@ async fn a_thread_survives_a_panic_and_stops_with_its_caller() {
 #[tokio::test]
 async fn a_model_that_does_not_load_says_why() {
     let load = || Err(Error::Request { field: "model", reason: "no such thing".into() });
-    let error = fairlead_worker::EngineHandle::spawn("toy", 0, load).await.expect_err("it fails");
+    let error =
+        fairlead_worker::EngineHandle::spawn("toy", 0, 1, load).await.expect_err("it fails");
     assert!(error.to_string().contains("no such thing"));
 }

@@ -82,13 +82,13 @@ impl Worker {
     async fn stepwise(coordinator: &Coordinator) -> (Self, Sender<()>) {
         let (permit, permits) = std::sync::mpsc::channel();
         let mut generator = ToyGenerator::new();
-        generator.permits = Some(permits);
+        generator.permits = Some(permits.into());
         (Self::with(coordinator, generator).await, permit)
     }
 
     async fn with(coordinator: &Coordinator, generator: ToyGenerator) -> Self {
         let load = move || Ok(Engine::new(Box::new(generator), "worker-a", 4));
-        let engine = EngineHandle::spawn("toy", 0, load).await.expect("the toy loads");
+        let engine = EngineHandle::spawn("toy", 0, 1, load).await.expect("the toy loads");
         let options = HubOptions {
             tls: Tls::default(),
             coordinator: coordinator.address.clone(),

@@ -13,6 +13,7 @@ use fairlead_worker::{
     engine::Collected,
     generator, noise,
     sampler::{self, Chosen},
+    turn::Turns,
 };
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
@@ -123,8 +124,9 @@ fn assert_parity(folder: &Path, golden: &Image) {
         .expect("the request is valid");
     let engine = Engine::new(generator, "golden", 1);
     let mut collected = Collected::default();
+    let (turns, cancel) = (Turns::default(), CancellationToken::new());
     engine
-        .run(&shard, &mut common::NoEnergy, &mut collected, &CancellationToken::new())
+        .run(&shard, &mut common::NoEnergy, &mut collected, &turns.take(&cancel))
         .expect("it runs");
     let ours = common::pixels(&collected.images[0].png);
     let theirs = hex::decode(&golden.pixels).expect("it is hex");

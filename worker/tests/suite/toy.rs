@@ -20,8 +20,8 @@ use fairlead_worker::{
     energy::{Answer, Candidate, Energy, Render, Sample, Sources, Terms, Verdict},
     generator::{Context, EncodedText, Generator},
     sampler::{self, Sampler},
+    turn::Turn,
 };
-use tokio_util::sync::CancellationToken;
 
 /// Distance of each of the two Gaussians from the origin.
 const DISTANCE: f32 = 4.0;
@@ -48,7 +48,7 @@ pub(crate) struct ToyGenerator {
     sampler: Box<dyn Sampler>,
     pub(crate) fault: Option<Fault>,
     /// Each denoiser call takes one permit, if set.
-    pub(crate) permits: Option<std::sync::mpsc::Receiver<()>>,
+    pub(crate) permits: Option<Mutex<std::sync::mpsc::Receiver<()>>>,
 }
 
 impl ToyGenerator {
@@ -125,7 +125,7 @@ impl Generator for ToyGenerator {
     fn denoise(&self, latents: &Tensor, timestep: f32, context: &Context) -> Result<Tensor> {
         if let Some(permits) = &self.permits {
             // The other side is gone only when the test is over.
-            let _ = permits.recv();
+            let _ = permits.lock().expect("no test panicked").recv();
         }
         let (_, channels, h, w) = latents.dims4()?;
         let a = alpha(timestep);
@@ -290,7 +290,7 @@ impl Energy for ToyEnergy {
         terms: &Terms,
         samples: &[Sample],
         render: &mut Render<'_>,
-        _: &CancellationToken,
+        _: &Turn<'_>,
     ) -> Result<Vec<Answer>> {
         let mut seen = self.seen.lock().expect("no test panicked");
         if self.fails_at == Some(seen.evaluations.len()) {
@@ -322,7 +322,7 @@ impl Energy for ToyEnergy {
         &mut self,
         terms: &Terms,
         candidates: &[Candidate],
-        _: &CancellationToken,
+        _: &Turn<'_>,
     ) -> Result<Vec<Verdict>> {
         self.seen.lock().expect("no test panicked").checks.push(candidates.len());
         let gate = self.final_gate.unwrap_or(self.gate);
