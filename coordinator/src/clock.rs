@@ -10,6 +10,9 @@ use tokio::time::Instant;
 
 use crate::store::{Store, StoreError};
 
+/// An answer that takes longer says too little about the time.
+const SLOW: Duration = Duration::from_millis(100);
+
 /// The time that all coordinators of a store agree on: the store's, read now and then, and between two
 /// looks carried on by this machine's steady clock. Leases and memberships end by it, so that it matters
 /// neither how far the clocks of two machines are apart nor whether one of them is set.
@@ -27,11 +30,18 @@ impl Clock {
         Ok(Self { store, looked: Arc::new(Mutex::new(looked)) })
     }
 
-    /// Looks again.
-    pub(crate) async fn set(&self) -> Result<(), StoreError> {
+    /// Looks again and says by how many milliseconds it was wrong, which is much only if the store's own
+    /// clock was set or another server is the store now. A slow answer tells too little and counts for
+    /// nothing.
+    pub(crate) async fn set(&self) -> Result<u64, StoreError> {
+        let asked = Instant::now();
         let looked = look(self.store.as_ref()).await?;
+        if asked.elapsed() > SLOW {
+            return Ok(0);
+        }
+        let before = self.now();
         *self.looked.lock() = looked;
-        Ok(())
+        Ok(self.now().abs_diff(before))
     }
 
     /// The time, Unix milliseconds.

@@ -17,9 +17,15 @@ pub(crate) struct Contact {
 }
 
 impl Contact {
-    /// An answer came just now; one that is later than `most` comes after a pause.
-    pub(crate) fn new(now: Instant, most: Duration) -> Self {
-        Self { most, last: now, back: None }
+    /// An answer came just now; one that is later than `most` comes after a pause. Where others were at
+    /// work `before`, nobody knows for how long they could not renew.
+    pub(crate) fn new(now: Instant, most: Duration, before: bool) -> Self {
+        Self { most, last: now, back: before.then_some(now) }
+    }
+
+    /// Something has happened that counts as a pause, e.g. that the store's clock was set.
+    pub(crate) fn interrupted(&mut self, now: Instant) {
+        self.back = Some(now);
     }
 
     /// An answer came.
@@ -48,8 +54,10 @@ mod tests {
     fn a_pause_gives_everyone_a_full_term_to_renew() {
         let (start, ttl) = (Instant::now(), Duration::from_secs(10));
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut contact = Contact::new(start, ttl / 2);
-        assert!(contact.is_settled(at(0), ttl), "a start is no pause");
+        let mut contact = Contact::new(start, ttl / 2, false);
+        assert!(contact.is_settled(at(0), ttl), "the start of the only one is no pause");
+        let beside = Contact::new(start, 2 * ttl, true);
+        assert!(!beside.is_settled(at(9), ttl) && beside.is_settled(at(10), ttl));
         contact.answered(at(4));
         assert!(contact.is_settled(at(9), ttl));
         assert!(!contact.is_settled(at(10), ttl), "no answer for longer than half the term");
@@ -59,5 +67,8 @@ mod tests {
             contact.answered(at(second));
         }
         assert!(contact.is_settled(at(40), ttl));
+        contact.interrupted(at(40));
+        contact.answered(at(44));
+        assert!(!contact.is_settled(at(44), ttl));
     }
 }

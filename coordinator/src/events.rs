@@ -1,7 +1,7 @@
 //! Watching a job: durable events come from the store, in order and without gaps; progress of
 //! single steps is live only. A slow watcher loses progress, never an event.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{self, JobState, WatchJobResponse, watch_job_response::Event};
@@ -10,7 +10,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
-use crate::{error::Error, store::Store};
+use crate::{error::Error, state::JobRecord, store::Store};
 
 /// Live messages kept for a watcher that is behind.
 const LIVE: usize = 256;
@@ -18,12 +18,16 @@ const LIVE: usize = 256;
 const OUTBOX: usize = 16;
 /// Events read from the store at once.
 const PAGE: usize = 64;
+/// Longest time that a watcher relies on being told.
+const QUIET: Duration = Duration::from_secs(15);
 
 /// What running jobs tell their watchers.
 #[derive(Debug, Clone)]
 enum Live {
     /// The store has new events.
     Changed,
+    /// The store may have new events, or none any longer of those that were sent.
+    Unsure,
     /// One step of one image; not kept.
     Progress(Arc<v1::StepProgress>),
 }
@@ -55,7 +59,7 @@ impl Events {
     /// Tells all watchers that the store may have new events.
     pub(crate) fn all_changed(&self) {
         let jobs: Vec<JobId> = self.live.lock().keys().copied().collect();
-        jobs.into_iter().for_each(|job| self.changed(job));
+        jobs.into_iter().for_each(|job| self.publish(job, Live::Unsure));
     }
 
     /// Passes progress on to whoever watches now, here or at another coordinator.
@@ -136,12 +140,57 @@ struct Watcher<'a> {
     outbox: mpsc::Sender<Result<WatchJobResponse, Status>>,
 }
 
+/// Why a watcher looks into the store.
+enum News {
+    /// It has new events.
+    Changed,
+    /// It may have.
+    Unsure,
+}
+
 /// The stream is over.
 struct Over;
 
+/// Where a watcher that was at `after` goes on: before the last event of a job that has ended, if the
+/// store lacks some that were sent.
+pub(crate) fn cursor(record: &JobRecord, after: u64) -> u64 {
+    let last = record.last_sequence;
+    match after > last {
+        true => last.saturating_sub(u64::from(record.is_terminal())),
+        false => after,
+    }
+}
+
 impl Watcher<'_> {
     async fn run(mut self, mut live: broadcast::Receiver<Live>) {
-        while self.replay().await.is_ok() && self.forward(&mut live).await.is_ok() {}
+        // Over is over: whoever reads has the terminal event, an error, or gone away.
+        let _ = self.follow(&mut live).await;
+    }
+
+    async fn follow(&mut self, live: &mut broadcast::Receiver<Live>) -> Result<(), Over> {
+        loop {
+            self.replay().await?;
+            if let News::Unsure = self.forward(live).await? {
+                self.compare().await?;
+            }
+        }
+    }
+
+    /// Ends with a job that the store has lost, and goes back to where the store is behind: a failover may
+    /// lose the last writes.
+    async fn compare(&mut self) -> Result<(), Over> {
+        let record = match self.store.get(self.job).await {
+            Ok(Some(record)) => record,
+            Ok(None) => return self.fail(Error::NotFound(format!("job {}", self.job))).await,
+            Err(error) => return self.fail(error.into()).await,
+        };
+        self.cursor = cursor(&record, self.cursor);
+        Ok(())
+    }
+
+    async fn fail(&self, error: Error) -> Result<(), Over> {
+        let _ = self.outbox.send(Err(error.into())).await;
+        Err(Over)
     }
 
     /// Sends everything the store has after the cursor.
@@ -149,10 +198,7 @@ impl Watcher<'_> {
         loop {
             let page = match self.store.events(self.job, self.cursor, PAGE).await {
                 Ok(page) => page,
-                Err(error) => {
-                    let _ = self.outbox.send(Err(Error::from(error).into())).await;
-                    return Err(Over);
-                }
+                Err(error) => return self.fail(error.into()).await,
             };
             if page.is_empty() {
                 return Ok(());
@@ -169,16 +215,22 @@ impl Watcher<'_> {
     }
 
     /// Forwards progress until the store has something new or messages were missed.
-    async fn forward(&self, live: &mut broadcast::Receiver<Live>) -> Result<(), Over> {
+    async fn forward(&self, live: &mut broadcast::Receiver<Live>) -> Result<News, Over> {
         loop {
-            match live.recv().await {
+            let Ok(heard) = tokio::time::timeout(QUIET, live.recv()).await else {
+                return Ok(News::Unsure);
+            };
+            match heard {
                 Ok(Live::Progress(step)) => {
                     // Progress is not an event: it carries the number of the one before it.
                     let event = Some(Event::Progress(v1::StepProgress::clone(&step)));
                     let message = WatchJobResponse { sequence: self.cursor, event };
                     self.outbox.send(Ok(message)).await.map_err(|_| Over)?;
                 }
-                Ok(Live::Changed) | Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
+                Ok(Live::Changed) => return Ok(News::Changed),
+                Ok(Live::Unsure) | Err(broadcast::error::RecvError::Lagged(_)) => {
+                    return Ok(News::Unsure);
+                }
                 Err(broadcast::error::RecvError::Closed) => return Err(Over),
             }
         }
@@ -191,5 +243,19 @@ fn is_terminal(event: &WatchJobResponse) -> bool {
             matches!(job.state(), JobState::Completed | JobState::Failed | JobState::Cancelled)
         }
         Some(Event::Progress(_) | Event::Image(_)) | None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watcher_ahead_of_the_store_goes_back_to_where_it_is() {
+        let mut record = JobRecord { last_sequence: 3, ..JobRecord::default() };
+        assert_eq!((cursor(&record, 1), cursor(&record, 3), cursor(&record, 9)), (1, 3, 3));
+        record.job.set_state(JobState::Completed);
+        assert_eq!(cursor(&record, 3), 3, "it has everything");
+        assert_eq!(cursor(&record, 4), 2, "it has not heard this end");
     }
 }

@@ -1,17 +1,18 @@
 //! Images and safety records in an object store.
 //!
 //! Names carry the fencing token of the delivery that made the object
-//! (`jobs/{job}/{index}-{token}.png`, `records/{record_id}-{token}.json`), and the store's commit
-//! says which token won. So an attempt that lost its lease while writing can never replace what a
+//! (`jobs/{job}/{index}-{token}.png`, its record beside it as `.json`), and the store's commit says
+//! which token won. So an attempt that lost its lease while writing can never replace what a
 //! later attempt released.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use fairlead_common::record::{self, RecordError};
 use fairlead_proto::v1::SafetyRecord;
+use futures::TryStreamExt;
 use object_store::{
-    ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, memory::InMemory,
+    ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, memory::InMemory, path::Path,
 };
 use sha2::{Digest, Sha256};
 
@@ -27,10 +28,10 @@ pub enum OutputError {
         source: object_store::Error,
     },
     /// A stored record cannot be read.
-    #[error("outputs: record {record_id}: {source}")]
+    #[error("outputs: {object}: {source}")]
     Record {
-        /// The record.
-        record_id: String,
+        /// Name of the object.
+        object: String,
         /// What is wrong with it.
         source: RecordError,
     },
@@ -44,7 +45,7 @@ pub(crate) struct Outputs {
 
 impl Outputs {
     /// Files under `dir`, which exists.
-    pub(crate) fn local(dir: &Path) -> Result<Self, OutputError> {
+    pub(crate) fn local(dir: &std::path::Path) -> Result<Self, OutputError> {
         let objects = LocalFileSystem::new_with_prefix(dir)
             .map_err(|source| OutputError::Object { object: dir.display().to_string(), source })?
             .with_automatic_cleanup(true)
@@ -87,20 +88,36 @@ impl Outputs {
         record: &SafetyRecord,
         token: u64,
     ) -> Result<(), OutputError> {
-        let name = record_name(&record.record_id, token);
+        let name = record_name(&record.job_id, record.index, token);
         self.put(name, record::to_json(record).into()).await
     }
 
     /// A stored record; `None` if there is none.
     pub(crate) async fn record(
         &self,
-        record_id: &str,
+        job_id: &str,
+        index: u32,
         token: u64,
     ) -> Result<Option<SafetyRecord>, OutputError> {
-        let Some(json) = self.get(record_name(record_id, token)).await? else { return Ok(None) };
+        let name = record_name(job_id, index, token);
+        let Some(json) = self.get(name.clone()).await? else { return Ok(None) };
         let record = record::from_json(&String::from_utf8_lossy(&json))
-            .map_err(|source| OutputError::Record { record_id: record_id.to_owned(), source })?;
+            .map_err(|source| OutputError::Record { object: name, source })?;
         Ok(Some(record))
+    }
+
+    /// Deletes everything that any delivery wrote for a job.
+    pub(crate) async fn forget(&self, job_id: &str) -> Result<(), OutputError> {
+        let folder = format!("jobs/{job_id}");
+        let listed = self.objects.list(Some(&folder.as_str().into())).map_ok(|meta| meta.location);
+        let listed: Vec<Path> = listed
+            .try_collect()
+            .await
+            .map_err(|source| OutputError::Object { object: folder, source })?;
+        for name in listed {
+            self.delete(&name).await?;
+        }
+        Ok(())
     }
 
     /// Deletes what a delivery wrote for one image; absent objects are fine.
@@ -108,16 +125,19 @@ impl Outputs {
         &self,
         job_id: &str,
         index: u32,
-        record_id: &str,
         token: u64,
     ) -> Result<(), OutputError> {
-        for name in [image_name(job_id, index, token), record_name(record_id, token)] {
-            match self.objects.delete(&name.as_str().into()).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-                Err(source) => return Err(OutputError::Object { object: name, source }),
-            }
+        for name in [image_name(job_id, index, token), record_name(job_id, index, token)] {
+            self.delete(&name.as_str().into()).await?;
         }
         Ok(())
+    }
+
+    async fn delete(&self, name: &Path) -> Result<(), OutputError> {
+        match self.objects.delete(name).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(OutputError::Object { object: name.to_string(), source }),
+        }
     }
 
     async fn put(&self, name: String, payload: PutPayload) -> Result<(), OutputError> {
@@ -145,8 +165,8 @@ fn image_name(job_id: &str, index: u32, token: u64) -> String {
     format!("jobs/{job_id}/{index}-{token}.png")
 }
 
-fn record_name(record_id: &str, token: u64) -> String {
-    format!("records/{record_id}-{token}.json")
+fn record_name(job_id: &str, index: u32, token: u64) -> String {
+    format!("jobs/{job_id}/{index}-{token}.json")
 }
 
 /// SHA-256 as lower-case hex.
@@ -159,17 +179,24 @@ mod tests {
     use super::*;
 
     async fn contract(outputs: Outputs) {
-        let record = SafetyRecord { record_id: "r".into(), seed: 7, ..Default::default() };
+        let record = SafetyRecord { job_id: "j".into(), seed: 7, ..Default::default() };
         let png = Bytes::from_static(b"png");
         outputs.put_image("j", 0, 2, png.clone()).await.expect("it writes");
         outputs.put_image("j", 0, 3, "other".into()).await.expect("it writes");
         outputs.put_record(&record, 2).await.expect("it writes");
         assert_eq!(outputs.image("j", 0, 2).await.expect("it reads"), Some(png.clone()));
         assert_eq!(outputs.image("j", 1, 2).await.expect("it reads"), None);
-        assert_eq!(outputs.record("r", 2).await.expect("it reads"), Some(record));
-        outputs.discard("j", 0, "r", 3).await.expect("a missing record is fine");
+        assert_eq!(outputs.record("j", 0, 2).await.expect("it reads"), Some(record));
+        outputs.discard("j", 0, 3).await.expect("a missing record is fine");
         assert_eq!(outputs.image("j", 0, 3).await.expect("it reads"), None);
-        assert_eq!(outputs.image("j", 0, 2).await.expect("it reads"), Some(png));
+        assert_eq!(outputs.image("j", 0, 2).await.expect("it reads"), Some(png.clone()));
+        outputs.put_image("j", 1, 9, png.clone()).await.expect("it writes");
+        outputs.put_image("k", 0, 2, png.clone()).await.expect("it writes");
+        outputs.forget("j").await.expect("it deletes");
+        outputs.forget("j").await.expect("again is fine");
+        assert_eq!(outputs.image("j", 1, 9).await.expect("it reads"), None);
+        assert_eq!(outputs.record("j", 0, 2).await.expect("it reads"), None);
+        assert_eq!(outputs.image("k", 0, 2).await.expect("it reads"), Some(png), "another job's");
     }
 
     #[tokio::test]
@@ -181,6 +208,6 @@ mod tests {
     async fn files_keep_tokens_apart() {
         let dir = tempfile::tempdir().expect("a directory");
         contract(Outputs::local(dir.path()).expect("it exists")).await;
-        assert!(dir.path().join("jobs/j/0-2.png").exists());
+        assert!(dir.path().join("jobs/k/0-2.png").exists());
     }
 }

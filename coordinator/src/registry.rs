@@ -40,8 +40,12 @@ struct Shared {
     clock: Clock,
     contact: Mutex<Contact>,
     view: Mutex<Arc<View>>,
+    /// When the newest read of the members began that has ended; one reads at a time.
+    read: tokio::sync::Mutex<Option<Instant>>,
+    /// What any member ever had, as far as this process knows: the store may lose it.
+    known: Mutex<Seen>,
     load: Mutex<HashMap<String, usize>>,
-    /// Counts changes of the roster.
+    /// Counts changes of the energy nodes.
     changes: watch::Sender<u64>,
     ttl: Duration,
 }
@@ -50,11 +54,14 @@ impl Registry {
     /// Members of `store`; a membership ends `ttl` after its last renewal. When the store did not answer
     /// for longer than `pause`, nobody could renew.
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, ttl: Duration, pause: Duration) -> Self {
+        let is_shared = store.is_shared();
         let shared = Shared {
             store,
             clock,
-            contact: Mutex::new(Contact::new(Instant::now(), pause)),
+            contact: Mutex::new(Contact::new(Instant::now(), pause, is_shared)),
             view: Mutex::default(),
+            read: tokio::sync::Mutex::default(),
+            known: Mutex::default(),
             load: Mutex::default(),
             changes: watch::Sender::new(0),
             ttl,
@@ -67,8 +74,26 @@ impl Registry {
         self.shared.ttl
     }
 
-    /// Reads the members again, if they have changed.
+    /// Reads the members again, if they have changed. Callers that come together share a read that began
+    /// after they came.
     pub(crate) async fn refresh(&self) -> Result<(), StoreError> {
+        let asked = Instant::now();
+        let mut read = self.shared.read.lock().await;
+        if read.is_some_and(|began| began > asked) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.read().await?;
+        *read = Some(began);
+        Ok(())
+    }
+
+    /// Times of others cannot be compared with those from before: all get the time to renew again.
+    pub(crate) fn interrupted(&self) {
+        self.shared.contact.lock().interrupted(Instant::now());
+    }
+
+    async fn read(&self) -> Result<(), StoreError> {
         let known = Some(self.view().roster.version).filter(|&version| version > 0);
         // Before everyone was there: then nobody is found to be gone.
         let now = match self.is_settled(self.shared.ttl) {
@@ -77,15 +102,43 @@ impl Registry {
         };
         let roster = self.shared.store.roster(known, now).await?;
         self.shared.contact.lock().answered(Instant::now());
-        if let Some(roster) = roster {
-            let view = Arc::new(View::new(roster));
-            let old = std::mem::replace(&mut *self.shared.view.lock(), Arc::clone(&view));
-            for gone in old.roster.members.iter().filter(|old| !view.has(old)) {
-                tracing::info!(member = gone.id, kind = ?gone.kind(), "left the cluster");
-            }
+        let Some(mut roster) = roster else { return Ok(()) };
+        let lost = self.remember(&mut roster);
+        if lost.len() > 0 {
+            tracing::warn!(
+                entries = lost.len(),
+                "the store has lost what was seen; it is told again"
+            );
+            self.shared.store.recall(&lost).await?;
+        }
+        let view = Arc::new(View::new(roster));
+        let old = std::mem::replace(&mut *self.shared.view.lock(), Arc::clone(&view));
+        let names: BTreeSet<(i32, &str)> = view.names().collect();
+        for gone in old.roster.members.iter().filter(|old| !names.contains(&name(old))) {
+            tracing::info!(member = gone.id, kind = ?gone.kind(), "left the cluster");
+        }
+        let same = |a: &LiveNode, b: &LiveNode| Arc::ptr_eq(&a.info, &b.info) || a.info == b.info;
+        let nodes_stay = old.nodes.len() == view.nodes.len()
+            && old.nodes.iter().zip(&view.nodes).all(|(a, b)| same(a, b));
+        if !nodes_stay {
             self.shared.changes.send_modify(|count| *count += 1);
         }
         Ok(())
+    }
+
+    /// Adds to what the store has seen what this process knows and nobody has retired, and what members
+    /// have now; returns what the store lacks. A policy over all concepts must not shrink because a
+    /// store was flushed.
+    fn remember(&self, roster: &mut Roster) -> Seen {
+        let mut served = Seen::default();
+        roster.members.iter().for_each(|member| served.add(member));
+        let mut known = self.shared.known.lock();
+        *known = known.without(&roster.retired);
+        known.extend(&served);
+        let lost = known.without(&roster.seen);
+        known.extend(&roster.seen);
+        roster.seen = known.clone();
+        lost
     }
 
     /// Whether everyone has been able to renew something for the length of `ttl`.
@@ -209,7 +262,7 @@ impl Registry {
         view.roster.members.iter().filter(is_worker).cloned().collect()
     }
 
-    /// The queues that some worker of the cluster takes shards of.
+    /// The queues that some worker of the cluster has the generator of.
     pub(crate) fn queues(&self) -> BTreeSet<QueueName> {
         self.workers().iter().flat_map(|worker| &worker.models).map(QueueName::of).collect()
     }
@@ -248,7 +301,7 @@ impl Registry {
         Reservation { shared: Arc::clone(&self.shared), nodes }
     }
 
-    /// Wakes when the members change.
+    /// Wakes when the energy nodes change.
     pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
     }
@@ -263,10 +316,13 @@ impl View {
         Self { nodes: roster.members.iter().filter_map(node).collect(), roster }
     }
 
-    fn has(&self, member: &Member) -> bool {
-        let same = |other: &Arc<Member>| (other.kind, &other.id) == (member.kind, &member.id);
-        self.roster.members.iter().any(same)
+    fn names(&self) -> impl Iterator<Item = (i32, &str)> {
+        self.roster.members.iter().map(|member| name(member))
     }
+}
+
+fn name(member: &Member) -> (i32, &str) {
+    (member.kind, &member.id)
 }
 
 fn node_key(node_id: &str, registration: &str) -> MemberKey {

@@ -156,8 +156,7 @@ impl Gate {
     /// Deletes what a delivery stored for images that were not committed after all.
     pub(crate) async fn discard(&self, job_id: &str, token: u64, images: &[v1::ImageInfo]) {
         for image in images {
-            let discarded =
-                self.outputs.discard(job_id, image.index, &image.record_id, token).await;
+            let discarded = self.outputs.discard(job_id, image.index, token).await;
             if let Err(error) = discarded {
                 tracing::warn!(%error, job = job_id, image = image.index, "left an object behind");
             }

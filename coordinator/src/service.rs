@@ -4,6 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use fairlead_common::{ids::JobId, signature::Signer, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
+use futures::{StreamExt, stream};
 use prost::Message;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -17,7 +18,7 @@ use crate::{
     clock::{Clock, millis},
     config::{CoordinatorOptions, Data},
     error::{Error, Result},
-    events::Events,
+    events::{self, Events},
     hub::{Hub, HubOptions},
     lease::Phase,
     metrics,
@@ -39,8 +40,9 @@ const MAX_PAGE: u32 = 1_000;
 /// The key that signs records, in the data directory, and what others check it with.
 const SIGNING_KEY: &str = "signing-key.pem";
 const PUBLIC_KEY: &str = "signing-key.pub.pem";
-/// Jobs forgotten in one round.
-const FORGET_AT_ONCE: usize = 100;
+/// Jobs to forget that are read at once, and how many are forgotten at the same time.
+const FORGET_AT_ONCE: usize = 256;
+const FORGET_TOGETHER: usize = 16;
 
 /// The coordinator; clones share it.
 #[derive(Debug, Clone)]
@@ -206,12 +208,8 @@ impl Coordinator {
         after: u64,
     ) -> Result<mpsc::Receiver<Result<v1::WatchJobResponse, Status>>> {
         let record = self.record_of(tenant, job_id).await?;
-        let last = record.last_sequence;
-        if after > last {
-            let problem = format!("is {after}, but the job's last event is {last}");
-            return Err(Error::invalid("after_sequence", problem));
-        }
-        if record.is_terminal() && after == last {
+        let after = events::cursor(&record, after);
+        if record.is_terminal() && after == record.last_sequence {
             // Nothing is left to send: a stream that ends at once.
             return Ok(mpsc::channel(1).1);
         }
@@ -315,7 +313,7 @@ impl Coordinator {
             let what = format!("the record of image {index} of job {job_id} ({status})");
             return Err(Error::NotFound(what));
         };
-        let stored = self.outputs.record(id, token).await?;
+        let stored = self.outputs.record(&job_id, index, token).await?;
         stored
             .filter(|stored| stored.image_sha256 == image.image_sha256)
             .ok_or_else(|| Error::Damaged { object: format!("record {id}") })
@@ -360,16 +358,28 @@ impl Coordinator {
     /// Forgets jobs that ended longer ago than the retention, with their images and records.
     pub(crate) async fn forget_old(&self) -> Result<usize> {
         let before = self.clock.now().saturating_sub(millis(self.options.retention));
-        let forgotten = self.store.forget(before, FORGET_AT_ONCE).await?;
-        for record in &forgotten {
-            for image in &record.job.images {
-                let token = winner(record, image.index).unwrap_or_default();
-                self.outputs
-                    .discard(&record.job.job_id, image.index, &image.record_id, token)
-                    .await?;
+        let mut forgotten = 0;
+        loop {
+            let old = self.store.ended(before, FORGET_AT_ONCE).await?;
+            // The job last: what a crash leaves is found again by it.
+            let forgetting = old.into_iter().map(|record| {
+                let (outputs, store) = (self.outputs.clone(), Arc::clone(&self.store));
+                async move {
+                    outputs.forget(&record.job.job_id).await?;
+                    store.forget(&record).await?;
+                    Ok::<(), Error>(())
+                }
+            });
+            let done: Vec<Result<()>> =
+                stream::iter(forgetting).buffer_unordered(FORGET_TOGETHER).collect().await;
+            let whole = done.len() == FORGET_AT_ONCE;
+            forgotten += done.iter().filter(|done| done.is_ok()).count();
+            // One that stays must not keep the others: but it would be found again at once.
+            done.into_iter().collect::<Result<()>>()?;
+            if !whole {
+                return Ok(forgotten);
             }
         }
-        Ok(forgotten.len())
     }
 
     /// Admits nothing more, lets running shards finish for a while, ends every stream.

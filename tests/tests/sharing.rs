@@ -116,7 +116,18 @@ async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
     let calm = completed(&sandbox, spec(1)).await?;
     let lost = sandbox.submit(spec(8)).await?;
     sandbox.until_step(&lost, |_| true).await?;
+    let mut watch = sandbox.watch(&lost).await?;
     assert_eq!(sandbox.redis().command("FLUSHALL")?, "+OK\r\n");
+    let end = async {
+        loop {
+            if let Err(status) = watch.message().await {
+                return status;
+            }
+        }
+    };
+    // Whoever watches what is lost hears of it.
+    let status = tokio::time::timeout(PATIENCE, end).await?;
+    assert_eq!(status.code(), tonic::Code::NotFound, "{status}");
     sandbox.ready().await?;
     assert_eq!(completed(&sandbox, spec(1)).await?, calm);
     Ok(())
@@ -128,8 +139,9 @@ async fn lost_queues_come_back() -> Result<()> {
     let sandbox = cluster(&["one"]).await?;
     let job = sandbox.submit(spec(8)).await?;
     sandbox.until_step(&job, |_| true).await?;
-    for key in ["places", "shards", "queued", "leases", "delayed", "claims"] {
-        sandbox.redis().command(&format!("DEL {{fairlead}}:{key}"))?;
+    for key in ["places", "shards", "waits", "leases"] {
+        let deleted = sandbox.redis().command(&format!("DEL {{fairlead}}:{key}"))?;
+        assert_eq!(deleted, ":1\r\n", "{key}");
     }
     let job = sandbox.finish(&job).await?;
     assert_eq!(job.state(), JobState::Completed, "{}", job.reason);

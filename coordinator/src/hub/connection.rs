@@ -128,6 +128,15 @@ struct Connection {
 
 impl Connection {
     async fn handle(&self, shared: &Arc<Shared>, message: Inbound) {
+        let was_silent = shared
+            .state
+            .lock()
+            .workers
+            .get_mut(&self.number)
+            .is_some_and(|worker| std::mem::take(&mut worker.silent));
+        if was_silent {
+            shared.wake.notify_one();
+        }
         match message {
             Inbound::Hello(_) => {
                 tracing::warn!(worker = self.worker_id, "second hello ignored");

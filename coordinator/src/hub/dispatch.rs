@@ -1,5 +1,5 @@
-//! The dispatcher: takes back expired leases, hands queued shards to workers, and tells workers
-//! when the nodes of their shards change.
+//! The dispatcher: hands queued shards to workers and tells workers when the nodes of their shards change.
+//! Beside it, so that no backlog delays it, the care of what ends by time: memberships and leases.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,6 +9,7 @@ use std::{
 
 use fairlead_common::ids::{JobId, ShardId};
 use fairlead_proto::v1::{self, attach_response::Message};
+use futures::{StreamExt, stream};
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
@@ -35,12 +36,17 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Most leases ended in one round; the next one follows at once.
 const EXPIRED: usize = 256;
 
+/// Most shards of a queue handed out in one round, and how many of them at the same time. Shards that were
+/// taken are kept from others for [`crate::store::CLAIM`]: a round must be far shorter.
+const ROUND: usize = 128;
+const TOGETHER: usize = 32;
+
 /// Runs until the hub closes.
 pub(super) async fn run(shared: Arc<Shared>) {
     let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
     let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
     let mut nodes = shared.registry.subscribe();
-    let mut rounds = Rounds { number: 0, kept: Instant::now(), abandoned: Abandoned::default() };
+    let mut rounds = Rounds::default();
     loop {
         let wait = match tick(&shared, &mut rounds).await {
             Ok(next) => next.map_or(pause, |next| next.min(pause)),
@@ -58,12 +64,58 @@ pub(super) async fn run(shared: Arc<Shared>) {
     }
 }
 
-/// Looks after what nobody else would notice, the store's time and shards that it has lost, about as
-/// often as a lease that nobody renews is noticed. Runs until the hub closes.
+/// Keeps the memberships of workers, takes back leases that have ended, and follows the store's clock. Runs
+/// until the hub closes.
+pub(super) async fn keep(shared: Arc<Shared>) {
+    let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
+    let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
+    let mut kept = Instant::now();
+    loop {
+        let wait = match keep_once(&shared, &mut kept).await {
+            Ok(true) => Duration::ZERO,
+            Ok(false) => pause,
+            Err(error) => {
+                tracing::error!(%error, "cannot look after leases");
+                LONGEST_PAUSE
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = shared.closing.cancelled() => return,
+        }
+    }
+}
+
+/// Returns whether more leases have ended than were looked at.
+async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
+    let jump = shared.clock.set().await?;
+    if jump > millis(shared.options.lease_ttl.min(shared.registry.ttl()) / 4).unsigned_abs() {
+        tracing::warn!(jump_ms = jump, "the store's clock was set; leases get their time again");
+        shared.registry.interrupted();
+    }
+    shared.registry.refresh().await?;
+    if kept.elapsed() >= shared.registry.ttl() / 3 {
+        *kept = Instant::now();
+        keep_workers(shared).await?;
+    }
+    let now = shared.clock.now();
+    forget_stopped(shared, now);
+    if !shared.registry.is_settled(shared.options.lease_ttl) {
+        return Ok(false);
+    }
+    let expired = shared.store.expired(now, EXPIRED).await?;
+    for shard in &expired {
+        expire(shared, shard).await;
+    }
+    Ok(expired.len() == EXPIRED)
+}
+
+/// Brings back shards that the store's queues have lost, about as often as a lease that nobody renews is
+/// noticed. Runs until the hub closes.
 pub(super) async fn mend(shared: Arc<Shared>) {
     let mending = async {
         loop {
-            match mend_once(&shared).await {
+            match shared.store.mend(&shared.clock).await {
                 Ok(0) => {}
                 Ok(shards) => {
                     tracing::warn!(shards, "shards that the queues had lost are back");
@@ -80,16 +132,10 @@ pub(super) async fn mend(shared: Arc<Shared>) {
     }
 }
 
-async fn mend_once(shared: &Shared) -> Result<usize, StoreError> {
-    shared.clock.set().await?;
-    shared.store.mend(shared.clock.now()).await
-}
-
 /// What the dispatcher remembers from one round to the next.
+#[derive(Default)]
 struct Rounds {
     number: usize,
-    /// When the memberships of workers were renewed.
-    kept: Instant,
     abandoned: Abandoned,
 }
 
@@ -127,20 +173,7 @@ fn without_worker(QueueName { model, hash }: &QueueName) -> String {
 
 /// One round; returns how soon the next must follow, if sooner than usual.
 async fn tick(shared: &Arc<Shared>, rounds: &mut Rounds) -> Result<Option<Duration>> {
-    shared.registry.refresh().await?;
-    if rounds.kept.elapsed() >= shared.registry.ttl() / 3 {
-        rounds.kept = Instant::now();
-        keep_workers(shared).await?;
-    }
     let now = shared.clock.now();
-    forget_stopped(shared, now);
-    let expired = match shared.registry.is_settled(shared.options.lease_ttl) {
-        true => shared.store.expired(now, EXPIRED).await?,
-        false => Vec::new(),
-    };
-    for shard in &expired {
-        expire(shared, shard).await;
-    }
     let backlog = shared.store.backlog(now).await?;
     metrics::round(&metrics::Round {
         queued: backlog.queued.values().sum(),
@@ -160,11 +193,10 @@ async fn tick(shared: &Arc<Shared>, rounds: &mut Rounds) -> Result<Option<Durati
         rounds.number = rounds.number.wrapping_add(1);
         let first = rounds.number % queues.len().max(1);
         for queue in queues[first..].iter().chain(&queues[..first]) {
-            hand_out(shared, queue, now).await?;
+            if hand_out(shared, queue, now).await? {
+                return Ok(Some(Duration::ZERO));
+            }
         }
-    }
-    if expired.len() == EXPIRED {
-        return Ok(Some(Duration::ZERO));
     }
     let due = backlog.next_due_unix_ms.map(|at| u64::try_from(at - now).unwrap_or_default());
     Ok(due.map(Duration::from_millis))
@@ -180,18 +212,24 @@ async fn give_up(shared: &Shared, queue: &QueueName, now: i64) -> Result<()> {
     Ok(())
 }
 
-/// Hands shards of one queue to workers that have room.
-async fn hand_out(shared: &Arc<Shared>, queue: &QueueName, now: i64) -> Result<()> {
+/// Hands shards of one queue to workers that have room. Says whether there may be more of both.
+async fn hand_out(shared: &Arc<Shared>, queue: &QueueName, now: i64) -> Result<bool> {
     let workers = shared.state.lock().candidates(queue);
-    let room = workers.iter().map(Candidate::room).sum();
+    let room: usize = workers.iter().map(Candidate::room).sum();
     if room == 0 {
-        return Ok(());
+        return Ok(false);
     }
-    let shards = shared.store.take(queue, room, now).await?;
-    for (shard, connection) in shards.iter().zip(placement::place(shards.len(), &workers)) {
-        deliver(shared, shard, connection).await?;
-    }
-    Ok(())
+    let shards = shared.store.take(queue, room.min(ROUND), now).await?;
+    let taken = shards.len();
+    let places = placement::place(taken, &workers);
+    let delivering = shards.into_iter().zip(places).map(|(shard, connection)| async move {
+        // It stays queued, and comes again when the claim on it has ended.
+        if let Err(error) = deliver(shared, &shard, connection).await {
+            tracing::error!(shard = shard.shard_id, %error, "cannot hand out a shard");
+        }
+    });
+    stream::iter(delivering).buffer_unordered(TOGETHER).collect::<()>().await;
+    Ok(taken == ROUND)
 }
 
 /// Renews the membership of each attached worker; one that the store has lost joins again.
@@ -226,6 +264,7 @@ async fn expire(shared: &Shared, shard: &ActiveShard) {
         Ok(_) => {
             metrics::delivery("expired");
             tracing::warn!(%job, %lease, worker = shard.holder, "lease expired");
+            shared.mistrust(lease);
             shared.stop_session(lease, "the lease expired");
             shared.wake.notify_one();
         }

@@ -108,6 +108,7 @@ impl Hub {
             }
             None => shared.recover().await?,
         }
+        shared.tasks.spawn(dispatch::keep(Arc::clone(&shared)));
         shared.tasks.spawn(dispatch::mend(Arc::clone(&shared)));
         shared.tasks.spawn(dispatch::run(Arc::clone(&shared)));
         Ok(Self { shared })
@@ -225,6 +226,17 @@ impl Shared {
             state.sessions.remove(&lease);
         }
         self.count_sessions(&state);
+    }
+
+    /// Gives the worker of a lease that it let expire nothing more until it says something.
+    fn mistrust(&self, lease: LeaseKey) {
+        let mut state = self.state.lock();
+        let Some(connection) = state.sessions.get(&lease).map(|session| session.connection) else {
+            return;
+        };
+        if let Some(worker) = state.workers.get_mut(&connection) {
+            worker.silent = true;
+        }
     }
 
     /// The job of a delivery whose worker is at it.

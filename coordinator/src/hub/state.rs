@@ -33,6 +33,8 @@ pub(super) struct Worker {
     /// What the whole cluster knows of it.
     pub(super) member: Member,
     pub(super) capacity: usize,
+    /// It let a lease expire and has not said anything since.
+    pub(super) silent: bool,
     pub(super) outbox: mpsc::Sender<Result<v1::AttachResponse, Status>>,
     /// Ends its stream.
     pub(super) close: CancellationToken,
@@ -91,7 +93,8 @@ impl State {
         }
         let connection = self.next_connection;
         self.next_connection += 1;
-        self.workers.insert(connection, Worker { member, capacity, outbox, close });
+        let silent = false;
+        self.workers.insert(connection, Worker { member, capacity, silent, outbox, close });
         connection
     }
 
@@ -120,14 +123,14 @@ impl State {
 
     /// The workers that take shards of `queue`.
     pub(super) fn candidates(&self, queue: &QueueName) -> Vec<Candidate> {
-        let takes = |member: &Member| {
-            !member.draining && member.models.iter().any(|model| queue.is_of(model))
+        let takes = |Worker { member, silent, .. }: &Worker| {
+            !silent && !member.draining && member.models.iter().any(|model| queue.is_of(model))
         };
         let mut leases: BTreeMap<u64, usize> = BTreeMap::new();
         for session in self.sessions.values() {
             *leases.entry(session.connection).or_default() += 1;
         }
-        let takers = self.workers.iter().filter(|(_, worker)| takes(&worker.member));
+        let takers = self.workers.iter().filter(|(_, worker)| takes(worker));
         let candidate = |(&connection, worker): (&u64, &Worker)| Candidate {
             connection,
             capacity: worker.capacity,

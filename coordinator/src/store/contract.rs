@@ -268,14 +268,20 @@ async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
     let key = format!("key-of-{id}");
     let new = NewJob { key: Some((key.clone(), vec![])), ..new(record) };
     store.create(new, 5).await.expect("it stores");
-    assert!(store.forget(i64::MAX, 0).await.expect("it answers").is_empty());
-    let open: Vec<_> = store.forget(i64::MAX, 100).await.expect("it answers");
-    assert!(open.iter().all(|gone| gone.job.job_id != id.to_string()), "it has not ended");
+    let ended = async |before, limit| -> Vec<JobRecord> {
+        let ended = store.ended(before, limit).await.expect("it answers");
+        ended.into_iter().filter(|record| record.job.job_id == id.to_string()).collect()
+    };
+    assert!(ended(i64::MAX, 100).await.is_empty(), "it has not ended");
     let cancel = Transition::Cancel { reason: String::new() };
     store.apply(id, cancel, 100).await.expect("it cancels");
-    assert!(store.forget(100, 100).await.expect("it answers").is_empty(), "not old enough");
-    let gone = store.forget(101, 100).await.expect("it answers");
-    assert!(gone.iter().any(|gone| gone.job.job_id == id.to_string()));
+    assert!(ended(100, 100).await.is_empty(), "not old enough");
+    assert!(ended(101, 0).await.is_empty(), "none was asked for");
+    let old = ended(101, 100).await;
+    assert_eq!(old.len(), 1);
+    store.forget(&old[0]).await.expect("it forgets");
+    store.forget(&old[0]).await.expect("again is fine");
+    assert!(ended(101, 100).await.is_empty());
     assert_eq!(store.get(id).await.expect("it answers"), None);
     assert!(store.events(id, 0, 10).await.expect("it answers").is_empty());
     assert_eq!(store.find(Lookup::Key("", &key)).await.expect("it answers"), None);

@@ -15,6 +15,7 @@ pub(super) struct Members {
     all: BTreeMap<(i32, String), (Arc<Member>, i64)>,
     version: u64,
     seen: Seen,
+    retired: Seen,
 }
 
 impl Members {
@@ -27,6 +28,9 @@ impl Members {
     pub(super) fn join(&mut self, member: Member, until: i64) -> bool {
         let before = self.seen.len();
         self.seen.add(&member);
+        let mut own = Seen::default();
+        own.add(&member);
+        self.retired = self.retired.without(&own);
         self.version += 1;
         self.all.insert((member.kind, member.id.clone()), (Arc::new(member), until));
         self.seen.len() > before
@@ -57,6 +61,7 @@ impl Members {
     /// Forgets that a concept was ever served.
     pub(super) fn retire(&mut self, concept: &str) -> BTreeSet<Probe> {
         let gone = self.seen.retire(concept);
+        self.retired.probes.extend(gone.iter().cloned());
         self.version += u64::from(!gone.is_empty());
         gone
     }
@@ -70,6 +75,7 @@ impl Members {
             version: self.version,
             members: self.all.values().map(|(member, _)| Arc::clone(member)).collect(),
             seen: self.seen.clone(),
+            retired: self.retired.clone(),
         })
     }
 

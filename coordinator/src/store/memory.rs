@@ -152,16 +152,18 @@ impl Store for MemoryStore {
         Ok(self.tables.lock().members.roster(known, now))
     }
 
-    async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
-        let tables = &mut *self.tables.lock();
+    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        let tables = self.tables.lock();
         let over = |record: &&JobRecord| record.ended_before(before);
-        let old: Vec<_> = tables.jobs.values().filter(over).take(limit).cloned().collect();
-        for id in old.iter().filter_map(JobRecord::id) {
-            tables.jobs.remove(&id);
-            tables.events.retain(|(job, _), _| *job != id);
-            let text = id.to_string();
-            tables.lookups.retain(|_, found| found.job_id != text);
-        }
-        Ok(old)
+        Ok(tables.jobs.values().filter(over).take(limit).cloned().collect())
+    }
+
+    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError> {
+        let tables = &mut *self.tables.lock();
+        let Some(id) = record.id() else { return Ok(()) };
+        tables.jobs.remove(&id);
+        tables.events.retain(|(job, _), _| *job != id);
+        tables.lookups.retain(|_, found| found.job_id != record.job.job_id);
+        Ok(())
     }
 }

@@ -29,7 +29,7 @@ pub(crate) use self::{
 use tokio::sync::mpsc;
 
 use crate::{
-    clock::unix_ms,
+    clock::{Clock, unix_ms},
     state::{ActiveShard, JobRecord, QueueName},
     tenants::Quota,
     transition::{Effect, Refusal, Transition},
@@ -181,7 +181,8 @@ pub(crate) enum Change {
     Everything,
 }
 
-/// The durable state. Calls are atomic; what a call other than a renewal changed survives a crash.
+/// The durable state. Calls are atomic, but for those that look through all jobs; what a call other than a
+/// renewal changed survives a crash.
 #[async_trait]
 pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Stores a job and its first event, unless its idempotency key is taken or a bound is reached.
@@ -245,14 +246,20 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Begins or ends hearing what others tell of `job`: [`Change::Progress`].
     fn listen(&self, _job: JobId, _on: bool) {}
 
-    /// The time that all processes of the store agree on, Unix milliseconds.
+    /// The time that all processes of the store agree on, Unix milliseconds. Asked once: a late answer is
+    /// worth nothing.
     async fn clock(&self) -> Result<i64, StoreError> {
         Ok(unix_ms())
     }
 
+    /// Whether other processes use it at the same time.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
     /// Puts shards back into the queues that their jobs' records say they are in, where somebody has
     /// lost them; says how many.
-    async fn mend(&self, _now: i64) -> Result<usize, StoreError> {
+    async fn mend(&self, _clock: &Clock) -> Result<usize, StoreError> {
         Ok(0)
     }
 
@@ -273,12 +280,19 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Forgets that a concept was ever served, and returns the energies that it was known from.
     async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError>;
 
+    /// Remembers again what members had and the store has lost.
+    async fn recall(&self, _seen: &Seen) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// Everyone whose membership has not ended, unless that is the version `known`.
     async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError>;
 
-    /// Removes at most `limit` of the oldest jobs that ended before `before` (Unix milliseconds),
-    /// with their events, and returns them.
-    async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
+    /// At most `limit` of the oldest jobs that ended before `before` (Unix milliseconds).
+    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
+
+    /// Removes a job that has ended, with its events.
+    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError>;
 }
 
 /// What a member of the cluster does.
@@ -345,6 +359,8 @@ pub(crate) struct Roster {
     pub(crate) members: Vec<Arc<Member>>,
     /// What any member ever had.
     pub(crate) seen: Seen,
+    /// What was in `seen` until an operator took it out.
+    pub(crate) retired: Seen,
 }
 
 /// What any member of the cluster ever had: tells what is gone from what was never heard of.
@@ -375,9 +391,27 @@ impl Seen {
     fn entries(member: &Member) -> Vec<String> {
         let mut seen = Self::default();
         seen.add(member);
-        let models = seen.models.iter().map(|model| serde_json::to_string(&[model]));
+        seen.all_entries()
+    }
+
+    fn all_entries(&self) -> Vec<String> {
+        let models = self.models.iter().map(|model| serde_json::to_string(&[model]));
         let models = models.map(|json| json.expect("text is JSON"));
-        seen.probes.iter().map(Self::entry).chain(models).collect()
+        self.probes.iter().map(Self::entry).chain(models).collect()
+    }
+
+    /// Adds what `other` has.
+    pub(crate) fn extend(&mut self, other: &Self) {
+        self.probes.extend(other.probes.iter().cloned());
+        self.models.extend(other.models.iter().cloned());
+    }
+
+    /// What it has and `other` lacks.
+    pub(crate) fn without(&self, other: &Self) -> Self {
+        Self {
+            probes: self.probes.difference(&other.probes).cloned().collect(),
+            models: self.models.difference(&other.models).cloned().collect(),
+        }
     }
 
     fn entry(Probe { concept, energy }: &Probe) -> String {
@@ -397,7 +431,7 @@ impl Seen {
         Ok(())
     }
 
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.probes.len() + self.models.len()
     }
 }

@@ -235,37 +235,19 @@ fn create(
     Ok(Created::New(Box::new(record)))
 }
 
-fn forget(txn: &WriteTransaction, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+fn forget(txn: &WriteTransaction, record: &JobRecord) -> Result<(), StoreError> {
     let mut jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
-    let mut old: Vec<JobRecord> = Vec::new();
-    for entry in jobs.iter().map_err(backend("jobs"))? {
-        let (_, value) = entry.map_err(backend("jobs"))?;
-        let record: JobRecord = decode(value.value(), "a job")?;
-        // Ids are ordered by creation and no job ends before it was created.
-        if old.len() == limit || record.job.created_unix_ms >= before {
-            break;
-        }
-        if record.ended_before(before) {
-            old.push(record);
-        }
-    }
     let mut events = txn.open_table(EVENTS).map_err(backend("events"))?;
     let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
-    for record in &old {
-        let id = record.job.job_id.as_str();
-        jobs.remove(id).map_err(backend("jobs"))?;
-        events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
-        for (key, _) in lookups(record, None) {
-            index.remove(key.as_str()).map_err(backend("lookups"))?;
-        }
+    let id = record.job.job_id.as_str();
+    jobs.remove(id).map_err(backend("jobs"))?;
+    events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
+    for (key, _) in lookups(record, None) {
+        index.remove(key.as_str()).map_err(backend("lookups"))?;
     }
-    let gone = |found: &[u8]| {
-        Found::decode(found).is_ok_and(|f| old.iter().any(|r| r.job.job_id == f.job_id))
-    };
-    if !old.is_empty() {
-        index.retain_in("key/".."key0", |_, found| !gone(found)).map_err(backend("lookups"))?;
-    }
-    Ok(old)
+    let gone = |found: &[u8]| Found::decode(found).is_ok_and(|found| found.job_id == id);
+    index.retain_in("key/".."key0", |_, found| !gone(found)).map_err(backend("lookups"))?;
+    Ok(())
 }
 
 #[async_trait]
@@ -425,12 +407,28 @@ impl Store for RedbStore {
         Ok(self.members.lock().roster(known, now))
     }
 
-    async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
-        self.write(true, move |txn| {
-            let old = forget(txn, before, limit)?;
-            let change = if old.is_empty() { Change::None } else { Change::Other };
-            Ok((old, change))
+    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        self.read(move |txn| {
+            let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
+            let mut old: Vec<JobRecord> = Vec::new();
+            for entry in jobs.iter().map_err(backend("jobs"))? {
+                let (_, value) = entry.map_err(backend("jobs"))?;
+                let record: JobRecord = decode(value.value(), "a job")?;
+                // Ids are ordered by creation and no job ends before it was created.
+                if old.len() == limit || record.job.created_unix_ms >= before {
+                    break;
+                }
+                if record.ended_before(before) {
+                    old.push(record);
+                }
+            }
+            Ok(old)
         })
         .await
+    }
+
+    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError> {
+        let record = record.clone();
+        self.write(true, move |txn| Ok((forget(txn, &record)?, Change::Other))).await
     }
 }

@@ -36,7 +36,11 @@ async fn a_flagged_image_is_withheld_with_its_scores_and_its_pixels_are_nowhere(
     assert!(refused.message().contains("withheld; its safety record says why"), "{refused}");
     let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
     assert_eq!(record.status(), ImageStatus::Withheld);
-    assert!(!dir.path().join("outputs/jobs").exists(), "no pixels were stored");
+    let stored = std::fs::read_dir(dir.path().join("outputs/jobs").join(&job.job_id));
+    let stored: Vec<_> = stored.expect("its record is there").flatten().collect();
+    assert!(!stored.is_empty());
+    let is_record = |file: &std::fs::DirEntry| file.path().extension().is_some_and(|e| e == "json");
+    assert!(stored.iter().all(is_record), "no pixels were stored: {stored:?}");
 }
 
 #[tokio::test]

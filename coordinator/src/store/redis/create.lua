@@ -11,10 +11,11 @@ if key ~= '' then
   if taken then return {'existing', taken} end
 end
 local queued = number()
-local own, waiting = queued, redis.call('HGETALL', P .. ':queued')
-for i = 1, #waiting, 2 do
-  queued = queued + tonumber(waiting[i + 1])
-  if string.match(waiting[i], '|([^|]*)$') == tenant then own = own + tonumber(waiting[i + 1]) end
+local own = queued
+for _, name in ipairs(redis.call('SMEMBERS', P .. ':waits')) do
+  local waiting = redis.call('SCARD', P .. ':waiting:' .. name)
+  queued = queued + waiting
+  if string.match(name, '|([^|]*)$') == tenant then own = own + waiting end
 end
 if queued > limit then return {'full'} end
 if own_limit >= 0 and own > own_limit then return {'tenant'} end

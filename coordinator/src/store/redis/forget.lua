@@ -4,6 +4,7 @@ local key = redis.call('HGET', P .. ':job:' .. job, 'k')
 if key then redis.call('DEL', P .. ':lookup:' .. key) end
 for _ = 1, number() do redis.call('DEL', P .. ':lookup:' .. argument()) end
 redis.call('ZREM', P .. ':ended', job)
+redis.call('SREM', P .. ':open', job)
 redis.call('ZREM', P .. ':jobs', job)
 redis.call('ZREM', P .. ':jobs:' .. tenant, job)
 redis.call('DEL', P .. ':events:' .. job)

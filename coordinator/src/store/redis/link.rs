@@ -4,9 +4,10 @@
 use std::{fmt, future::Future, time::Duration};
 
 use ::redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, RedisResult,
-    ServerErrorKind, TlsMode,
+    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, IntoConnectionInfo, RedisError,
+    RedisResult, ServerErrorKind, TlsMode,
     aio::{MultiplexedConnection, PubSub},
+    io::tcp::{TcpSettings, socket2::TcpKeepalive},
     sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 use fairlead_common::backoff::Backoff;
@@ -32,8 +33,17 @@ pub(super) struct Link {
     source: Source,
     /// Shown in errors; without the password.
     name: String,
-    /// The connection in use and how many there were before it.
-    current: Mutex<(u64, Option<MultiplexedConnection>)>,
+    current: Mutex<Current>,
+}
+
+/// The connection in use.
+#[derive(Default)]
+struct Current {
+    /// How many there were before it.
+    number: u64,
+    connection: Option<MultiplexedConnection>,
+    /// When the last attempt to connect failed, and why.
+    failed: Option<(Instant, String)>,
 }
 
 impl fmt::Debug for Link {
@@ -60,9 +70,13 @@ impl Link {
                 let client = sentinel.map_err(|problem| wrong(&problem))?.build();
                 Source::Sentinel(Box::new(Mutex::new(client.map_err(|error| wrong(&error))?)))
             }
-            _ => Source::Direct(Box::new(Client::open(url).map_err(|error| wrong(&error))?)),
+            _ => {
+                let info = url.into_connection_info().map_err(|error| wrong(&error))?;
+                let client = Client::open(info.set_tcp_settings(tcp_settings()));
+                Source::Direct(Box::new(client.map_err(|error| wrong(&error))?))
+            }
         };
-        Ok(Self { source, name, current: Mutex::new((0, None)) })
+        Ok(Self { source, name, current: Mutex::default() })
     }
 
     /// Runs `call` on the connection. While Redis is away it is tried again for [`PATIENCE`]; whatever
@@ -82,7 +96,7 @@ impl Link {
                 Ok((number, connection)) => match call(connection).await {
                     Ok(value) => return Ok(value),
                     Err(error) => {
-                        if is_away(&error) {
+                        if is_away(&error) && !is_busy(&error) {
                             self.drop_connection(number).await;
                         }
                         error
@@ -90,7 +104,7 @@ impl Link {
                 },
                 Err(error) => error,
             };
-            if !is_away(&error) {
+            if !is_away(&error) && !is_busy(&error) {
                 return Err(StoreError::Backend {
                     what,
                     problem: format!("{}: {error}", self.name),
@@ -104,6 +118,21 @@ impl Link {
             tracing::debug!(what, redis = self.name, %error, "redis is away; trying again");
             tokio::time::sleep(delay).await;
         }
+    }
+
+    /// Runs `call` once on the connection, for what is worth something only at once.
+    pub(super) async fn once<T, F>(
+        &self,
+        what: &'static str,
+        call: impl FnOnce(MultiplexedConnection) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = RedisResult<T>>,
+    {
+        let answer = async { call(self.shared().await?).await };
+        answer
+            .await
+            .map_err(|error| StoreError::Away { what, problem: format!("{}: {error}", self.name) })
     }
 
     /// A connection of its own, for reads that block for up to `block`.
@@ -132,13 +161,26 @@ impl Link {
     }
 
     async fn connection(&self) -> RedisResult<(u64, MultiplexedConnection)> {
+        let asked = Instant::now();
         let mut current = self.current.lock().await;
-        if let (number, Some(connection)) = &*current {
-            return Ok((*number, connection.clone()));
+        if let Some(connection) = &current.connection {
+            return Ok((current.number, connection.clone()));
         }
-        let connection = self.connect(ANSWER).await?;
-        *current = (current.0 + 1, Some(connection.clone()));
-        Ok((current.0, connection))
+        // Of all that wait here one tries for all: a host that is gone costs each the same time.
+        if let Some((_, problem)) = current.failed.as_ref().filter(|(at, _)| *at >= asked) {
+            return Err((ErrorKind::Io, "no connection", problem.clone()).into());
+        }
+        match self.connect(ANSWER).await {
+            Ok(connection) => {
+                current.number += 1;
+                current.connection = Some(connection.clone());
+                Ok((current.number, connection))
+            }
+            Err(error) => {
+                current.failed = Some((Instant::now(), error.to_string()));
+                Err(error)
+            }
+        }
     }
 
     async fn connect(&self, answer: Duration) -> RedisResult<MultiplexedConnection> {
@@ -158,16 +200,34 @@ impl Link {
     /// Forgets the connection `number`, unless there is a newer one already.
     async fn drop_connection(&self, number: u64) {
         let mut current = self.current.lock().await;
-        if current.0 == number {
-            current.1 = None;
+        if current.number == number {
+            current.connection = None;
         }
     }
 }
 
-/// The URL of a Redis as it may be shown.
+/// Small packets go out at once, and a host that vanishes is noticed in less time than a lease.
+fn tcp_settings() -> TcpSettings {
+    let (idle, probe) = (Duration::from_secs(5), Duration::from_secs(2));
+    let keepalive = TcpKeepalive::new().with_time(idle).with_interval(probe);
+    TcpSettings::default().set_nodelay(true).set_keepalive(keepalive)
+}
+
+/// The URL of a Redis as it may be shown: without user, password and options, which may hold them too.
 pub(crate) fn without_password(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let rest = rest.split_once('?').map_or(rest, |(place, _)| place);
     format!("{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, place)| place))
+}
+
+/// Whether the server answers, and cannot do it now: a script runs for too long, replicas are behind
+/// (`min-replicas-to-write`), or memory or disk are full. Older servers wrap the code of an error in
+/// a script in words.
+fn is_busy(error: &RedisError) -> bool {
+    let text = error.to_string();
+    ["NOREPLICAS", "BUSY", "UNKILLABLE", "MISCONF", "OOM"]
+        .iter()
+        .any(|code| error.code() == Some(code) || text.contains(&format!("-{code} ")))
 }
 
 /// Whether another try, maybe with another server, can go better.
@@ -184,7 +244,9 @@ fn is_away(error: &RedisError) -> bool {
         ),
         _ => false,
     };
-    by_kind || error.is_timeout() || error.is_connection_dropped()
+    // Older servers wrap the code of an error in a script in words.
+    let read_only = error.to_string().contains("-READONLY ");
+    by_kind || read_only || error.is_timeout() || error.is_connection_dropped()
 }
 
 /// Reads `[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/MASTER[/DB]`. User, password and database are those of
@@ -212,7 +274,10 @@ fn sentinel(text: &str, tls: bool) -> Result<SentinelClientBuilder, String> {
     });
     let sentinels = sentinels.collect::<Result<Vec<_>, String>>()?;
     let builder = SentinelClientBuilder::new(sentinels, master, SentinelServerType::Master);
-    let mut builder = builder.map_err(|error| error.to_string())?.set_client_to_redis_db(database);
+    let mut builder = builder
+        .map_err(|error| error.to_string())?
+        .set_client_to_redis_db(database)
+        .set_client_to_redis_tcp_settings(tcp_settings());
     if tls {
         builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
     }

@@ -3,10 +3,15 @@
 --   keep    until, members with their registrations; answers which of them, from 0, are no longer members
 --   leave   member, registration; answers 1 if it was one
 --   retire  entries of what nobody has any longer; answers how many there were
---   roster  version that is known; answers {version, records, seen}, the last two nil if it is
+--   recall  entries of what was seen and is not known here
+--   roster  version that is known; answers {version, records, seen, retired}, the last three nil if it is
 --           the same
 local function changed()
-  redis.call('INCR', P .. ':roster')
+  -- At least the time: a server that has lost its last writes does not give one twice.
+  local time = redis.call('TIME')
+  local last = tonumber(redis.call('GET', P .. ':roster') or '0')
+  local version = math.max(last + 1, time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('SET', P .. ':roster', string.format('%.0f', version))
   ring('members', '')
 end
 
@@ -20,13 +25,21 @@ local function is_registered(member, registration)
   return redis.call('HGET', P .. ':registered', member) == registration
 end
 
+local function see()
+  for _ = 1, number() do
+    local entry = argument()
+    redis.call('SADD', P .. ':seen', entry)
+    redis.call('SREM', P .. ':retired', entry)
+  end
+end
+
 local what = argument()
 if what == 'join' then
   local member, registration = argument(), argument()
   redis.call('ZADD', P .. ':present', argument(), member)
   redis.call('HSET', P .. ':members', member, argument())
   redis.call('HSET', P .. ':registered', member, registration)
-  for _ = 1, number() do redis.call('SADD', P .. ':seen', argument()) end
+  see()
   changed()
 elseif what == 'keep' then
   local til, lost = argument(), {}
@@ -47,14 +60,24 @@ elseif what == 'leave' then
   return 1
 elseif what == 'retire' then
   local removed = 0
-  for _ = 1, number() do removed = removed + redis.call('SREM', P .. ':seen', argument()) end
+  for _ = 1, number() do
+    local entry = argument()
+    removed = removed + redis.call('SREM', P .. ':seen', entry)
+    redis.call('SADD', P .. ':retired', entry)
+  end
   if removed > 0 then changed() end
   return removed
+elseif what == 'recall' then
+  see()
+  changed()
 else
   local gone = redis.call('ZRANGEBYSCORE', P .. ':present', '-inf', now)
   for _, member in ipairs(gone) do remove(member) end
   if #gone > 0 then changed() end
   local version = redis.call('GET', P .. ':roster') or '0'
-  if version == argument() then return {version, false, false} end
-  return {version, redis.call('HVALS', P .. ':members'), redis.call('SMEMBERS', P .. ':seen')}
+  if version == argument() then return {version, false, false, false} end
+  return {
+    version, redis.call('HVALS', P .. ':members'), redis.call('SMEMBERS', P .. ':seen'),
+    redis.call('SMEMBERS', P .. ':retired'),
+  }
 end

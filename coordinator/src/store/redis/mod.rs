@@ -10,9 +10,12 @@ mod tail;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, OnceLock},
+    time::{Duration, Instant},
 };
 
-use ::redis::{AsyncCommands, FromRedisValue, Script, ScriptInvocation};
+use ::redis::{
+    AsyncCommands, ExistenceCheck, FromRedisValue, Script, ScriptInvocation, SetExpiry, SetOptions,
+};
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{StepProgress, WatchJobResponse};
@@ -26,7 +29,7 @@ use super::{
     Roster, Seen, Store, StoreError, decode, enqueue, lookups,
 };
 use crate::{
-    clock::millis,
+    clock::{Clock, millis},
     state::{ActiveShard, JobRecord, QueueName},
     transition::{self, Effect, Transition},
 };
@@ -38,6 +41,8 @@ const CONFLICTS: u32 = 100;
 const NEWS: usize = 1_024;
 /// Jobs looked at in one read while mending.
 const MENDED_AT_ONCE: usize = 100;
+/// How long the one coordinator that mends keeps others from it, should it die.
+const MENDING: Duration = Duration::from_secs(60);
 
 /// A store in a Redis that any number of coordinators use.
 #[derive(Debug)]
@@ -54,6 +59,7 @@ struct Scripts {
     create: Script,
     write: Script,
     take: Script,
+    backlog: Script,
     expired: Script,
     forget: Script,
     mend: Script,
@@ -67,6 +73,7 @@ impl Scripts {
             create: script(include_str!("create.lua")),
             write: script(include_str!("write.lua")),
             take: script(include_str!("take.lua")),
+            backlog: script(include_str!("backlog.lua")),
             expired: script(include_str!("expired.lua")),
             forget: script(include_str!("forget.lua")),
             mend: script(include_str!("mend.lua")),
@@ -137,32 +144,55 @@ impl RedisStore {
         Ok(Some(Versioned { version, record: decode(&bytes, "a job")? }))
     }
 
-    async fn mend_job(&self, job: JobId, now: i64) -> Result<usize, StoreError> {
-        let Some(Versioned { version, record }) = self.read(job).await? else { return Ok(0) };
-        let active: Vec<ActiveShard> = record.active().collect();
-        self.script("mend a job", &self.scripts.mend, now, |invocation| {
-            invocation.arg(&record.job.job_id).arg(&record.tenant).arg(version);
-            add_shards(invocation, &active);
+    /// Mends some open jobs; says how many shards were put back.
+    async fn mend_jobs(&self, ids: &[String], now: i64) -> Result<usize, StoreError> {
+        let found = self.versions(ids).await?;
+        self.script("mend jobs", &self.scripts.mend, now, |invocation| {
+            invocation.arg(ids.len());
+            for id in ids {
+                let found = found.iter().find(|found| found.record.job.job_id == *id);
+                let tenant = found.map_or("", |found| &found.record.tenant);
+                let version = found.map(|found| found.version.to_string()).unwrap_or_default();
+                invocation.arg(id).arg(tenant).arg(version);
+                let active: Vec<ActiveShard> =
+                    found.iter().flat_map(|found| found.record.active()).collect();
+                add_shards(invocation, &active);
+            }
         })
         .await
     }
 
-    async fn records(&self, ids: &[String]) -> Result<Vec<JobRecord>, StoreError> {
+    /// Those of `ids` that are there. One that cannot be read does not hide the others.
+    async fn versions(&self, ids: &[String]) -> Result<Vec<Versioned>, StoreError> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
         let mut pipeline = ::redis::pipe();
         for id in ids {
-            pipeline.hget(self.key(&format!("job:{id}")), "r");
+            pipeline.hmget(self.key(&format!("job:{id}")), &["v", "r"]);
         }
         let pipeline = &pipeline;
-        let found: Vec<Option<Vec<u8>>> = self
+        let found: Vec<(Option<u64>, Option<Vec<u8>>)> = self
             .link
             .run("read jobs", |mut connection| async move {
                 pipeline.query_async(&mut connection).await
             })
             .await?;
-        found.iter().flatten().map(|bytes| decode(bytes, "a job")).collect()
+        let read = |(id, (version, bytes)): (&String, (Option<u64>, Option<Vec<u8>>))| {
+            let (version, bytes) = version.zip(bytes)?;
+            match decode(&bytes, "a job") {
+                Ok(record) => Some(Versioned { version, record }),
+                Err(error) => {
+                    tracing::error!(job = id, %error, "left out");
+                    None
+                }
+            }
+        };
+        Ok(ids.iter().zip(found).filter_map(read).collect())
+    }
+
+    async fn records(&self, ids: &[String]) -> Result<Vec<JobRecord>, StoreError> {
+        Ok(self.versions(ids).await?.into_iter().map(|found| found.record).collect())
     }
 }
 
@@ -196,11 +226,13 @@ fn add_shards(invocation: &mut ScriptInvocation<'_>, shards: &[ActiveShard]) {
     }
 }
 
-/// Adds the arguments that `write` in prelude.lua reads: what makes `after` of `before`.
+/// Adds the arguments that `write` in prelude.lua reads: what makes `after` of `before`, and whether others
+/// are `told` of leases that end.
 fn add_change(
     invocation: &mut ScriptInvocation<'_>,
     before: Option<&Versioned>,
     after: &JobRecord,
+    told: bool,
     events: &[WatchJobResponse],
 ) {
     let version = before.map_or(0, |before| before.version);
@@ -209,7 +241,8 @@ fn add_change(
         true => after.job.updated_unix_ms.to_string(),
         false => String::new(),
     };
-    invocation.arg(version + 1).arg(after.encode_to_vec()).arg(ended).arg(events.len());
+    invocation.arg(version + 1).arg(after.encode_to_vec()).arg(ended);
+    invocation.arg(u8::from(told)).arg(events.len());
     for event in events {
         invocation.arg(event.sequence).arg(event.encode_to_vec());
     }
@@ -222,11 +255,10 @@ fn add_change(
         after.active().filter(|shard| old.get(&shard.shard_id) != Some(shard)).collect();
     add_shards(invocation, &changed);
     let ended = after.shards.iter().filter(|shard| shard.lease.is_terminal());
-    let gone: Vec<&str> =
-        ended.map(|shard| shard.id.as_str()).filter(|id| old.contains_key(*id)).collect();
+    let gone: Vec<&ActiveShard> = ended.filter_map(|shard| old.get(&shard.id)).collect();
     invocation.arg(gone.len());
-    for id in gone {
-        invocation.arg(id);
+    for shard in gone {
+        invocation.arg(&shard.shard_id).arg(queue_key(&shard.queue)).arg(&shard.lane.tenant);
     }
 }
 
@@ -264,7 +296,7 @@ impl Store for RedisStore {
                     invocation.arg(key).arg(found.encode_to_vec());
                 }
                 invocation.arg(record.shards.len());
-                add_change(invocation, None, &record, &events);
+                add_change(invocation, None, &record, false, &events);
             })
             .await?;
         let value = answer.get(1).map(Vec::as_slice).unwrap_or_default();
@@ -313,6 +345,8 @@ impl Store for RedisStore {
         transition: Transition,
         now: i64,
     ) -> Result<Applied, StoreError> {
+        // Others end what a worker of theirs may hold; its own end it where it is known.
+        let told = matches!(transition, Transition::Cancel { .. } | Transition::Expire { .. });
         for attempt in 0..CONFLICTS {
             let before = self.read(job).await?.ok_or(StoreError::UnknownJob(job))?;
             let mut record = before.record.clone();
@@ -327,7 +361,7 @@ impl Store for RedisStore {
             let written: bool = self
                 .script("write a job", &self.scripts.write, now, |invocation| {
                     invocation.arg(job.to_string()).arg(before.version);
-                    add_change(invocation, Some(&before), &record, &events);
+                    add_change(invocation, Some(&before), &record, told, &events);
                 })
                 .await?;
             if written {
@@ -365,27 +399,15 @@ impl Store for RedisStore {
     }
 
     async fn backlog(&self, now: i64) -> Result<Backlog, StoreError> {
-        let mut pipeline = ::redis::pipe();
-        pipeline
-            .hgetall(self.key("queued"))
-            .zcard(self.key("leases"))
-            .zrangebyscore_limit_withscores(self.key("delayed"), format!("({now}"), "+inf", 0, 1);
-        let pipeline = &pipeline;
-        type Counts = (BTreeMap<String, i64>, usize, Vec<(String, f64)>);
-        let (queued, running, next): Counts = self
-            .link
-            .run("count shards", |mut connection| async move {
-                pipeline.query_async(&mut connection).await
-            })
-            .await?;
-        let mut of_queues = BTreeMap::new();
-        for (key, count) in queued {
-            let queue = key.rsplit_once('|').map_or(key.as_str(), |(queue, _)| queue);
-            *of_queues.entry(queue_name(queue)).or_default() += usize::try_from(count).unwrap_or(0);
+        type Answer = (Vec<(String, usize)>, usize, Option<f64>);
+        let (waiting, running, next): Answer =
+            self.script("count shards", &self.scripts.backlog, now, |_| {}).await?;
+        let mut queued = BTreeMap::new();
+        for (name, count) in waiting {
+            let queue = name.rsplit_once('|').map_or(name.as_str(), |(queue, _)| queue);
+            *queued.entry(queue_name(queue)).or_default() += count;
         }
-        of_queues.retain(|_, count| *count > 0);
-        let next_due_unix_ms = next.first().map(|(_, due)| *due as i64);
-        Ok(Backlog { queued: of_queues, running, next_due_unix_ms })
+        Ok(Backlog { queued, running, next_due_unix_ms: next.map(|due| due as i64) })
     }
 
     async fn events(
@@ -438,35 +460,52 @@ impl Store for RedisStore {
     async fn clock(&self) -> Result<i64, StoreError> {
         let (seconds, micros): (i64, i64) = self
             .link
-            .run("read the time", |mut connection| async move {
+            .once("read the time", |mut connection| async move {
                 ::redis::cmd("TIME").query_async(&mut connection).await
             })
             .await?;
         Ok(seconds * 1_000 + micros / 1_000)
     }
 
-    async fn mend(&self, now: i64) -> Result<usize, StoreError> {
-        let key = &self.key("open");
+    async fn mend(&self, clock: &Clock) -> Result<usize, StoreError> {
+        let (open, mender) = (&self.key("open"), &self.key("mender"));
+        let options = SetOptions::default()
+            .conditional_set(ExistenceCheck::NX)
+            .with_expiration(SetExpiry::PX(MENDING.as_millis() as u64));
+        let mine: bool = self
+            .link
+            .once("take a turn at mending", |mut connection| async move {
+                connection.set_options(mender, "", options).await
+            })
+            .await?;
         let (mut cursor, mut mended) = (0u64, 0);
+        if !mine {
+            return Ok(0);
+        }
         loop {
-            let (next, ids): (u64, Vec<JobId>) = self
+            let begun = Instant::now();
+            let (next, ids): (u64, Vec<String>) = self
                 .link
                 .run("read open jobs", |mut connection| async move {
                     let mut command = ::redis::cmd("SSCAN");
-                    command.arg(key).arg(cursor).arg("COUNT").arg(MENDED_AT_ONCE);
-                    let (next, ids): (u64, Vec<String>) =
-                        command.query_async(&mut connection).await?;
-                    Ok((next, ids.iter().filter_map(|id| id.parse().ok()).collect()))
+                    command.arg(open).arg(cursor).arg("COUNT").arg(MENDED_AT_ONCE);
+                    command.query_async(&mut connection).await
                 })
                 .await?;
-            for job in ids {
-                mended += self.mend_job(job, now).await?;
-            }
+            mended += self.mend_jobs(&ids, clock.now()).await?;
             cursor = next;
             if cursor == 0 {
-                return Ok(mended);
+                break;
             }
+            // Redis has other things to do.
+            tokio::time::sleep(4 * begun.elapsed()).await;
         }
+        self.link
+            .run("end a turn at mending", |mut connection| async move {
+                connection.del::<_, ()>(mender).await
+            })
+            .await?;
+        Ok(mended)
     }
 
     async fn join(&self, member: Member, now: i64, ttl_ms: i64) -> Result<(), StoreError> {
@@ -526,9 +565,22 @@ impl Store for RedisStore {
         Ok(gone.into_iter().map(|probe| probe.energy).collect())
     }
 
+    async fn recall(&self, seen: &Seen) -> Result<(), StoreError> {
+        let entries = seen.all_entries();
+        self.script("recall", &self.scripts.members, 0, |invocation| {
+            invocation.arg("recall").arg(entries.len()).arg(&entries);
+        })
+        .await
+    }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
+
     async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError> {
-        type Answer = (u64, Option<Vec<Vec<u8>>>, Option<Vec<String>>);
-        let (version, members, seen): Answer = self
+        type Entries = Option<Vec<String>>;
+        type Answer = (u64, Option<Vec<Vec<u8>>>, Entries, Entries);
+        let (version, members, seen, retired): Answer = self
             .script("read the roster", &self.scripts.members, now, |invocation| {
                 let known = known.map(|version| version.to_string()).unwrap_or_default();
                 invocation.arg("roster").arg(known);
@@ -539,13 +591,17 @@ impl Store for RedisStore {
         for bytes in members {
             roster.members.push(Arc::new(decode(&bytes, "a member")?));
         }
+        roster.members.sort_by(|a, b| (a.kind, &a.id).cmp(&(b.kind, &b.id)));
         for entry in seen.unwrap_or_default() {
             roster.seen.insert(&entry)?;
+        }
+        for entry in retired.unwrap_or_default() {
+            roster.retired.insert(&entry)?;
         }
         Ok(Some(roster))
     }
 
-    async fn forget(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
         let key = &self.key("ended");
         let most = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
@@ -554,18 +610,18 @@ impl Store for RedisStore {
                 connection.zrangebyscore_limit(key, "-inf", format!("({before}"), 0, most).await
             })
             .await?;
-        let records = self.records(&ids).await?;
-        for record in &records {
-            let lookups = lookups(record, None);
-            self.script::<()>("forget a job", &self.scripts.forget, before, |invocation| {
-                invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
-                for (key, _) in &lookups {
-                    invocation.arg(key);
-                }
-            })
-            .await?;
-        }
-        Ok(records)
+        self.records(&ids).await
+    }
+
+    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError> {
+        let lookups = lookups(record, None);
+        self.script("forget a job", &self.scripts.forget, 0, |invocation| {
+            invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
+            for (key, _) in &lookups {
+                invocation.arg(key);
+            }
+        })
+        .await
     }
 }
 

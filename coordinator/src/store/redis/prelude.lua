@@ -9,7 +9,8 @@
 -- P:lookup:KEY  string   where a key, shard or record leads
 -- P:shards      hash     shards that have not ended
 -- P:places      hash     where each of them is: queue, lane, work, stream entry
--- P:queued      hash     shards that wait, of each generator and tenant, `QUEUE|TENANT`
+-- P:waiting:W   set      shards that wait, of a generator and tenant W, `QUEUE|TENANT`
+-- P:waits       set      every W of which some do
 -- P:rate:TENANT string   when a tenant's allowance of images is whole again
 -- P:delayed     zset     shards that are not due, by when they are
 -- P:claims      zset     shards that were taken and not yet granted, by when they are free again
@@ -20,8 +21,11 @@
 -- P:present     zset     the same by the end of their membership
 -- P:registered  hash     the same with the registration that is valid
 -- P:seen        set      what any member ever had
--- P:roster      string   grows with every change of the members
+-- P:roster      string   differs after every change of the members
 -- P:bell        stream   what changed, for every coordinator
+-- P:rung        string   how often it rang
+-- P:retired     set      what was seen and is no longer required
+-- P:mender      string   whose turn it is to mend
 --
 -- A queue is a stream for each lane with one consumer group. A shard's entry stays pending while a
 -- worker holds it, so that lag counts what waits and pending what runs.
@@ -29,7 +33,8 @@ local P, now = KEYS[1], tonumber(ARGV[1])
 local GROUP = 'workers'
 
 local function ring(kind, value)
-  redis.call('XADD', P .. ':bell', 'MAXLEN', '~', 10000, '*', 'kind', kind, 'value', value)
+  local number = redis.call('INCR', P .. ':rung') -- one that is missing was trimmed before it was read
+  redis.call('XADD', P .. ':bell', 'MAXLEN', '~', 10000, '*', 'kind', kind, 'value', value, 'number', number)
 end
 
 local function group(stream)
@@ -51,11 +56,16 @@ local function file(job, tenant)
   redis.call('ZADD', P .. ':jobs:' .. tenant, 0, job)
 end
 
--- Counts a shard that waits, or no longer does.
-local function count(place, by)
-  local field = place.queue .. '|' .. place.tenant
-  if redis.call('HINCRBY', P .. ':queued', field, by) <= 0 then
-    redis.call('HDEL', P .. ':queued', field)
+-- Notes that a shard waits, or no longer does.
+local function waits(id, of, does)
+  local name = of.queue .. '|' .. of.tenant
+  local set = P .. ':waiting:' .. name
+  if does then
+    redis.call('SADD', set, id)
+    redis.call('SADD', P .. ':waits', name)
+  else
+    redis.call('SREM', set, id)
+    if redis.call('EXISTS', set) == 0 then redis.call('SREM', P .. ':waits', name) end
   end
 end
 
@@ -81,29 +91,25 @@ local function list(id, place)
   set_place(id, place)
 end
 
--- Forgets a shard that has ended.
-local function drop(id)
+-- Forgets a shard that has ended, of a queue and tenant; tells those who may hold it if `told`.
+local function drop(id, of, told)
   local place = get_place(id)
-  if not place then return end
-  unlist(id, place)
-  if place.queued then
-    count(place, -1)
-  else
-    ring('lease', id)
-  end
+  unlist(id, place or {})
+  waits(id, of, false)
+  if told and not (place and place.queued) then ring('lease', id) end
   redis.call('ZREM', P .. ':leases', id)
   redis.call('HDEL', P .. ':places', id)
   redis.call('HDEL', P .. ':shards', id)
 end
 
--- Puts a shard where its state belongs. A leased one keeps its entry.
-local function put(shard)
+-- Puts a shard where its state belongs. A leased one keeps its entry. Tells those who may hold it if `told`.
+local function put(shard, told)
   local id = shard.id
   redis.call('HSET', P .. ':shards', id, shard.blob)
   local place = get_place(id)
   if shard.leased then
     place = place or {queue = shard.queue, class = shard.class, tenant = shard.tenant, work = shard.work}
-    if place.queued then count(place, -1) end
+    waits(id, place, false)
     place.queued = false
     redis.call('ZREM', P .. ':delayed', id)
     redis.call('ZREM', P .. ':claims', id)
@@ -112,8 +118,8 @@ local function put(shard)
     return
   end
   if place then unlist(id, place) end
-  if place and not place.queued then ring('lease', id) end
-  if not (place and place.queued) then count(shard, 1) end
+  if told and place and not place.queued then ring('lease', id) end
+  waits(id, shard, true)
   redis.call('ZREM', P .. ':leases', id)
   place = {queue = shard.queue, class = shard.class, tenant = shard.tenant, work = shard.work, queued = true}
   if shard.not_before > now then
@@ -146,9 +152,10 @@ local function shards()
   return all
 end
 
--- Writes a job: record, version, end or '', events, shards that changed, ids of those that ended.
+-- Writes a job: record, version, end or '', whether somebody else than its holder may have ended a lease,
+-- events, shards that changed, those that ended with queue and tenant.
 local function write(job)
-  local version, record, ended = argument(), argument(), argument()
+  local version, record, ended, told = argument(), argument(), argument(), argument() == '1'
   redis.call('HSET', P .. ':job:' .. job, 'v', version, 'r', record)
   if ended ~= '' then
     redis.call('ZADD', P .. ':ended', ended, job)
@@ -161,10 +168,13 @@ local function write(job)
   end
   local queued = false
   for _, shard in ipairs(shards()) do
-    put(shard)
+    put(shard, told)
     queued = queued or not shard.leased
   end
   if queued then ring('queue', '') end
-  for _ = 1, number() do drop(argument()) end
+  for _ = 1, number() do
+    local id = argument()
+    drop(id, {queue = argument(), tenant = argument()}, told)
+  end
   if events > 0 then ring('job', job) end
 end

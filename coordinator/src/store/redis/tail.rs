@@ -42,13 +42,13 @@ async fn read(
     backoff: &mut Backoff,
 ) -> RedisResult<()> {
     let mut connection = link.own(BLOCK).await?;
-    let mut last = newest(&mut connection, bell).await?;
+    let (mut last, mut heard) = newest(&mut connection, bell).await?;
     backoff.reset();
     // What came before this connection was missed.
     if news.send(Change::Everything).await.is_err() {
         return Ok(());
     }
-    type Entries = Vec<(String, (String, String, String, String))>;
+    type Entries = Vec<(String, (String, String, String, String, String, u64))>;
     loop {
         let mut command = ::redis::cmd("XREAD");
         command.arg("BLOCK").arg(BLOCK.as_millis() as u64).arg("COUNT").arg(PAGE);
@@ -56,14 +56,19 @@ async fn read(
         let streams: Option<Vec<(String, Entries)>> = command.query_async(&mut connection).await?;
         let Some((_, entries)) = streams.and_then(|mut streams| streams.pop()) else {
             // A server that came back with an older clock names its entries lower than `last`.
-            if newest(&mut connection, bell).await? != last {
+            if newest(&mut connection, bell).await?.1 != heard {
                 let replaced = "the stream was replaced";
                 return Err((::redis::ErrorKind::Client, replaced).into());
             }
             continue;
         };
-        for (id, (_, kind, _, value)) in entries {
-            last = id;
+        for (id, (_, kind, _, value, _, number)) in entries {
+            // Trimmed before they were read.
+            let missed = number != heard + 1;
+            (last, heard) = (id, number);
+            if missed && news.send(Change::Everything).await.is_err() {
+                return Ok(());
+            }
             let change = match (kind.as_str(), value.parse(), value.parse()) {
                 ("job", Ok(job), _) => Change::Job(job),
                 ("lease", _, Ok(shard)) => Change::Lease(shard),
@@ -79,10 +84,14 @@ async fn read(
     }
 }
 
-/// Id of the newest entry.
-async fn newest(connection: &mut MultiplexedConnection, bell: &str) -> RedisResult<String> {
+/// Id and number of the newest entry.
+async fn newest(connection: &mut MultiplexedConnection, bell: &str) -> RedisResult<(String, u64)> {
     let mut command = ::redis::cmd("XREVRANGE");
     command.arg(bell).arg("+").arg("-").arg("COUNT").arg(1);
     let entries: Vec<(String, Vec<String>)> = command.query_async(connection).await?;
-    Ok(entries.into_iter().next().map_or_else(|| "0-0".to_owned(), |(id, _)| id))
+    let newest = entries.into_iter().next();
+    Ok(newest.map_or_else(
+        || ("0-0".to_owned(), 0),
+        |(id, fields)| (id, fields.last().and_then(|n| n.parse().ok()).unwrap_or_default()),
+    ))
 }

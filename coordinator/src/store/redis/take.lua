@@ -13,7 +13,6 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':claims', '-inf', now, 'LI
   local place = get_place(id)
   if place and place.queued then
     unlist(id, place)
-    place.class = '0'
     list(id, place)
   end
 end
@@ -38,9 +37,11 @@ local function before(one, other)
 end
 
 local function read(lane)
-  local entries = redis.pcall('XREADGROUP', 'GROUP', GROUP, GROUP, 'COUNT', 1, 'STREAMS', lane.stream, '>')
-  if entries and entries.err then -- somebody flushed or deleted it
-    group(lane.stream)
+  local command = {'XREADGROUP', 'GROUP', GROUP, GROUP, 'COUNT', 1, 'STREAMS', lane.stream, '>'}
+  local entries = redis.pcall(unpack(command))
+  if entries and entries.err then
+    if not string.find(entries.err, 'NOGROUP') then redis.call(unpack(command)) end -- fails again, aloud
+    group(lane.stream) -- somebody flushed or deleted it
     return nil
   end
   return entries and entries[1][2][1]

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use fairlead_common::testing::RedisServer;
+use fairlead_proto::v1;
 
 use super::*;
+use crate::registry::Registry;
 use crate::store::contract::{self, commit, grant, queue_of, stored, take};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -126,20 +128,28 @@ async fn what_the_queues_lost_comes_back_from_the_records() {
     let (id, shards) = stored(&store, 3, 1).await;
     assert_eq!(take(&store, id, 1, 10).await, shards[..1]);
     let lease = grant(&store, id, shards[0], 10).await;
-    assert_eq!(store.mend(11).await.expect("it looks"), 0, "nothing is missing");
+    let store_of_clock: Arc<dyn Store> = Arc::new(world.store());
+    let clock = Clock::of(store_of_clock).await.expect("it tells the time");
+    let waiting = async || store.backlog(11).await.expect("index").queued.values().sum::<usize>();
+    assert_eq!(store.mend(&clock).await.expect("it looks"), 0, "nothing is missing");
     let stream = format!("queue:{}:2|", queue_key(&queue_of(id)));
-    let losses: [&[&str]; 4] = [&[&stream], &["places"], &["shards"], &["leases"]];
+    let (lanes, own) = (queue_key(&queue_of(id)), format!("waiting:{}|", queue_key(&queue_of(id))));
+    let lanes = format!("lanes:{lanes}");
+    let losses: [&[&str]; 7] =
+        [&[&stream], &["places"], &["shards"], &["leases"], &[&lanes], &[&own], &["waits"]];
     for keys in losses {
         keys.iter().for_each(|key| world.delete(key));
-        assert!(store.mend(12).await.expect("it mends") > 0, "{keys:?}");
-        assert_eq!(store.mend(12).await.expect("it looks"), 0, "{keys:?}");
+        assert!(store.mend(&clock).await.expect("it mends") > 0, "{keys:?}");
+        assert_eq!(store.mend(&clock).await.expect("it looks"), 0, "{keys:?}");
+        assert_eq!(waiting().await, 2, "{keys:?}");
     }
     // A lease of what nobody knows stands in no one's way.
     let orphan = "ZADD {fairlead}:leases 1 orphan";
     assert_eq!(world.server.command(orphan).expect("it answers"), ":1\r\n");
     assert_eq!(store.expired(12, 1).await.expect("index"), []);
-    // The mended ones are like new; what was leased still is.
-    let taken = take(&store, id, 5, 13).await;
+    // The mended ones are like new, in whatever order; what was leased still is.
+    let mut taken = take(&store, id, 5, 13).await;
+    taken.sort_by_key(|id| shards.iter().position(|shard| shard == id));
     assert_eq!(taken, shards[1..]);
     let expired = store.expired(10 + contract::TTL, 5).await.expect("index");
     assert_eq!(expired.len(), 1);
@@ -159,6 +169,120 @@ async fn a_group_that_somebody_destroyed_is_made_again() {
     assert_eq!(world.server.command(&destroy).expect("it answers"), ":1\r\n");
     assert_eq!(take(&store, id, 2, 11).await, []);
     assert_eq!(take(&store, id, 2, 11).await, shards[1..], "what is leased is not handed out");
+}
+
+#[tokio::test]
+async fn a_process_that_missed_news_is_told_that_anything_may_have_changed() {
+    let world = World::new();
+    let (one, other) = (world.store(), world.store());
+    let mut news = other.changes().expect("others may be at work");
+    heard(&mut news, |change| *change == Change::Everything).await;
+    stored(&one, 1, 1).await;
+    heard(&mut news, |change| matches!(change, Change::Job(_))).await;
+    // As if entries had been trimmed before they were read.
+    world.server.command("INCRBY {fairlead}:rung 5").expect("it answers");
+    let (id, _) = stored(&one, 1, 1).await;
+    heard(&mut news, |change| *change == Change::Everything).await;
+    heard(&mut news, |change| *change == Change::Job(id)).await;
+}
+
+#[tokio::test]
+async fn a_holder_that_ends_its_lease_does_not_wake_the_others() {
+    let world = World::new();
+    let (one, other) = (world.store(), world.store());
+    let mut news = other.changes().expect("others may be at work");
+    let (id, shards) = stored(&one, 2, 1).await;
+    let mine = grant(&one, id, shards[0], 10).await;
+    grant(&one, id, shards[1], 10).await;
+    one.apply(id, commit(mine, 0..1), 11).await.expect("the token is current");
+    let cancel = Transition::Cancel { reason: String::new() };
+    one.apply(id, cancel, 12).await.expect("it cancels");
+    let first = heard(&mut news, |change| matches!(change, Change::Lease(_))).await;
+    assert_eq!(first, Change::Lease(shards[1]));
+}
+
+#[tokio::test]
+async fn calls_wait_for_a_server_that_takes_no_writes_now() {
+    let world = World::new();
+    let store = world.store();
+    let (id, shards) = stored(&store, 1, 1).await;
+    let set = |replicas: u32| {
+        let command = format!("CONFIG SET min-replicas-to-write {replicas}");
+        assert_eq!(world.server.command(&command).expect("it answers"), "+OK\r\n");
+    };
+    // As when every replica is behind. Neither an error nor an empty queue.
+    set(1);
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        set(0);
+    };
+    let (taken, created, ()) = tokio::join!(take(&store, id, 1, 10), stored(&store, 1, 1), later);
+    assert_eq!((taken, created.1.len()), (shards, 1));
+}
+
+#[tokio::test]
+async fn what_a_cluster_has_seen_outlives_the_store() {
+    let world = World::new();
+    let registry = async || {
+        let store: Arc<dyn Store> = Arc::new(world.store());
+        let clock = Clock::of(Arc::clone(&store)).await.expect("it tells the time");
+        let ttl = Duration::from_secs(60);
+        Registry::new(store, clock, ttl, ttl / 2)
+    };
+    let seen = |registry: &Registry| -> Vec<String> {
+        registry.seen().probes.into_iter().map(|probe| probe.concept).collect()
+    };
+    let one = registry().await;
+    let node = |id: &str, concept: &str| {
+        let concept =
+            v1::ConceptRef { name: concept.into(), version: "1".into(), ..Default::default() };
+        v1::NodeInfo {
+            node_id: id.into(),
+            address: "http://127.0.0.1:7101".into(),
+            protocol_version: fairlead_proto::PROTOCOL_VERSION,
+            preprocessing_version: fairlead_proto::PREPROCESSING_VERSION,
+            concepts: vec![v1::ConceptInfo { concept: Some(concept), ..Default::default() }],
+            ..Default::default()
+        }
+    };
+    for (id, concept) in [("a", "axe"), ("b", "bomb"), ("c", "cigarette")] {
+        let registration = one.register(node(id, concept)).await.expect("it is valid");
+        if id == "c" {
+            one.deregister(id, &registration).await.expect("it is registered");
+        }
+    }
+    one.retire("cigarette").await.expect("nobody serves it");
+    assert_eq!(world.server.command("FLUSHALL").expect("it answers"), "+OK\r\n");
+    // One node comes back, the other does not.
+    one.register(node("a", "axe")).await.expect("it is valid");
+    assert_eq!(
+        seen(&one),
+        ["axe", "bomb"],
+        "what is gone stays required, what is retired does not"
+    );
+    let other = registry().await;
+    other.refresh().await.expect("it reads");
+    assert_eq!(seen(&other), ["axe", "bomb"], "the store knows it again");
+    one.register(node("c", "cigarette")).await.expect("it is valid");
+    other.refresh().await.expect("it reads");
+    assert_eq!(seen(&other).len(), 3, "who serves a retired concept brings it back");
+}
+
+#[tokio::test]
+async fn an_ended_job_is_not_taken_for_an_open_one() {
+    let world = World::new();
+    let store: Arc<dyn Store> = Arc::new(world.store());
+    let clock = Clock::of(Arc::clone(&store)).await.expect("it tells the time");
+    let (id, _) = stored(store.as_ref(), 1, 1).await;
+    let cancel = Transition::Cancel { reason: String::new() };
+    store.apply(id, cancel, 11).await.expect("it cancels");
+    let open = |key: &str| world.server.command(&format!("SCARD {{fairlead}}:{key}"));
+    for gone in [id.to_string(), JobId::generate().to_string()] {
+        let added = world.server.command(&format!("SADD {{fairlead}}:open {gone}"));
+        assert_eq!(added.expect("it answers"), ":1\r\n");
+    }
+    assert_eq!(store.mend(&clock).await.expect("it looks"), 0);
+    assert_eq!(open("open").expect("it answers"), ":0\r\n");
 }
 
 #[test]
