@@ -112,7 +112,7 @@ async fn a_job_outlives_a_redis_that_is_killed() -> Result<()> {
 /// What a flush deletes is gone, but the cluster goes on.
 #[tokio::test]
 async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
-    let mut sandbox = cluster(&["one"]).await?;
+    let sandbox = cluster(&["one"]).await?;
     let calm = completed(&sandbox, spec(1)).await?;
     let lost = sandbox.submit(spec(8)).await?;
     sandbox.until_step(&lost, |_| true).await?;
@@ -128,7 +128,18 @@ async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
     // Whoever watches what is lost hears of it.
     let status = tokio::time::timeout(PATIENCE, end).await?;
     assert_eq!(status.code(), tonic::Code::NotFound, "{status}");
-    sandbox.ready().await?;
+    // The worker and the node are members again in a moment; until then jobs are refused.
+    let admitted = async {
+        loop {
+            match sandbox.submit(spec(1)).await {
+                Err(status) if status.code() == tonic::Code::Unavailable => {
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                }
+                answer => return answer,
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, admitted).await??;
     assert_eq!(completed(&sandbox, spec(1)).await?, calm);
     Ok(())
 }

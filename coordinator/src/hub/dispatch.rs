@@ -94,7 +94,7 @@ async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
         shared.registry.interrupted();
     }
     shared.registry.refresh().await?;
-    if kept.elapsed() >= shared.registry.ttl() / 3 {
+    if kept.elapsed() >= shared.registry.ttl() / 3 || has_lost_workers(shared) {
         *kept = Instant::now();
         keep_workers(shared).await?;
     }
@@ -230,6 +230,14 @@ async fn hand_out(shared: &Arc<Shared>, queue: &QueueName, now: i64) -> Result<b
     });
     stream::iter(delivering).buffer_unordered(TOGETHER).collect::<()>().await;
     Ok(taken == ROUND)
+}
+
+/// Whether the store does not know all workers that are attached here: it was flushed.
+fn has_lost_workers(shared: &Shared) -> bool {
+    let known = shared.registry.workers();
+    let known: BTreeSet<&str> = known.iter().map(|member| member.id.as_str()).collect();
+    let state = shared.state.lock();
+    state.workers.values().any(|worker| !known.contains(worker.member.id.as_str()))
 }
 
 /// Renews the membership of each attached worker; one that the store has lost joins again.
