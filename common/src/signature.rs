@@ -108,10 +108,7 @@ impl Signer {
     }
 
     /// Puts the key into `path`, readable by its owner alone; a key that is there already stays.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<(), KeyError> {
+    fn save(&self, path: &Path) -> Result<(), KeyError> {
         let pem = self.key.to_pkcs8_pem(LineEnding::LF).expect("a key in memory has a PEM form");
         write(path, pem.as_bytes(), 0o600)
     }

@@ -58,7 +58,7 @@ impl Access {
         tenant.cloned().ok_or_else(|| refused("the key is no tenant's; ask the operator for one"))
     }
 
-    /// Whose call this is, if it may change what all tenants share.
+    /// Refuses a call of a tenant that may not change what all tenants share.
     pub(crate) fn admin(&self, metadata: &MetadataMap) -> Result<()> {
         let tenant = self.client(metadata)?;
         match tenant.admin {

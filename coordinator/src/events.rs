@@ -96,7 +96,7 @@ impl Events {
             let store = events.store.as_ref();
             let watcher = Watcher { store, job, cursor: after, outbox: outbox.clone() };
             tokio::select! {
-                () = watcher.run(live) => {}
+                _ = watcher.run(live) => {}
                 () = outbox.closed() => {}
                 () = events.closing.cancelled() => {
                     // A watcher that reads nothing just sees its stream end.
@@ -162,15 +162,11 @@ pub(crate) fn cursor(record: &JobRecord, after: u64) -> u64 {
 }
 
 impl Watcher<'_> {
-    async fn run(mut self, mut live: broadcast::Receiver<Live>) {
-        // Over is over: whoever reads has the terminal event, an error, or gone away.
-        let _ = self.follow(&mut live).await;
-    }
-
-    async fn follow(&mut self, live: &mut broadcast::Receiver<Live>) -> Result<(), Over> {
+    /// Sends until whoever reads has the terminal event, an error, or gone away.
+    async fn run(mut self, mut live: broadcast::Receiver<Live>) -> Result<(), Over> {
         loop {
             self.replay().await?;
-            if let News::Unsure = self.forward(live).await? {
+            if let News::Unsure = self.forward(&mut live).await? {
                 self.compare().await?;
             }
         }

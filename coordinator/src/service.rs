@@ -22,7 +22,7 @@ use crate::{
     hub::{Hub, HubOptions},
     lease::Phase,
     metrics,
-    outputs::{Outputs, sha256_hex},
+    outputs::{OutputError, Outputs, sha256_hex},
     registry::Registry,
     release::Gate,
     state::JobRecord,
@@ -362,20 +362,20 @@ impl Coordinator {
         loop {
             let old = self.store.ended(before, FORGET_AT_ONCE).await?;
             // The job last: what a crash leaves is found again by it.
-            let forgetting = old.into_iter().map(|record| {
-                let (outputs, store) = (self.outputs.clone(), Arc::clone(&self.store));
-                async move {
-                    outputs.forget(&record.job.job_id).await?;
-                    store.forget(&record).await?;
-                    Ok::<(), Error>(())
-                }
+            let whole = old.len() == FORGET_AT_ONCE;
+            let deleting = old.into_iter().map(|record| {
+                let outputs = self.outputs.clone();
+                async move { outputs.forget(&record.job.job_id).await.map(|()| record) }
             });
-            let done: Vec<Result<()>> =
-                stream::iter(forgetting).buffer_unordered(FORGET_TOGETHER).collect().await;
-            let whole = done.len() == FORGET_AT_ONCE;
-            forgotten += done.iter().filter(|done| done.is_ok()).count();
+            let deleted: Vec<Result<JobRecord, OutputError>> =
+                stream::iter(deleting).buffer_unordered(FORGET_TOGETHER).collect().await;
+            let (gone, kept): (Vec<_>, Vec<_>) = deleted.into_iter().partition(Result::is_ok);
+            forgotten += gone.len();
             // One that stays must not keep the others: but it would be found again at once.
-            done.into_iter().collect::<Result<()>>()?;
+            self.store.forget(gone.into_iter().flatten().collect()).await?;
+            if let Some(Err(error)) = kept.into_iter().next() {
+                return Err(error.into());
+            }
             if !whole {
                 return Ok(forgotten);
             }

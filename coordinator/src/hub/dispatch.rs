@@ -43,8 +43,7 @@ const TOGETHER: usize = 32;
 
 /// Runs until the hub closes.
 pub(super) async fn run(shared: Arc<Shared>) {
-    let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
-    let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
+    let pause = pause(&shared);
     let mut nodes = shared.registry.subscribe();
     let mut rounds = Rounds::default();
     loop {
@@ -67,8 +66,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
 /// Keeps the memberships of workers, takes back leases that have ended, and follows the store's clock. Runs
 /// until the hub closes.
 pub(super) async fn keep(shared: Arc<Shared>) {
-    let ttl = shared.options.lease_ttl.min(shared.registry.ttl());
-    let pause = (ttl / 4).clamp(Duration::from_millis(5), LONGEST_PAUSE);
+    let pause = pause(&shared);
     let mut kept = Instant::now();
     loop {
         let wait = match keep_once(&shared, &mut kept).await {
@@ -86,10 +84,20 @@ pub(super) async fn keep(shared: Arc<Shared>) {
     }
 }
 
+/// A quarter of the time after which a lease or a membership ends.
+fn quarter(shared: &Shared) -> Duration {
+    shared.options.lease_ttl.min(shared.registry.ttl()) / 4
+}
+
+/// The pause between two rounds.
+fn pause(shared: &Shared) -> Duration {
+    quarter(shared).clamp(Duration::from_millis(5), LONGEST_PAUSE)
+}
+
 /// Returns whether more leases have ended than were looked at.
 async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
     let jump = shared.clock.set().await?;
-    if jump > millis(shared.options.lease_ttl.min(shared.registry.ttl()) / 4).unsigned_abs() {
+    if Duration::from_millis(jump) > quarter(shared) {
         tracing::warn!(jump_ms = jump, "the store's clock was set; leases get their time again");
         shared.registry.interrupted();
     }

@@ -27,9 +27,9 @@ impl Members {
     /// Adds a member or replaces the one of its name. Says whether it brought something never seen.
     pub(super) fn join(&mut self, member: Member, until: i64) -> bool {
         let before = self.seen.len();
-        self.seen.add(&member);
         let mut own = Seen::default();
         own.add(&member);
+        self.seen.extend(&own);
         self.retired = self.retired.without(&own);
         self.version += 1;
         self.all.insert((member.kind, member.id.clone()), (Arc::new(member), until));

@@ -158,12 +158,13 @@ impl Store for MemoryStore {
         Ok(tables.jobs.values().filter(over).take(limit).cloned().collect())
     }
 
-    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError> {
+    async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError> {
         let tables = &mut *self.tables.lock();
-        let Some(id) = record.id() else { return Ok(()) };
-        tables.jobs.remove(&id);
-        tables.events.retain(|(job, _), _| *job != id);
-        tables.lookups.retain(|_, found| found.job_id != record.job.job_id);
+        let gone: BTreeSet<JobId> = old.iter().filter_map(JobRecord::id).collect();
+        let names: BTreeSet<&str> = old.iter().map(|record| record.job.job_id.as_str()).collect();
+        tables.jobs.retain(|job, _| !gone.contains(job));
+        tables.events.retain(|(job, _), _| !gone.contains(job));
+        tables.lookups.retain(|_, found| !names.contains(found.job_id.as_str()));
         Ok(())
     }
 }

@@ -291,8 +291,8 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// At most `limit` of the oldest jobs that ended before `before` (Unix milliseconds).
     async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
 
-    /// Removes a job that has ended, with its events.
-    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError>;
+    /// Removes jobs that have ended, with their events.
+    async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError>;
 }
 
 /// What a member of the cluster does.

@@ -235,17 +235,24 @@ fn create(
     Ok(Created::New(Box::new(record)))
 }
 
-fn forget(txn: &WriteTransaction, record: &JobRecord) -> Result<(), StoreError> {
+fn forget(txn: &WriteTransaction, old: &[JobRecord]) -> Result<(), StoreError> {
     let mut jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
     let mut events = txn.open_table(EVENTS).map_err(backend("events"))?;
     let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
-    let id = record.job.job_id.as_str();
-    jobs.remove(id).map_err(backend("jobs"))?;
-    events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
-    for (key, _) in lookups(record, None) {
-        index.remove(key.as_str()).map_err(backend("lookups"))?;
+    let mut names = BTreeSet::new();
+    for record in old {
+        let id = record.job.job_id.as_str();
+        names.insert(id);
+        jobs.remove(id).map_err(backend("jobs"))?;
+        events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
+        for (key, _) in lookups(record, None) {
+            index.remove(key.as_str()).map_err(backend("lookups"))?;
+        }
     }
-    let gone = |found: &[u8]| Found::decode(found).is_ok_and(|found| found.job_id == id);
+    // Which keys lead to them only the keys tell: one look at all for all.
+    let gone = |found: &[u8]| {
+        Found::decode(found).is_ok_and(|found| names.contains(found.job_id.as_str()))
+    };
     index.retain_in("key/".."key0", |_, found| !gone(found)).map_err(backend("lookups"))?;
     Ok(())
 }
@@ -427,8 +434,10 @@ impl Store for RedbStore {
         .await
     }
 
-    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError> {
-        let record = record.clone();
-        self.write(true, move |txn| Ok((forget(txn, &record)?, Change::Other))).await
+    async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError> {
+        if old.is_empty() {
+            return Ok(());
+        }
+        self.write(true, move |txn| Ok((forget(txn, &old)?, Change::Other))).await
     }
 }

@@ -92,24 +92,14 @@ impl Link {
         let end = Instant::now() + PATIENCE;
         let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
         loop {
-            let error = match self.connection().await {
-                Ok((number, connection)) => match call(connection).await {
-                    Ok(value) => return Ok(value),
-                    Err(error) => {
-                        if is_away(&error) && !is_busy(&error) {
-                            self.drop_connection(number).await;
-                        }
-                        error
-                    }
-                },
-                Err(error) => error,
+            let error = match self.attempt(&call).await {
+                Ok(value) => return Ok(value),
+                Err(error) if is_away(&error) || is_busy(&error) => error,
+                Err(error) => {
+                    let problem = format!("{}: {error}", self.name);
+                    return Err(StoreError::Backend { what, problem });
+                }
             };
-            if !is_away(&error) && !is_busy(&error) {
-                return Err(StoreError::Backend {
-                    what,
-                    problem: format!("{}: {error}", self.name),
-                });
-            }
             let delay = backoff.next_delay();
             if Instant::now() + delay >= end {
                 let problem = format!("{} does not answer: {error}", self.name);
@@ -129,10 +119,22 @@ impl Link {
     where
         F: Future<Output = RedisResult<T>>,
     {
-        let answer = async { call(self.shared().await?).await };
+        let problem = |error| format!("{}: {error}", self.name);
+        let answer = self.attempt(call).await;
+        answer.map_err(|error| StoreError::Away { what, problem: problem(error) })
+    }
+
+    /// Runs `call` on the connection, which is forgotten if it broke.
+    async fn attempt<T, F>(&self, call: impl FnOnce(MultiplexedConnection) -> F) -> RedisResult<T>
+    where
+        F: Future<Output = RedisResult<T>>,
+    {
+        let (number, connection) = self.connection().await?;
+        let answer = call(connection).await;
+        if answer.as_ref().is_err_and(is_away) {
+            self.drop_connection(number).await;
+        }
         answer
-            .await
-            .map_err(|error| StoreError::Away { what, problem: format!("{}: {error}", self.name) })
     }
 
     /// A connection of its own, for reads that block for up to `block`.
@@ -221,13 +223,14 @@ pub(crate) fn without_password(url: &str) -> String {
 }
 
 /// Whether the server answers, and cannot do it now: a script runs for too long, replicas are behind
-/// (`min-replicas-to-write`), or memory or disk are full. Older servers wrap the code of an error in
-/// a script in words.
+/// (`min-replicas-to-write`), or memory or disk are full.
 fn is_busy(error: &RedisError) -> bool {
-    let text = error.to_string();
-    ["NOREPLICAS", "BUSY", "UNKILLABLE", "MISCONF", "OOM"]
-        .iter()
-        .any(|code| error.code() == Some(code) || text.contains(&format!("-{code} ")))
+    ["NOREPLICAS", "BUSY", "UNKILLABLE", "MISCONF", "OOM"].iter().any(|code| has_code(error, code))
+}
+
+/// Whether the server answered with this code; older ones wrap that of an error in a script in words.
+fn has_code(error: &RedisError, code: &str) -> bool {
+    error.code() == Some(code) || error.to_string().contains(&format!("-{code} "))
 }
 
 /// Whether another try, maybe with another server, can go better.
@@ -240,13 +243,10 @@ fn is_away(error: &RedisError) -> bool {
                 | ServerErrorKind::TryAgain
                 | ServerErrorKind::ClusterDown
                 | ServerErrorKind::MasterDown
-                | ServerErrorKind::ReadOnly
         ),
         _ => false,
     };
-    // Older servers wrap the code of an error in a script in words.
-    let read_only = error.to_string().contains("-READONLY ");
-    by_kind || read_only || error.is_timeout() || error.is_connection_dropped()
+    by_kind || has_code(error, "READONLY") || error.is_timeout() || error.is_connection_dropped()
 }
 
 /// Reads `[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/MASTER[/DB]`. User, password and database are those of

@@ -5,6 +5,7 @@
 
 mod link;
 mod live;
+mod scripts;
 mod tail;
 
 use std::{
@@ -23,7 +24,11 @@ use prost::Message;
 use tokio::sync::mpsc;
 
 pub(crate) use self::link::without_password;
-use self::{link::Link, live::Live};
+use self::{
+    link::Link,
+    live::Live,
+    scripts::{Scripts, Versioned, add_change, add_shards, member_key, queue_key, queue_name},
+};
 use super::{
     Applied, Backlog, CLAIM, Change, Created, Found, Full, Lookup, Member, MemberKey, NewJob,
     Roster, Seen, Store, StoreError, decode, enqueue, lookups,
@@ -52,40 +57,6 @@ pub(crate) struct RedisStore {
     prefix: String,
     scripts: Scripts,
     live: OnceLock<Live>,
-}
-
-#[derive(Debug)]
-struct Scripts {
-    create: Script,
-    write: Script,
-    take: Script,
-    backlog: Script,
-    expired: Script,
-    forget: Script,
-    mend: Script,
-    members: Script,
-}
-
-impl Scripts {
-    fn new() -> Self {
-        let script = |body| Script::new(&[include_str!("prelude.lua"), body].concat());
-        Self {
-            create: script(include_str!("create.lua")),
-            write: script(include_str!("write.lua")),
-            take: script(include_str!("take.lua")),
-            backlog: script(include_str!("backlog.lua")),
-            expired: script(include_str!("expired.lua")),
-            forget: script(include_str!("forget.lua")),
-            mend: script(include_str!("mend.lua")),
-            members: script(include_str!("members.lua")),
-        }
-    }
-}
-
-/// A record and the version it was read at.
-struct Versioned {
-    version: u64,
-    record: JobRecord,
 }
 
 impl RedisStore {
@@ -193,72 +164,6 @@ impl RedisStore {
 
     async fn records(&self, ids: &[String]) -> Result<Vec<JobRecord>, StoreError> {
         Ok(self.versions(ids).await?.into_iter().map(|found| found.record).collect())
-    }
-}
-
-fn queue_key(QueueName { model, hash }: &QueueName) -> String {
-    format!("{model}@{hash}")
-}
-
-fn queue_name(key: &str) -> QueueName {
-    let (model, hash) = key.rsplit_once('@').unwrap_or((key, ""));
-    QueueName { model: model.to_owned(), hash: hash.to_owned() }
-}
-
-fn member_key(MemberKey { kind, id, .. }: &MemberKey) -> String {
-    format!("{}|{id}", i32::from(*kind))
-}
-
-/// Adds the arguments that `shards` in prelude.lua reads.
-fn add_shards(invocation: &mut ScriptInvocation<'_>, shards: &[ActiveShard]) {
-    invocation.arg(shards.len());
-    for shard in shards {
-        invocation
-            .arg(&shard.shard_id)
-            .arg(queue_key(&shard.queue))
-            .arg(shard.lane.class)
-            .arg(&shard.lane.tenant)
-            .arg(shard.work)
-            .arg(u8::from(shard.leased))
-            .arg(shard.expires_unix_ms)
-            .arg(shard.not_before_unix_ms)
-            .arg(shard.encode_to_vec());
-    }
-}
-
-/// Adds the arguments that `write` in prelude.lua reads: what makes `after` of `before`, and whether others
-/// are `told` of leases that end.
-fn add_change(
-    invocation: &mut ScriptInvocation<'_>,
-    before: Option<&Versioned>,
-    after: &JobRecord,
-    told: bool,
-    events: &[WatchJobResponse],
-) {
-    let version = before.map_or(0, |before| before.version);
-    let was_open = before.is_none_or(|before| !before.record.is_terminal());
-    let ended = match was_open && after.is_terminal() {
-        true => after.job.updated_unix_ms.to_string(),
-        false => String::new(),
-    };
-    invocation.arg(version + 1).arg(after.encode_to_vec()).arg(ended);
-    invocation.arg(u8::from(told)).arg(events.len());
-    for event in events {
-        invocation.arg(event.sequence).arg(event.encode_to_vec());
-    }
-    let old: BTreeMap<String, ActiveShard> = before
-        .into_iter()
-        .flat_map(|before| before.record.active())
-        .map(|shard| (shard.shard_id.clone(), shard))
-        .collect();
-    let changed: Vec<ActiveShard> =
-        after.active().filter(|shard| old.get(&shard.shard_id) != Some(shard)).collect();
-    add_shards(invocation, &changed);
-    let ended = after.shards.iter().filter(|shard| shard.lease.is_terminal());
-    let gone: Vec<&ActiveShard> = ended.filter_map(|shard| old.get(&shard.id)).collect();
-    invocation.arg(gone.len());
-    for shard in gone {
-        invocation.arg(&shard.shard_id).arg(queue_key(&shard.queue)).arg(&shard.lane.tenant);
     }
 }
 
@@ -613,15 +518,18 @@ impl Store for RedisStore {
         self.records(&ids).await
     }
 
-    async fn forget(&self, record: &JobRecord) -> Result<(), StoreError> {
-        let lookups = lookups(record, None);
-        self.script("forget a job", &self.scripts.forget, 0, |invocation| {
-            invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
-            for (key, _) in &lookups {
-                invocation.arg(key);
-            }
-        })
-        .await
+    async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError> {
+        for record in &old {
+            let lookups = lookups(record, None);
+            self.script::<()>("forget a job", &self.scripts.forget, 0, |invocation| {
+                invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
+                for (key, _) in &lookups {
+                    invocation.arg(key);
+                }
+            })
+            .await?;
+        }
+        Ok(())
     }
 }
 
