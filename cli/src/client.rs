@@ -19,10 +19,11 @@ use fairlead_common::{
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
-        CancelJobRequest, ConceptRef, GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus,
-        Job, JobSpec, JobState, ListConceptsRequest, ListModelsRequest, ModelInfo,
-        RetireConceptRequest, SafetyRecord, ServedConcept, StepProgress, SubmitJobRequest,
-        WatchJobRequest, catalog_service_client::CatalogServiceClient,
+        CancelJobRequest, ConceptDefinition, ConceptRef, DeployConceptsRequest, Deployment,
+        GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, JobSpec, JobState,
+        ListConceptsRequest, ListModelsRequest, ModelInfo, RetireConceptRequest, SafetyRecord,
+        ServedConcept, StepProgress, SubmitJobRequest, WatchJobRequest,
+        catalog_service_client::CatalogServiceClient,
         generation_service_client::GenerationServiceClient, watch_job_response::Event,
     },
 };
@@ -135,6 +136,18 @@ impl Client {
         let request = RetireConceptRequest { concept: concept.to_owned() };
         let retire = async move || catalog.retire_concept(request.clone()).await;
         Ok(self.call(retire).await?.energies)
+    }
+
+    /// Has energy nodes serve further concepts: those of the given names, or all. May be repeated.
+    pub(crate) async fn deploy(
+        &self,
+        concepts: Vec<ConceptDefinition>,
+        node_ids: Vec<String>,
+    ) -> Result<Vec<Deployment>> {
+        let mut catalog = self.catalog.clone();
+        let request = DeployConceptsRequest { concepts, node_ids };
+        let deploy = async move || catalog.deploy_concepts(request.clone()).await;
+        Ok(self.call(deploy).await?.deployments)
     }
 
     pub(crate) async fn submit(&self, spec: JobSpec) -> Result<Job> {

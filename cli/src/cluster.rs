@@ -163,6 +163,7 @@ impl LocalCluster {
             let node = EnergyOptions {
                 concepts: options.models.concepts()?,
                 calibrations: calibrations.clone(),
+                added_concepts: options.data_dir.as_ref().map(|data| data.join("concepts")),
                 coordinator: Some(address.clone()),
                 device: energy_device,
                 ..EnergyOptions::new(energy.clone())

@@ -30,6 +30,12 @@ pub fn steered_away(trajectory: &[StepRecord]) -> BTreeSet<Probe> {
     open.map(Probe::from).collect()
 }
 
+/// What an answer of an energy node rests on, as records have it: calibrations by their ids, and what stood
+/// in for missing ones as "fallback: ...".
+pub fn calibrations(ids: Vec<String>, fallbacks: Vec<String>) -> impl Iterator<Item = String> {
+    ids.into_iter().chain(fallbacks.into_iter().map(|fallback| format!("fallback: {fallback}")))
+}
+
 /// The record as indented JSON, fields named as in the contract; default values are left out.
 pub fn to_json(record: &SafetyRecord) -> String {
     let mut message = DynamicMessage::new(RECORD.clone());

@@ -308,7 +308,7 @@ fn newest(
     let calibrated = |concept: &v1::ConceptRef| match need {
         Calibration::Unneeded => true,
         Calibration::Required(run) | Calibration::Preferred(run) => {
-            nodes.iter().any(|node| node.serves(concept) && node.is_calibrated(run))
+            nodes.iter().any(|node| node.serves(concept) && node.is_calibrated(concept, run))
         }
     };
     let best = versions

@@ -135,6 +135,15 @@ impl CatalogService for Grpc {
         let energies = energies.into_iter().collect();
         Ok(Response::new(v1::RetireConceptResponse { energies }))
     }
+
+    async fn deploy_concepts(
+        &self,
+        request: Request<v1::DeployConceptsRequest>,
+    ) -> Answer<v1::DeployConceptsResponse> {
+        self.coordinator.access().admin(request.metadata())?;
+        let deployed = self.coordinator.deployer().deploy(request.into_inner()).await?;
+        Ok(Response::new(deployed))
+    }
 }
 
 #[tonic::async_trait]

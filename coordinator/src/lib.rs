@@ -10,6 +10,7 @@ mod admission;
 mod clock;
 mod config;
 mod contact;
+mod deploy;
 mod error;
 mod events;
 mod grpc;

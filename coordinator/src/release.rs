@@ -265,7 +265,8 @@ impl Gate {
 impl Judgement {
     fn add(&mut self, node: &v1::NodeInfo, answer: v1::CheckResponse) {
         self.flagged |= answer.flagged;
-        self.calibrations.extend(verdict::calibration_of(&answer));
+        let (ids, fallbacks) = (answer.calibration_ids, answer.calibration_fallbacks);
+        self.calibrations.extend(record::calibrations(ids, fallbacks));
         self.nodes.insert(format!("{} {}", node.node_id, node.model_hash));
         // Who was asked counts, not who says it answers.
         let energy = &node.model_name;

@@ -2,7 +2,9 @@
 
 use std::{fmt, sync::Arc};
 
-use fairlead_proto::v1::{CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams};
+use fairlead_proto::v1::{
+    CalibrationInfo, CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams,
+};
 
 /// A registered node as decisions see it.
 #[derive(Debug, Clone)]
@@ -21,9 +23,20 @@ impl LiveNode {
         self.info.concepts.iter().any(|served| served.concept.as_ref() == Some(concept))
     }
 
-    /// Whether it has a calibration for `run`.
-    pub(crate) fn is_calibrated(&self, run: &Run) -> bool {
-        self.info.calibrations.iter().any(|calibration| {
+    /// Its calibrations whose gate is for `concept`.
+    pub(crate) fn calibrations(
+        &self,
+        concept: &ConceptRef,
+    ) -> impl Iterator<Item = &CalibrationInfo> {
+        let is_for = |info: &&CalibrationInfo| {
+            info.concepts.is_empty() || info.concepts.contains(&concept.name)
+        };
+        self.info.calibrations.iter().filter(is_for)
+    }
+
+    /// Whether it has a calibration of `concept` for `run`.
+    pub(crate) fn is_calibrated(&self, concept: &ConceptRef, run: &Run) -> bool {
+        self.calibrations(concept).any(|calibration| {
             calibration.key.as_ref() == Some(&run.key)
                 && calibration.crops == run.crops
                 && calibration.window_start >= run.window.0
@@ -121,18 +134,24 @@ pub(crate) fn assign(
     nodes: &[LiveNode],
     calibration: Calibration<'_>,
 ) -> Assignment {
-    let uncalibrated = |node: &LiveNode| match calibration {
-        Calibration::Required(run) | Calibration::Preferred(run) => !node.is_calibrated(run),
+    let uncalibrated = |node: &LiveNode, concept: &ConceptRef| match calibration {
+        Calibration::Required(run) | Calibration::Preferred(run) => {
+            !node.is_calibrated(concept, run)
+        }
         Calibration::Unneeded => false,
     };
-    let mut order: Vec<&LiveNode> = match calibration {
-        Calibration::Required(_) => nodes.iter().filter(|node| !uncalibrated(node)).collect(),
-        Calibration::Preferred(_) | Calibration::Unneeded => nodes.iter().collect(),
+    let will_do = |node: &LiveNode, concept: &ConceptRef| {
+        let is_required = matches!(calibration, Calibration::Required(_));
+        node.serves(concept) && !(is_required && uncalibrated(node, concept))
     };
-    order.sort_by_key(|node| (uncalibrated(node), node.load, node.info.node_id.clone()));
+    let lacks_some = |node: &LiveNode| {
+        concepts.iter().any(|concept| node.serves(concept) && uncalibrated(node, concept))
+    };
+    let mut order: Vec<&LiveNode> = nodes.iter().collect();
+    order.sort_by_cached_key(|node| (lacks_some(node), node.load, node.info.node_id.clone()));
     let served = order.into_iter().map(|node| EnergyEndpoint {
         node: Some(NodeInfo::clone(&node.info)),
-        concepts: concepts.iter().filter(|concept| node.serves(concept)).cloned().collect(),
+        concepts: concepts.iter().filter(|concept| will_do(node, concept)).cloned().collect(),
     });
     let told: Vec<EnergyEndpoint> = served.filter(|served| !served.concepts.is_empty()).collect();
     let endpoints = first_asked(concepts, &told);
@@ -186,7 +205,7 @@ pub(crate) fn same_nodes(one: &[EnergyEndpoint], other: &[EnergyEndpoint]) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::{CalibrationInfo, ConceptInfo};
+    use fairlead_proto::v1::ConceptInfo;
     use proptest::prelude::*;
 
     fn concept(name: &str) -> ConceptRef {
@@ -284,6 +303,23 @@ mod tests {
         assert!(serves(4, (1.0, 0.4)) && serves(4, (0.9, 0.8)));
         assert!(!serves(2, (1.0, 0.4)));
         assert!(!serves(4, (1.0, 0.3)));
+    }
+
+    #[test]
+    fn a_calibration_is_for_the_concepts_it_names() {
+        let mut both = node("a", &["x", "y"], 0, true);
+        let mut info = NodeInfo::clone(&both.info);
+        info.calibrations[0].concepts = vec!["x".into()];
+        both.info = Arc::new(info);
+        let (run, asked) = (run(), [concept("x"), concept("y")]);
+        let assignment = assign(&asked, &[both.clone()], Calibration::Required(&run));
+        assert_eq!(assignment.endpoints[0].concepts, [concept("x")]);
+        assert!(assignment.unserved[0].uncalibrated);
+        assert_eq!(assignment.unserved[0].concept, concept("y"));
+        let nodes = [both, node("b", &["y"], 5, true)];
+        let assignment = assign(&asked, &nodes, Calibration::Required(&run));
+        assert!(assignment.unserved.is_empty());
+        assert_eq!(assignment.endpoints.len(), 2);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use fairlead_common::{ids::JobId, signature::Signer, trace};
+use fairlead_common::{grpc::Channels, ids::JobId, signature::Signer, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
 use futures::{StreamExt, stream};
 use prost::Message;
@@ -17,6 +17,7 @@ use crate::{
     admission::{self, Cluster, Identity},
     clock::{Clock, millis},
     config::{CoordinatorOptions, Data},
+    deploy::Deployer,
     error::{Error, Result},
     events::{self, Events},
     hub::{Hub, HubOptions},
@@ -51,6 +52,7 @@ pub(crate) struct Coordinator {
     clock: Clock,
     outputs: Outputs,
     registry: Registry,
+    deployer: Deployer,
     events: Events,
     hub: Hub,
     access: Access,
@@ -70,6 +72,7 @@ impl Coordinator {
         let events = Events::new(Arc::clone(&store));
         let (timeout, tls) = (options.check_timeout, options.tls.clone());
         let access = Access::new(options.policies.clone(), tls.is_on());
+        let deployer = Deployer::new(registry.clone(), Channels::new(timeout, tls.clone()));
         let gate = Gate::new(registry.clone(), outputs.clone(), timeout, tls, signer);
         let hub_options = HubOptions {
             coordinator_id: options.coordinator_id.clone(),
@@ -91,6 +94,7 @@ impl Coordinator {
             clock,
             outputs,
             registry,
+            deployer,
             events,
             hub,
             access,
@@ -105,6 +109,10 @@ impl Coordinator {
 
     pub(crate) fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    pub(crate) fn deployer(&self) -> &Deployer {
+        &self.deployer
     }
 
     pub(crate) fn hub(&self) -> &Hub {
@@ -327,23 +335,24 @@ impl Coordinator {
     pub(crate) fn concepts(&self) -> v1::ListConceptsResponse {
         let mut concepts: Vec<v1::ServedConcept> = Vec::new();
         for node in self.registry.live() {
-            let serving = v1::ServingNode {
-                node_id: node.info.node_id.clone(),
-                address: node.info.address.clone(),
-                model_name: node.info.model_name.clone(),
-                since_unix_ms: node.since_unix_ms,
-                calibrations: node.info.calibrations.clone(),
-            };
             for info in &node.info.concepts {
+                let concept = info.concept.clone().unwrap_or_default();
+                let serving = v1::ServingNode {
+                    node_id: node.info.node_id.clone(),
+                    address: node.info.address.clone(),
+                    model_name: node.info.model_name.clone(),
+                    since_unix_ms: info.since_unix_ms,
+                    calibrations: node.calibrations(&concept).cloned().collect(),
+                };
                 let same = |served: &&mut v1::ServedConcept| {
                     served.concept.as_ref().and_then(|c| c.concept.as_ref())
                         == info.concept.as_ref()
                 };
                 match concepts.iter_mut().find(same) {
-                    Some(served) => served.nodes.push(serving.clone()),
+                    Some(served) => served.nodes.push(serving),
                     None => concepts.push(v1::ServedConcept {
                         concept: Some(info.clone()),
-                        nodes: vec![serving.clone()],
+                        nodes: vec![serving],
                     }),
                 }
             }

@@ -53,22 +53,15 @@ pub(crate) fn accept_answer(
     if open != answer.flagged {
         return Err("its flag contradicts its gates".to_owned());
     }
-    match (answer.calibration_id.is_empty(), answer.calibration_fallback.is_empty()) {
-        (true, true) => Err("it names no calibration".to_owned()),
-        (_, false) if !question.policy.allow_calibration_fallback => Err(format!(
-            "it fell back to `{}`, which the policy does not allow",
-            answer.calibration_fallback
-        )),
+    if answer.calibration_ids.is_empty() && answer.calibration_fallbacks.is_empty() {
+        return Err("it names no calibration".to_owned());
+    }
+    match answer.calibration_fallbacks.first() {
+        Some(fallback) if !question.policy.allow_calibration_fallback => {
+            Err(format!("it fell back to `{fallback}`, which the policy does not allow"))
+        }
         _ => Ok(()),
     }
-}
-
-/// The calibration that an answer rests on, for the record; `None` for raw scores.
-pub(crate) fn calibration_of(answer: &v1::CheckResponse) -> Option<String> {
-    if !answer.calibration_fallback.is_empty() {
-        return Some(format!("fallback: {}", answer.calibration_fallback));
-    }
-    (!answer.calibration_id.is_empty()).then(|| answer.calibration_id.clone())
 }
 
 /// Accepts a worker's result for one image, or says what is wrong with it.
@@ -184,7 +177,7 @@ mod tests {
             flagged: scores.iter().any(|score| score.open),
             scores,
             image_sha256: "aa".into(),
-            calibration_id: "c".into(),
+            calibration_ids: vec!["c".into()],
             ..Default::default()
         }
     }
@@ -218,8 +211,8 @@ mod tests {
             (|a| a.scores[1].score = f32::INFINITY, "`bomb` is not finite"),
             (|a| a.scores[0].z = 5.0, "closed at z 5 above its gate 3"),
             (|a| a.flagged = true, "contradicts"),
-            (|a| a.calibration_id.clear(), "no calibration"),
-            (|a| a.calibration_fallback = "fixed 3".into(), "fell back to `fixed 3`"),
+            (|a| a.calibration_ids.clear(), "no calibration"),
+            (|a| a.calibration_fallbacks = vec!["fixed 3".into()], "fell back to `fixed 3`"),
         ];
         for (spoil, expected) in cases {
             let mut answer = answer(vec![score("axe", 1.0), score("bomb", 2.0)]);
@@ -232,16 +225,15 @@ mod tests {
     #[test]
     fn a_fallback_and_raw_scores_need_the_policys_leave() {
         let fallback = v1::CheckResponse {
-            calibration_fallback: "fixed 3".into(),
-            calibration_id: String::new(),
+            calibration_fallbacks: vec!["fixed 3".into()],
+            calibration_ids: Vec::new(),
             ..answer(vec![score("axe", 1.0), score("bomb", 2.0)])
         };
         let lenient = v1::PinnedPolicy { allow_calibration_fallback: true, ..Default::default() };
         assert_eq!(judge(&lenient, &fallback), Ok(()));
-        assert_eq!(calibration_of(&fallback).as_deref(), Some("fallback: fixed 3"));
         let observe = v1::PinnedPolicy { observe_only: true, ..Default::default() };
         let mut raw = answer(vec![score("axe", 0.0), score("bomb", 0.0)]);
-        raw.calibration_id.clear();
+        raw.calibration_ids.clear();
         assert_eq!(judge(&observe, &raw), Ok(()));
         raw.scores[0].z = 5.0;
         assert_eq!(judge(&observe, &raw), Ok(()), "above the gate, and merely said");

@@ -14,15 +14,20 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use fairlead_proto::v1::ConceptDefinition;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 /// Longest concept or group name.
 const MAX_NAME: usize = 64;
+
+/// Most concepts of a set that comes over the network, and most phrases of each of their lists.
+const MOST_SENT: usize = 256;
+const MOST_PHRASES: usize = 64;
 
 /// Why a concepts file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +63,7 @@ pub enum ConceptsError {
 }
 
 /// One concept.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Concept {
     /// Kebab-case name, unique in the file, e.g. "kitchen-knife".
@@ -75,6 +80,7 @@ pub struct Concept {
     pub weight: f32,
     /// Raw score above which the gate opens where no calibration is at hand and the policy allows
     /// a fallback.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback_threshold: Option<f32>,
 }
 
@@ -82,10 +88,10 @@ fn default_weight() -> f32 {
     1.0
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ConceptsFile {
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     anchors: Vec<String>,
     #[serde(default)]
     concept: Vec<Concept>,
@@ -146,6 +152,22 @@ impl Concept {
     }
 }
 
+impl From<ConceptDefinition> for Concept {
+    fn from(definition: ConceptDefinition) -> Self {
+        let ConceptDefinition { name, group, targets, anchors, weight, fallback_threshold } =
+            definition;
+        let weight = weight.unwrap_or_else(default_weight);
+        Self { name, group, targets, anchors, weight, fallback_threshold }
+    }
+}
+
+impl From<Concept> for ConceptDefinition {
+    fn from(concept: Concept) -> Self {
+        let Concept { name, group, targets, anchors, weight, fallback_threshold } = concept;
+        Self { name, group, targets, anchors, weight: Some(weight), fallback_threshold }
+    }
+}
+
 /// Lower-case words and digits joined by single hyphens.
 fn is_kebab_case(name: &str) -> bool {
     name.len() <= MAX_NAME
@@ -189,18 +211,46 @@ impl ConceptSet {
         if file.concept.is_empty() {
             return Err(invalid("no concept; add a [[concept]] table".to_owned()));
         }
-        let mut names = BTreeSet::new();
         let mut concepts = file.concept;
-        for concept in &mut concepts {
-            if concept.anchors.is_empty() {
-                concept.anchors.clone_from(&file.anchors);
-            }
-            concept.check().map_err(invalid)?;
-            if !names.insert(concept.name.clone()) {
-                return Err(invalid(format!(
-                    "concept `{}` is there twice; names must be unique",
-                    concept.name
-                )));
+        for concept in concepts.iter_mut().filter(|concept| concept.anchors.is_empty()) {
+            concept.anchors.clone_from(&file.anchors);
+        }
+        Self::checked(concepts).map_err(invalid)
+    }
+
+    /// A set that came over the network; an error says what is wrong with it.
+    pub(crate) fn received(definitions: Vec<ConceptDefinition>) -> Result<Self, String> {
+        if !(1..=MOST_SENT).contains(&definitions.len()) {
+            let concepts = definitions.len();
+            return Err(format!("has {concepts} concepts, must have 1 to {MOST_SENT}"));
+        }
+        let long = |d: &&ConceptDefinition| d.targets.len().max(d.anchors.len()) > MOST_PHRASES;
+        if let Some(ConceptDefinition { name, .. }) = definitions.iter().find(long) {
+            return Err(format!(
+                "concept `{name}` has more than {MOST_PHRASES} targets or anchors"
+            ));
+        }
+        Self::checked(definitions.into_iter().map(Concept::from).collect())
+    }
+
+    /// The set as others are sent it.
+    pub fn definitions(&self) -> Vec<ConceptDefinition> {
+        self.concepts.iter().cloned().map(ConceptDefinition::from).collect()
+    }
+
+    /// The set as a pack that [`ConceptSet::parse`] reads.
+    pub(crate) fn to_toml(&self) -> String {
+        let file = ConceptsFile { anchors: Vec::new(), concept: self.concepts.clone() };
+        toml::to_string(&file).expect("concepts are plain data")
+    }
+
+    fn checked(concepts: Vec<Concept>) -> Result<Self, String> {
+        let mut names = BTreeSet::new();
+        for concept in &concepts {
+            concept.check()?;
+            if !names.insert(&concept.name) {
+                let name = &concept.name;
+                return Err(format!("concept `{name}` is there twice; names must be unique"));
             }
         }
         Ok(Self { concepts })
@@ -220,12 +270,8 @@ fn packs(paths: &[PathBuf]) -> Result<Vec<PathBuf>, ConceptsError> {
             packs.push(path.clone());
             continue;
         }
-        let read = |source| ConceptsError::Read { path: path.clone(), source };
-        let entries = fs::read_dir(path).map_err(read)?;
-        let mut files =
-            entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, _>>().map_err(read)?;
-        files.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
-        files.sort();
+        let files =
+            files_of(path).map_err(|source| ConceptsError::Read { path: path.clone(), source })?;
         if files.is_empty() {
             let problem = "a folder without a .toml file; name the folder of the packs".to_owned();
             return Err(ConceptsError::Invalid { path: path.clone(), problem });
@@ -233,6 +279,15 @@ fn packs(paths: &[PathBuf]) -> Result<Vec<PathBuf>, ConceptsError> {
         packs.extend(files);
     }
     Ok(packs)
+}
+
+/// The packs in a folder, in the order of their names.
+pub(crate) fn files_of(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder)?;
+    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
+    files.sort();
+    Ok(files)
 }
 
 /// Hash of a served set: names and versions, whatever their order. A calibration's gate covers a
@@ -371,6 +426,30 @@ mod tests {
         assert_ne!(knife.version("contrastive", "n", 1), version);
         assert_ne!(knife.version("contrastive", "m", 2), version);
         assert_ne!(knife.version("classifier", "m", 1), version);
+    }
+
+    #[test]
+    fn a_set_travels_and_is_kept_unchanged() {
+        let set = parse(GOOD).expect("it parses");
+        assert_eq!(ConceptSet::received(set.definitions()).expect("it is sound"), set);
+        assert_eq!(parse(&set.to_toml()).expect("it parses"), set);
+    }
+
+    #[test]
+    fn a_set_from_the_network_is_checked_and_bounded() {
+        let good = parse(GOOD).expect("it parses").definitions();
+        let refused = |change: fn(&mut Vec<ConceptDefinition>)| {
+            let mut definitions = good.clone();
+            change(&mut definitions);
+            ConceptSet::received(definitions).expect_err("refused")
+        };
+        assert!(refused(Vec::clear).contains("0 concepts"));
+        assert!(refused(|d| *d = vec![d[0].clone(); 257]).contains("257 concepts"));
+        assert!(refused(|d| d[0].name = "A b".into()).contains("kebab-case"));
+        assert!(refused(|d| d[1].name = d[0].name.clone()).contains("twice"));
+        assert!(refused(|d| d[1].anchors = vec!["x".into(); 65]).contains("`pill`"));
+        assert!(refused(|d| d[1].anchors.clear()).contains("anchors"));
+        assert!(refused(|d| d[0].weight = Some(f32::NAN)).contains("weight"));
     }
 
     #[test]

@@ -28,6 +28,10 @@ pub struct EnergyArgs {
     /// node runs. Without any, only policies that allow a fallback can use this node.
     #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_CALIBRATIONS")]
     pub calibrations: Option<PathBuf>,
+    /// Folder that concepts are kept in which are added while the node runs (`fairlead concepts --add`), so
+    /// that it has them again after a restart. Without it they last until it stops.
+    #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_ADDED_CONCEPTS")]
+    pub added_concepts: Option<PathBuf>,
     /// Address to listen on; port 0 takes a free one.
     #[arg(
         long,
@@ -98,6 +102,8 @@ pub struct EnergyOptions {
     pub concepts: Vec<PathBuf>,
     /// Folder of calibrations; it need not exist yet.
     pub calibrations: Option<PathBuf>,
+    /// Folder for concepts that are added later; it need not exist yet.
+    pub added_concepts: Option<PathBuf>,
     /// Address others reach the node at; `None` takes the listener's.
     pub advertise: Option<String>,
     /// Coordinator to register with, "http://host:port".
@@ -124,6 +130,7 @@ impl EnergyOptions {
             concepts: vec![model.join("concepts.toml")],
             model,
             calibrations: None,
+            added_concepts: None,
             advertise: None,
             coordinator: None,
             node_id: ids::process_name("energy"),
@@ -148,6 +155,7 @@ impl From<EnergyArgs> for EnergyOptions {
             model: args.model,
             concepts: args.concepts,
             calibrations: args.calibrations,
+            added_concepts: args.added_concepts,
             advertise: args.advertise,
             coordinator: args.coordinator,
             node_id: args.node_id.unwrap_or_else(|| ids::process_name("energy")),

@@ -37,6 +37,49 @@ struct Work {
     since: Instant,
 }
 
+/// Concepts that the scorer is to learn.
+struct Lesson {
+    set: ConceptSet,
+    reply: oneshot::Sender<Result<(), RequestError>>,
+}
+
+enum Message {
+    Evaluate(Work),
+    Learn(Lesson),
+}
+
+impl Message {
+    fn refuse(self, reason: &str) {
+        match self {
+            Self::Evaluate(work) => work.refuse(reason),
+            Self::Learn(lesson) => lesson.refuse(reason),
+        }
+    }
+}
+
+impl Lesson {
+    /// As [`Work::refuse`].
+    fn refuse(self, reason: &str) {
+        let _ = self.reply.send(Err(RequestError::Stopped(reason.to_owned())));
+    }
+
+    /// Has `scorer` learn; the error is the message of a panic.
+    fn give(self, scorer: &mut dyn Scorer) -> Result<(), String> {
+        match catch_unwind(AssertUnwindSafe(|| scorer.learn(&self.set))) {
+            Ok(learned) => {
+                // Whoever asked waits to the end.
+                let _ = self.reply.send(learned.map_err(RequestError::from));
+                Ok(())
+            }
+            Err(panic) => {
+                let reason = format!("the energy model panicked: {}", panic_message(&*panic));
+                self.refuse(&reason);
+                Err(reason)
+            }
+        }
+    }
+}
+
 impl Work {
     /// Answers that the engine has stopped. A caller that is gone needs no answer.
     fn refuse(self, reason: &str) {
@@ -47,25 +90,36 @@ impl Work {
 /// Hands work to the engine; cheap to clone. The thread ends with the last handle.
 #[derive(Debug, Clone)]
 pub(crate) struct EngineHandle {
-    work: mpsc::Sender<Work>,
+    inbox: mpsc::Sender<Message>,
     state: watch::Receiver<EngineState>,
 }
 
 impl EngineHandle {
     /// Scores a batch. Dropping the future abandons it.
     pub(crate) async fn evaluate(&self, batch: Batch) -> Result<Vec<Evaluation>, RequestError> {
+        let (reply, answer) = oneshot::channel();
+        let work = Work { batch, reply, span: Span::current(), since: Instant::now() };
+        self.send(Message::Evaluate(work))?;
+        answer.await.unwrap_or_else(|_| Err(self.stopped()))
+    }
+
+    /// Has the scorer learn a set of concepts. Wait for the answer: once asked, it learns.
+    pub(crate) async fn learn(&self, set: ConceptSet) -> Result<(), RequestError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Learn(Lesson { set, reply }))?;
+        answer.await.unwrap_or_else(|_| Err(self.stopped()))
+    }
+
+    fn send(&self, message: Message) -> Result<(), RequestError> {
         if let EngineState::Failed(reason) = &*self.state.borrow() {
             return Err(RequestError::Stopped(reason.clone()));
         }
-        let (reply, answer) = oneshot::channel();
-        let work = Work { batch, reply, span: Span::current(), since: Instant::now() };
-        self.work.try_send(work).map_err(|error| match error {
+        self.inbox.try_send(message).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
-                RequestError::QueueFull { queue: self.work.max_capacity() }
+                RequestError::QueueFull { queue: self.inbox.max_capacity() }
             }
             mpsc::error::TrySendError::Closed(_) => self.stopped(),
-        })?;
-        answer.await.unwrap_or_else(|_| Err(self.stopped()))
+        })
     }
 
     /// Follows the engine's state.
@@ -95,7 +149,7 @@ pub(crate) async fn start(
     queue: usize,
     most: usize,
 ) -> Result<Engine, Error> {
-    let (work, inbox) = mpsc::channel(queue);
+    let (sender, inbox) = mpsc::channel(queue);
     let (state, state_receiver) = watch::channel(EngineState::Serving);
     let (loaded, description) = oneshot::channel();
     thread::Builder::new()
@@ -108,18 +162,18 @@ pub(crate) async fn start(
     let description = description
         .await
         .unwrap_or_else(|_| Err(Error::LoaderPanicked("its thread ended".to_owned())))?;
-    Ok(Engine { handle: EngineHandle { work, state: state_receiver }, description })
+    Ok(Engine { handle: EngineHandle { inbox: sender, state: state_receiver }, description })
 }
 
 fn run(
     loader: ScorerLoader,
     concepts: &ConceptSet,
     loaded: oneshot::Sender<Result<ScorerDescription, Error>>,
-    mut inbox: mpsc::Receiver<Work>,
+    inbox: mpsc::Receiver<Message>,
     state: &watch::Sender<EngineState>,
     most: usize,
 ) {
-    let scorer = match catch_unwind(AssertUnwindSafe(|| loader(concepts))) {
+    let mut scorer = match catch_unwind(AssertUnwindSafe(|| loader(concepts))) {
         Ok(Ok(scorer)) => scorer,
         failed => {
             let error = match failed {
@@ -135,27 +189,59 @@ fn run(
     if loaded.send(Ok(scorer.describe().clone())).is_err() {
         return;
     }
-    while let Some(first) = inbox.blocking_recv() {
-        let mut waiting = vec![first];
-        // What has come meanwhile shares the pass; what would need another waits for its turn, so that
-        // nobody's answer waits for more than one pass of others.
-        let mut images = waiting[0].batch.samples.len();
-        while images < most
-            && let Ok(work) = inbox.try_recv()
-        {
-            images += work.batch.samples.len();
-            waiting.push(work);
-        }
-        let Err(reason) = answer_all(&*scorer, waiting, most) else { continue };
+    serve(scorer.as_mut(), inbox, state, most);
+}
+
+/// Answers until there is nobody left to ask, or the scorer panics.
+fn serve(
+    scorer: &mut dyn Scorer,
+    mut inbox: mpsc::Receiver<Message>,
+    state: &watch::Sender<EngineState>,
+    most: usize,
+) {
+    let mut next = None;
+    while let Some(message) = next.take().or_else(|| inbox.blocking_recv()) {
+        let ended = match message {
+            Message::Learn(lesson) => lesson.give(scorer),
+            Message::Evaluate(first) => {
+                let (waiting, other) = gather(first, &mut inbox, most);
+                next = other;
+                answer_all(scorer, waiting, most)
+            }
+        };
+        let Err(reason) = ended else { continue };
         tracing::error!(%reason, "the energy model panicked; this node no longer scores");
         state.send_replace(EngineState::Failed(reason.clone()));
         // Refuse what waits, and whatever was sent before the state was seen.
         inbox.close();
-        while let Some(work) = inbox.blocking_recv() {
-            work.refuse(&reason);
+        while let Some(message) = next.take().or_else(|| inbox.blocking_recv()) {
+            message.refuse(&reason);
         }
         return;
     }
+}
+
+/// `first` and what has come meanwhile and shares its pass; what would need another waits for its turn, so
+/// that nobody's answer waits for more than one pass of others. And a message of another kind, if one
+/// came.
+fn gather(
+    first: Work,
+    inbox: &mut mpsc::Receiver<Message>,
+    most: usize,
+) -> (Vec<Work>, Option<Message>) {
+    let mut images = first.batch.samples.len();
+    let mut waiting = vec![first];
+    while images < most {
+        match inbox.try_recv() {
+            Ok(Message::Evaluate(work)) => {
+                images += work.batch.samples.len();
+                waiting.push(work);
+            }
+            Ok(other) => return (waiting, Some(other)),
+            Err(_) => break,
+        }
+    }
+    (waiting, None)
 }
 
 /// Answers requests, those together that ask for the same; the error is the message of a panic, which

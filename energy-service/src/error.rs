@@ -66,6 +66,19 @@ pub(crate) enum RequestError {
     )]
     WrongVersion { concept: String, asked: String, served: String },
     #[error(
+        "concept `{concept}` is served here in other words; give the new one another name, or restart the node \
+         without the old one"
+    )]
+    ServedAlready { concept: String },
+    #[error(
+        "{concepts} concepts would be too many: a node serves at most {most}; start another one"
+    )]
+    TooManyConcepts { concepts: usize, most: usize },
+    #[error("the concepts are served until the node stops, but could not be kept: {0}")]
+    NotKept(String),
+    #[error("the calibrations cannot be read: {0}")]
+    Calibrations(#[from] FileError),
+    #[error(
         "no calibration for {setup} (this node has: {present}); make one with `{command}`, or let \
          the policy set allow_calibration_fallback"
     )]
@@ -104,13 +117,18 @@ impl RequestError {
         match self {
             Self::Invalid { .. } | Self::Tensor(_) | Self::Png(_) => Code::InvalidArgument,
             Self::UnknownConcept { .. } | Self::WrongVersion { .. } => Code::NotFound,
+            Self::ServedAlready { .. } => Code::AlreadyExists,
             Self::NoCalibration { .. }
             | Self::OutsideCalibration { .. }
-            | Self::NoThreshold { .. } => Code::FailedPrecondition,
-            Self::QueueFull { .. } => Code::ResourceExhausted,
+            | Self::NoThreshold { .. }
+            | Self::Calibrations(_) => Code::FailedPrecondition,
+            Self::QueueFull { .. } | Self::TooManyConcepts { .. } => Code::ResourceExhausted,
             Self::Loading | Self::Stopped(_) => Code::Unavailable,
             Self::Late(_) => Code::DeadlineExceeded,
-            Self::Scorer(_) | Self::Score { .. } | Self::Gradient { .. } => Code::Internal,
+            Self::Scorer(ScorerError::Phrase { .. }) => Code::InvalidArgument,
+            Self::NotKept(_) | Self::Scorer(_) | Self::Score { .. } | Self::Gradient { .. } => {
+                Code::Internal
+            }
         }
     }
 }

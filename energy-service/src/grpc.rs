@@ -6,8 +6,8 @@ use fairlead_common::trace;
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
-        CheckRequest, CheckResponse, DescribeRequest, DescribeResponse, EvaluateRequest,
-        EvaluateResponse,
+        AddConceptsRequest, AddConceptsResponse, CheckRequest, CheckResponse, DescribeRequest,
+        DescribeResponse, EvaluateRequest, EvaluateResponse,
         energy_service_server::{EnergyService, EnergyServiceServer},
     },
 };
@@ -15,7 +15,7 @@ use tonic::{Code, Request, Response, Status};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::Instrument;
 
-use crate::{error::RequestError, metrics, service::Node};
+use crate::{error::RequestError, metrics, run::unix_ms, service::Node};
 
 /// The node, once its model is loaded.
 pub(crate) type NodeCell = Arc<OnceLock<Arc<Node>>>;
@@ -39,8 +39,8 @@ impl EnergyGrpc {
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    fn node(&self) -> Result<&Node, RequestError> {
-        self.node.get().map(|node| &**node).ok_or(RequestError::Loading)
+    fn node(&self) -> Result<&Arc<Node>, RequestError> {
+        self.node.get().ok_or(RequestError::Loading)
     }
 }
 
@@ -74,6 +74,20 @@ impl EnergyService for EnergyGrpc {
         let answer = async { self.node()?.check(request.into_inner()).await };
         answered("check", answer.instrument(span).await)
     }
+
+    async fn add_concepts(
+        &self,
+        request: Request<AddConceptsRequest>,
+    ) -> Result<Response<AddConceptsResponse>, Status> {
+        let node = Arc::clone(self.node()?);
+        // A task of its own, so that it is polled to the end when the caller goes away.
+        let adding = async move { node.add_concepts(request.into_inner(), unix_ms()).await };
+        let answer = match tokio::spawn(adding).await {
+            Ok(answer) => answer,
+            Err(panic) => Err(RequestError::Stopped(panic.to_string())),
+        };
+        answered("add_concepts", answer)
+    }
 }
 
 /// Counts an answer and puts it on the wire.
@@ -104,7 +118,8 @@ pub(crate) async fn set_health(reporter: &HealthReporter, node: Option<&Node>, s
     let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
     reporter.set_service_status("", status).await;
     reporter.set_service_status(SERVICE, status).await;
-    for concept in node.iter().flat_map(|node| node.concept_names()) {
-        reporter.set_service_status(concept_service(concept), status).await;
+    let offer = node.map(Node::offer);
+    for concept in offer.iter().flat_map(|offer| &offer.served.concepts) {
+        reporter.set_service_status(concept_service(&concept.info.name), status).await;
     }
 }

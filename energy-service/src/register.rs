@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
-use crate::{calibration::store::Calibrations, engine::EngineState, service::Node};
+use crate::{engine::EngineState, offer::Offer, service::Node};
 
 /// Deadline of every call to the coordinator.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,10 +50,10 @@ pub(crate) async fn keep_registered(
     let mut client = RegistryServiceClient::new(coordinators)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let mut calibrations = node.calibrations();
+    let mut offers = node.offers();
     let mut engine = node.engine().state();
     loop {
-        calibrations.borrow_and_update();
+        offers.borrow_and_update();
         let registered = tokio::select! {
             biased;
             () = shutdown.cancelled() => return,
@@ -62,12 +62,14 @@ pub(crate) async fn keep_registered(
         };
         let mut registration = registered;
         let ended =
-            renew(&mut client, &mut registration, &mut calibrations, &mut engine, &shutdown).await;
+            renew(&mut client, &mut registration, &mut offers, &mut engine, &shutdown).await;
         match ended {
             Ended::Shutdown | Ended::EngineFailed => {
                 return deregister(&mut client, registration).await;
             }
-            Ended::Changed => tracing::info!("calibrations changed, registering anew"),
+            Ended::Changed => {
+                tracing::info!("concepts or calibrations changed, registering anew")
+            }
             Ended::Forgotten => {
                 tracing::warn!("the coordinator forgot this node, registering anew")
             }
@@ -114,7 +116,7 @@ async fn register(client: &mut RegistryServiceClient<Replicas>, node: NodeInfo) 
 async fn renew(
     client: &mut RegistryServiceClient<Replicas>,
     registration: &mut Registration,
-    calibrations: &mut watch::Receiver<Arc<Calibrations>>,
+    offers: &mut watch::Receiver<Arc<Offer>>,
     engine: &mut watch::Receiver<EngineState>,
     shutdown: &CancellationToken,
 ) -> Ended {
@@ -125,7 +127,7 @@ async fn renew(
             biased;
             () = shutdown.cancelled() => return Ended::Shutdown,
             () = failed(engine) => return Ended::EngineFailed,
-            Ok(()) = calibrations.changed() => return Ended::Changed,
+            Ok(()) = offers.changed() => return Ended::Changed,
             () = tokio::time::sleep(wait) => {}
         }
         let request = RenewNodeRequest {

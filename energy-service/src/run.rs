@@ -1,12 +1,16 @@
 //! Starts, runs and stops a node.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use fairlead_common::{
     grpc::{Replicas, channel, incoming, replicas, server},
     tls::Peers,
 };
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
 
@@ -16,12 +20,14 @@ use crate::{
     config::EnergyOptions,
     crops::MAX_CROPS,
     engine::{self, EngineState},
-    error::Error,
+    error::{Error, RequestError},
     grpc::{EnergyGrpc, NodeCell, reflection, set_health},
+    kept,
+    offer::Offer,
     register::{self, keep_registered},
     scorer::{Contrastive, ScorerLoader},
     served::Served,
-    service::{Identity, Node},
+    service::{Folders, Identity, Node},
 };
 
 /// Time that calls in flight get to end after a shutdown.
@@ -65,7 +71,7 @@ pub async fn run_with_scorer(
         .as_deref()
         .map(|coordinator| replicas(coordinator, register::CALL_TIMEOUT, &options.tls))
         .transpose()?;
-    let concepts = ConceptSet::load(&options.concepts)?;
+    let concepts = concept_sets(&options)?;
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, None, false).await;
     let cell = NodeCell::default();
@@ -82,7 +88,7 @@ pub async fn run_with_scorer(
             () = shutdown.cancelled() => return Ok(()),
             loaded = load(&options, loader, concepts, identity) => loaded?,
         };
-        live(loaded, &cell, &health, registry, options.calibrations.clone(), &shutdown).await;
+        live(loaded, &cell, &health, registry, &shutdown).await;
         Ok::<(), Error>(())
     };
     tokio::select! {
@@ -104,23 +110,26 @@ async fn live(
     cell: &NodeCell,
     health: &HealthReporter,
     registry: Option<Replicas>,
-    calibrations: Option<PathBuf>,
     shutdown: &CancellationToken,
 ) {
     cell.get_or_init(|| node.clone());
+    let mut offers = node.offers();
     set_health(health, Some(&node), true).await;
-    tracing::info!(concepts = node.concept_names().count(), "energy node serving");
+    tracing::info!(concepts = node.offer().served.concepts.len(), "energy node serving");
     let mut tasks = JoinSet::new();
     if let Some(registry) = registry {
         tasks.spawn(keep_registered(registry, node.clone(), shutdown.clone()));
     }
-    if let Some(directory) = calibrations {
+    if let Some(directory) = node.folders().calibrations.clone() {
         tasks.spawn(reload_calibrations(node.clone(), directory, shutdown.clone()));
     }
     let mut engine = node.engine().state();
-    tokio::select! {
-        () = shutdown.cancelled() => {}
-        _ = engine.wait_for(|state| *state != EngineState::Serving) => {}
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            () = broken(&mut engine) => break,
+            Ok(()) = offers.changed() => set_health(health, Some(&node), true).await,
+        }
     }
     set_health(health, Some(&node), false).await;
     shutdown.cancelled().await;
@@ -128,21 +137,58 @@ async fn live(
     while tasks.join_next().await.is_some() {}
 }
 
+async fn broken(engine: &mut watch::Receiver<EngineState>) {
+    // An engine that is gone is broken, too.
+    let _ = engine.wait_for(|state| *state != EngineState::Serving).await;
+}
+
 async fn load(
     options: &EnergyOptions,
     loader: ScorerLoader,
-    concepts: ConceptSet,
+    (first, added): (ConceptSet, Vec<ConceptSet>),
     identity: Identity,
 ) -> Result<Arc<Node>, Error> {
-    let engine =
-        engine::start(loader, concepts.clone(), options.queue as usize, options.images_of_a_pass())
-            .await?;
-    let served = Served::new(&concepts, &engine.description);
-    let calibrations = match &options.calibrations {
+    let (queue, most) = (options.queue as usize, options.images_of_a_pass());
+    let engine = engine::start(loader, first.clone(), queue, most).await?;
+    let mut served = Served::by(&engine.description);
+    let now = unix_ms();
+    let refused = |error: RequestError| Error::Option {
+        option: "--added-concepts",
+        why: format!("holds a pack that cannot be served: {error}"),
+    };
+    if let (_, Some(with)) = served.with(&first, now).map_err(refused)? {
+        served = with;
+    }
+    for set in added {
+        // A set that has meanwhile come to --concepts is there already.
+        if let (_, Some(with)) = served.with(&set, now).map_err(refused)? {
+            engine.handle.learn(set).await.map_err(refused)?;
+            served = with;
+        }
+    }
+    let folders = Folders {
+        calibrations: options.calibrations.clone(),
+        added_concepts: options.added_concepts.clone(),
+    };
+    let calibrations = match &folders.calibrations {
         Some(directory) => Calibrations::load(directory, &served)?,
         None => Calibrations::default(),
     };
-    Ok(Arc::new(Node::new(engine.handle, engine.description, served, calibrations, identity)))
+    let offer = Offer { served, calibrations };
+    Ok(Arc::new(Node::new(engine.handle, engine.description, offer, folders, identity)))
+}
+
+/// The set of --concepts, and those that were added before.
+fn concept_sets(options: &EnergyOptions) -> Result<(ConceptSet, Vec<ConceptSet>), Error> {
+    let first = ConceptSet::load(&options.concepts)?;
+    let added = options.added_concepts.as_deref().map(kept::read).transpose()?;
+    Ok((first, added.unwrap_or_default()))
+}
+
+/// This machine's time, milliseconds since the Unix epoch.
+pub(crate) fn unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Checks the options and says who the node is.

@@ -15,39 +15,75 @@ use crate::{
 pub(crate) struct ServedConcept {
     pub(crate) info: Concept,
     pub(crate) version: String,
+    /// The set that it belongs to, an index into [`Served::sets`].
+    pub(crate) set: usize,
+    pub(crate) since_unix_ms: i64,
 }
 
-/// The served set, in the order the scorer knows it by.
+/// What the scorer knows, in its order: sets of concepts, each with gates of its own.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Served {
     pub(crate) concepts: Vec<ServedConcept>,
+    /// Hash of each set.
+    pub(crate) sets: Vec<String>,
     /// Name of the energy model.
     pub(crate) energy: String,
+    /// Kind of the energy model.
+    pub(crate) kind: &'static str,
     /// Content hash of the energy model.
     pub(crate) energy_model: String,
     pub(crate) preprocessing_version: u32,
-    /// Hash of the whole set.
-    pub(crate) concept_set: String,
 }
 
 impl Served {
-    pub(crate) fn new(set: &ConceptSet, scorer: &ScorerDescription) -> Self {
-        let version =
-            |c: &Concept| c.version(scorer.kind, &scorer.model_hash, PREPROCESSING_VERSION);
-        let concepts = set
-            .concepts()
-            .iter()
-            .map(|info| ServedConcept { info: info.clone(), version: version(info) })
-            .collect::<Vec<_>>();
+    /// Nothing yet.
+    pub(crate) fn by(scorer: &ScorerDescription) -> Self {
         Self {
-            concept_set: set_hash(
-                concepts.iter().map(|c| (c.info.name.as_str(), c.version.as_str())),
-            ),
-            concepts,
+            concepts: Vec::new(),
+            sets: Vec::new(),
             energy: scorer.model_name.clone(),
+            kind: scorer.kind,
             energy_model: scorer.model_hash.clone(),
             preprocessing_version: PREPROCESSING_VERSION,
         }
+    }
+
+    /// The number of `set` among the sets, and what is served with it unless it is served already.
+    ///
+    /// # Errors
+    /// If a concept of that name is served in other words.
+    pub(crate) fn with(
+        &self,
+        set: &ConceptSet,
+        since_unix_ms: i64,
+    ) -> Result<(usize, Option<Self>), RequestError> {
+        let bind = |info: &Concept| ServedConcept {
+            version: info.version(self.kind, &self.energy_model, self.preprocessing_version),
+            info: info.clone(),
+            set: self.sets.len(),
+            since_unix_ms,
+        };
+        let added: Vec<ServedConcept> = set.concepts().iter().map(bind).collect();
+        let hash = set_hash(added.iter().map(|c| (c.info.name.as_str(), c.version.as_str())));
+        if let Some(known) = self.sets.iter().position(|other| *other == hash)
+            && self.of_set(known).all(|concept| set.concepts().contains(&concept.info))
+        {
+            return Ok((known, None));
+        }
+        let is_known =
+            |new: &&ServedConcept| self.concepts.iter().any(|c| c.info.name == new.info.name);
+        if let Some(twice) = added.iter().find(is_known) {
+            return Err(RequestError::ServedAlready { concept: twice.info.name.clone() });
+        }
+        let mut served = self.clone();
+        served.concepts.extend(added);
+        served.sets.push(hash);
+        Ok((self.sets.len(), Some(served)))
+    }
+
+    /// The concepts of one set.
+    pub(crate) fn of_set(&self, set: usize) -> impl Iterator<Item = &ServedConcept> {
+        self.concepts.iter().filter(move |concept| concept.set == set)
     }
 
     /// Indices of the concepts a request asks for, in its order. Every one must be served here at
@@ -99,7 +135,7 @@ mod tests {
                 { name = "pill", group = "drugs", targets = ["a pill"] },
             ]
         "#;
-        let set = ConceptSet::parse(Path::new("c.toml"), text).expect("it parses");
+        let set = parsed(text);
         let scorer = ScorerDescription {
             kind: "contrastive",
             model_name: "m".into(),
@@ -108,7 +144,12 @@ mod tests {
             width: 8,
             steepness: 50.0,
         };
-        Served::new(&set, &scorer)
+        let (_, served) = Served::by(&scorer).with(&set, 0).expect("nothing is served yet");
+        served.expect("it is new")
+    }
+
+    fn parsed(text: &str) -> ConceptSet {
+        ConceptSet::parse(Path::new("c.toml"), text).expect("it parses")
     }
 
     #[test]
@@ -127,5 +168,25 @@ mod tests {
         assert!(refused(&[unknown]).contains("axe, pill"));
         let stale = ConceptRef { version: "0".into(), ..asked(0) };
         assert!(refused(&[stale]).contains(&served.concepts[0].version));
+    }
+
+    #[test]
+    fn a_set_is_added_once_and_changes_no_other() {
+        let served = served();
+        let hat = r#"concept = [
+            { name = "hat", group = "clothes", targets = ["a hat"], anchors = ["a picture"] },
+        ]"#;
+        let (set, more) = served.with(&parsed(hat), 7).expect("it is new");
+        let more = more.expect("it is new");
+        assert_eq!(
+            (set, &more.sets[..1], &more.concepts[..2]),
+            (1, &*served.sets, &*served.concepts)
+        );
+        assert_eq!((more.concepts[2].set, more.concepts[2].since_unix_ms), (1, 7));
+        assert_eq!(more.with(&parsed(hat), 9).expect("it is known"), (1, None));
+        for other in [hat.replace("a hat", "a cap"), hat.replace("clothes", "things")] {
+            let refused = more.with(&parsed(&other), 9).expect_err("other words").to_string();
+            assert!(refused.contains("`hat`"), "{refused}");
+        }
     }
 }

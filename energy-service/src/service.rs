@@ -1,24 +1,31 @@
 //! What a loaded node answers: requests checked and resolved, results put on the wire.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use fairlead_common::tensor;
 use fairlead_proto::{MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION, v1};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::{
     calibration::{
         FileError,
         store::{Calibrations, Levels},
     },
+    concepts::ConceptSet,
     crops::MAX_CROPS,
     engine::EngineHandle,
     error::RequestError,
     evaluate::{AskedConcept, Batch, Evaluation, Gate, Sample, Scored},
     gate::{Before, Level},
+    kept,
+    offer::{Offer, Run},
     preprocess,
     scorer::ScorerDescription,
-    served::{Served, ServedConcept},
+    served::Served,
 };
 
 /// Longest time a call may take where its caller set no deadline.
@@ -26,6 +33,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Most images of one request, however small they are.
 const MAX_BATCH: usize = 64;
+
+/// Most concepts of a node that learns.
+const MOST_CONCEPTS: usize = 1024;
 
 /// How a node appears to others.
 #[derive(Debug, Clone)]
@@ -37,13 +47,22 @@ pub(crate) struct Identity {
     pub(crate) crops: u32,
 }
 
+/// Folders that a node reads, and writes what it learns to.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Folders {
+    pub(crate) calibrations: Option<PathBuf>,
+    pub(crate) added_concepts: Option<PathBuf>,
+}
+
 /// A node whose model is loaded.
 #[derive(Debug)]
 pub(crate) struct Node {
     engine: EngineHandle,
     scorer: ScorerDescription,
-    served: Served,
-    calibrations: watch::Sender<Arc<Calibrations>>,
+    offer: watch::Sender<Arc<Offer>>,
+    /// Held by whoever changes the offer.
+    changing: Mutex<()>,
+    folders: Folders,
     identity: Identity,
 }
 
@@ -51,53 +70,90 @@ impl Node {
     pub(crate) fn new(
         engine: EngineHandle,
         scorer: ScorerDescription,
-        served: Served,
-        calibrations: Calibrations,
+        offer: Offer,
+        folders: Folders,
         identity: Identity,
     ) -> Self {
-        let calibrations = watch::Sender::new(Arc::new(calibrations));
-        Self { engine, scorer, served, calibrations, identity }
+        let offer = watch::Sender::new(Arc::new(offer));
+        Self { engine, scorer, offer, changing: Mutex::new(()), folders, identity }
     }
 
     pub(crate) fn engine(&self) -> &EngineHandle {
         &self.engine
     }
 
-    /// Names of the served concepts.
-    pub(crate) fn concept_names(&self) -> impl Iterator<Item = &str> {
-        self.served.concepts.iter().map(|concept| concept.info.name.as_str())
+    pub(crate) fn folders(&self) -> &Folders {
+        &self.folders
     }
 
-    /// Changes when calibrations come or go.
-    pub(crate) fn calibrations(&self) -> watch::Receiver<Arc<Calibrations>> {
-        self.calibrations.subscribe()
+    /// What it serves now.
+    pub(crate) fn offer(&self) -> Arc<Offer> {
+        Arc::clone(&self.offer.borrow())
     }
 
-    /// Reads the calibrations anew; true if they changed.
+    /// Changes when concepts are added, and when calibrations come or go.
+    pub(crate) fn offers(&self) -> watch::Receiver<Arc<Offer>> {
+        self.offer.subscribe()
+    }
+
+    /// Reads the calibrations anew; true if they changed. It blocks.
     pub(crate) fn reload(&self, directory: &Path) -> Result<bool, FileError> {
-        let fresh = Calibrations::load(directory, &self.served)?;
-        Ok(self.calibrations.send_if_modified(|present| {
-            let changed = **present != fresh;
-            if changed {
-                *present = Arc::new(fresh);
+        let _changing = self.changing.blocking_lock();
+        let Offer { served, calibrations } = &*self.offer();
+        let fresh = Calibrations::load(directory, served)?;
+        let changed = *calibrations != fresh;
+        if changed {
+            let offer = Offer { served: served.clone(), calibrations: fresh };
+            self.offer.send_replace(Arc::new(offer));
+        }
+        Ok(changed)
+    }
+
+    /// Serves one more set of concepts from now on, with the calibrations that are there for it. Poll it to
+    /// the end: the scorer's order and this node's must stay one.
+    pub(crate) async fn add_concepts(
+        &self,
+        request: v1::AddConceptsRequest,
+        now_unix_ms: i64,
+    ) -> Result<v1::AddConceptsResponse, RequestError> {
+        let set = ConceptSet::received(request.concepts)
+            .map_err(|why| RequestError::Invalid { field: "concepts", why })?;
+        let _changing = self.changing.lock().await;
+        let present = self.offer();
+        let (number, served) = present.served.with(&set, now_unix_ms)?;
+        let Some(served) = served else { return Ok(present.set(number)) };
+        let concepts = served.concepts.len();
+        if concepts > MOST_CONCEPTS {
+            return Err(RequestError::TooManyConcepts { concepts, most: MOST_CONCEPTS });
+        }
+        let calibrations = match self.folders.calibrations.clone() {
+            Some(folder) => {
+                blocking({
+                    let served = served.clone();
+                    move || Calibrations::load(&folder, &served)
+                })
+                .await??
             }
-            changed
-        }))
+            None => Calibrations::default(),
+        };
+        self.engine.learn(set.clone()).await?;
+        let offer = Offer { served, calibrations };
+        let answer = offer.set(number);
+        let hash = offer.served.sets[number].clone();
+        self.offer.send_replace(Arc::new(offer));
+        let names: Vec<&str> = set.concepts().iter().map(|c| c.name.as_str()).collect();
+        tracing::info!(?names, calibrations = answer.calibrations.len(), "concepts added");
+        if let Some(folder) = self.folders.added_concepts.clone() {
+            let kept = blocking(move || kept::write(&folder, &hash, &set)).await?;
+            kept.map_err(|error| RequestError::NotKept(error.to_string()))?;
+        }
+        Ok(answer)
     }
 
     /// The node's full description.
     pub(crate) fn describe(&self) -> v1::NodeInfo {
         let ScorerDescription { kind, model_name, model_hash, height, width, .. } = &self.scorer;
-        let concept = |concept: &ServedConcept| v1::ConceptInfo {
-            concept: Some(v1::ConceptRef {
-                name: concept.info.name.clone(),
-                version: concept.version.clone(),
-                energy: self.served.energy.clone(),
-            }),
-            group: concept.info.group.clone(),
-            phrases: concept.info.targets.clone(),
-            weight: concept.info.weight,
-        };
+        let offer = self.offer();
         v1::NodeInfo {
             node_id: self.identity.node_id.clone(),
             address: self.identity.address.clone(),
@@ -114,8 +170,8 @@ impl Node {
                 range_max: 1.0,
                 max_batch: self.max_batch() as u32,
             }),
-            concepts: self.served.concepts.iter().map(concept).collect(),
-            calibrations: self.calibrations.borrow().infos(),
+            concepts: offer.concepts(),
+            calibrations: offer.calibrations(),
         }
     }
 
@@ -129,7 +185,8 @@ impl Node {
         &self,
         request: v1::EvaluateRequest,
     ) -> Result<v1::EvaluateResponse, RequestError> {
-        let indices = self.served.resolve(&request.concepts)?;
+        let offer = self.offer();
+        let indices = offer.served.resolve(&request.concepts)?;
         let crops = self.crops(request.crops)?;
         self.check_samples(&request.samples)?;
         let images = request.samples.len();
@@ -138,9 +195,9 @@ impl Node {
         let times = request.samples.iter().map(|sample| sample.time).collect::<Vec<_>>();
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
-        let levels = self.levels(&indices, &times, key, crops, fallback);
+        let levels = self.levels(&offer, &indices, &times, key, crops, fallback);
         let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
-        let concepts = self.asked(&indices);
+        let concepts = asked(&offer.served, &indices);
         let samples = request.samples.iter().enumerate().map(|(image, context)| {
             let before = |k: usize| before(context, &concepts[k].name);
             let gates = levels.as_ref().map(|levels| gates(&levels.levels[image], before));
@@ -156,12 +213,12 @@ impl Node {
         let mut evaluations = self.score(batch).await?;
         stand(&mut evaluations, standing);
         let gradient = gradient(&evaluations, height, width);
-        let (calibration_id, calibration_fallback) = origin(levels);
+        let (calibration_ids, calibration_fallbacks) = origin(levels);
         Ok(v1::EvaluateResponse {
             samples: evaluations.iter().map(|e| self.sample_evaluation(e, &concepts)).collect(),
             gradient,
-            calibration_id,
-            calibration_fallback,
+            calibration_ids,
+            calibration_fallbacks,
         })
     }
 
@@ -169,11 +226,12 @@ impl Node {
         &self,
         mut request: v1::CheckRequest,
     ) -> Result<v1::CheckResponse, RequestError> {
-        let indices = self.served.resolve(&request.concepts)?;
+        let offer = self.offer();
+        let indices = offer.served.resolve(&request.concepts)?;
         let crops = self.crops(request.crops)?;
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
-        let levels = self.levels(&indices, &[0.0], key, crops, fallback);
+        let levels = self.levels(&offer, &indices, &[0.0], key, crops, fallback);
         let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
         let (height, width) = (self.scorer.height, self.scorer.width);
         // Decoding a large image takes a while: not on the async threads.
@@ -182,7 +240,7 @@ impl Node {
         let image = tokio::task::spawn_blocking(decode)
             .await
             .map_err(|error| RequestError::Png(format!("decoding failed: {error}")))??;
-        let concepts = self.asked(&indices);
+        let concepts = asked(&offer.served, &indices);
         let steered_away = |k: usize| request.open_concepts.contains(&concepts[k].name);
         let before = |k| if steered_away(k) { Before::Open } else { Before::Closed };
         let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], before));
@@ -203,14 +261,14 @@ impl Node {
             steered_away(k) && level[k].is_open(evaluation.concepts[k].z, Before::Held)
         };
         let remaining = (0..level.len()).filter(remains).map(|k| concepts[k].name.clone());
-        let (calibration_id, calibration_fallback) = origin(levels);
+        let (calibration_ids, calibration_fallbacks) = origin(levels);
         Ok(v1::CheckResponse {
             scores: self.concept_scores(evaluation, &concepts),
             flagged: evaluation.is_open(),
             image_sha256: image.sha256,
             remaining_concepts: remaining.collect(),
-            calibration_id,
-            calibration_fallback,
+            calibration_ids,
+            calibration_fallbacks,
         })
     }
 
@@ -248,6 +306,7 @@ impl Node {
 
     fn levels(
         &self,
+        offer: &Offer,
         indices: &[usize],
         times: &[f32],
         key: Option<&v1::CalibrationKey>,
@@ -258,14 +317,8 @@ impl Node {
         let key = key
             .filter(|key| !key.generator.is_empty() && key.steps > 0)
             .ok_or_else(|| RequestError::Invalid { field: "calibration", why: missing() })?;
-        let present = self.calibrations.borrow().clone();
-        let concepts = indices.iter().map(|&index| &self.served.concepts[index]);
-        present.choose(key, crops, allow_fallback)?.levels(
-            &concepts.collect::<Vec<_>>(),
-            times,
-            key,
-            self.scorer.steepness,
-        )
+        let run = Run { key, crops, allow_fallback, steepness: self.scorer.steepness };
+        offer.levels(indices, times, &run)
     }
 
     fn sample_evaluation(
@@ -291,18 +344,26 @@ impl Node {
             z: scored.z,
             gate: scored.gate,
             open: scored.open,
-            energy: self.served.energy.clone(),
+            energy: self.scorer.model_name.clone(),
         };
         concepts.iter().zip(&evaluation.concepts).map(score).collect()
     }
+}
 
-    fn asked(&self, indices: &[usize]) -> Vec<AskedConcept> {
-        let asked = |&index: &usize| {
-            let info = &self.served.concepts[index].info;
-            AskedConcept { index, name: info.name.clone(), weight: info.weight }
-        };
-        indices.iter().map(asked).collect()
-    }
+fn asked(served: &Served, indices: &[usize]) -> Vec<AskedConcept> {
+    let asked = |&index: &usize| {
+        let info = &served.concepts[index].info;
+        AskedConcept { index, name: info.name.clone(), weight: info.weight }
+    };
+    indices.iter().map(asked).collect()
+}
+
+/// Runs what reads or writes files.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RequestError> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.map_err(|error| RequestError::Stopped(error.to_string()))
 }
 
 fn before(context: &v1::SampleContext, concept: &String) -> Before {
@@ -337,8 +398,8 @@ fn stand(evaluations: &mut [Evaluation], levels: Option<Levels>) {
     }
 }
 
-fn origin(levels: Option<Levels>) -> (String, String) {
-    levels.map(|levels| (levels.calibration_id, levels.fallback)).unwrap_or_default()
+fn origin(levels: Option<Levels>) -> (Vec<String>, Vec<String>) {
+    levels.map(|levels| (levels.calibration_ids, levels.fallbacks)).unwrap_or_default()
 }
 
 /// The gradients on the wire, zero rows for images whose gates are closed: in f32, because a pixel's

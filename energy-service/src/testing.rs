@@ -9,6 +9,7 @@ use std::sync::{
 use candle_core::{Device, Tensor};
 
 use crate::{
+    concepts::ConceptSet,
     random::SplitMix64,
     scorer::{Pass, Scorer, ScorerDescription, ScorerError, ScorerLoader},
 };
@@ -138,6 +139,13 @@ impl Scorer for TestScorer {
 
     fn device(&self) -> &Device {
         &Device::Cpu
+    }
+
+    fn learn(&mut self, set: &ConceptSet) -> Result<(), ScorerError> {
+        let fault = self.fault();
+        assert!(fault != Fault::Panic, "the test asked for a panic");
+        self.weights = weights(self.weights.len() + set.concepts().len());
+        Ok(())
     }
 
     fn forward<'a>(

@@ -98,6 +98,7 @@ async fn without_a_tenants_key_nothing_is_answered() {
         patient(catalog.list_models(v1::ListModelsRequest {})).await.map(drop),
         patient(catalog.list_concepts(v1::ListConceptsRequest {})).await.map(drop),
         patient(catalog.retire_concept(v1::RetireConceptRequest::default())).await.map(drop),
+        patient(catalog.deploy_concepts(v1::DeployConceptsRequest::default())).await.map(drop),
     ];
     for answer in unauthenticated {
         assert_status(answer, Code::Unauthenticated, "no key");
@@ -159,6 +160,24 @@ async fn a_tenant_sees_its_own_jobs_and_an_admin_all() {
     };
     assert_status(retire(ACME).await, Code::PermissionDenied, "tenant `acme` is no admin");
     assert_status(retire(ADMIN).await, Code::FailedPrecondition, "serves it");
+}
+
+#[tokio::test]
+async fn only_an_admin_gives_concepts_to_nodes_and_hears_what_each_says() {
+    let (cluster, _node, _worker) = start(tenants()).await;
+    let deploy = async |header, node_ids: &[&str]| {
+        let mut catalog = CatalogServiceClient::with_interceptor(cluster.channel(), Header(header));
+        let node_ids = node_ids.iter().map(|&id| id.to_owned()).collect();
+        let request = v1::DeployConceptsRequest { node_ids, ..Default::default() };
+        patient(catalog.deploy_concepts(request)).await
+    };
+    assert_status(deploy(ACME, &[]).await, Code::PermissionDenied, "tenant `acme` is no admin");
+    let unknown = deploy(ADMIN, &["nobody"]).await;
+    assert_status(unknown, Code::NotFound, "a live energy node `nobody`");
+    let answer = deploy(ADMIN, &[]).await.expect("asked").into_inner();
+    let [deployment] = answer.deployments.as_slice() else { panic!("one node: {answer:?}") };
+    assert_eq!(deployment.error, "not needed here");
+    assert!(deployment.concepts.is_empty());
 }
 
 #[tokio::test]

@@ -186,7 +186,11 @@ fn answer(request: &CheckRequest, script: &Script) -> CheckResponse {
         flagged: scores.iter().any(|score| score.open),
         scores,
         image_sha256,
-        calibration_id: if request.scores_only { String::new() } else { "calibration-1".into() },
+        calibration_ids: if request.scores_only {
+            Vec::new()
+        } else {
+            vec!["calibration-1".into()]
+        },
         ..Default::default()
     }
 }
@@ -204,6 +208,13 @@ impl EnergyService for Energy {
         &self,
         _request: Request<v1::EvaluateRequest>,
     ) -> Result<Response<v1::EvaluateResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn add_concepts(
+        &self,
+        _request: Request<v1::AddConceptsRequest>,
+    ) -> Result<Response<v1::AddConceptsResponse>, Status> {
         Err(Status::unimplemented("not needed here"))
     }
 

@@ -248,6 +248,7 @@ impl Calibration {
             crops: self.setup.crops,
             window_start: self.window.0,
             window_end: self.window.1,
+            concepts: self.concepts.iter().map(|concept| concept.name.clone()).collect(),
         }
     }
 }

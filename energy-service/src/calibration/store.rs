@@ -19,7 +19,7 @@ pub(crate) struct Calibrations {
 
 impl Calibrations {
     /// Reads every `*.json` of `directory` and keeps those made with this energy model,
-    /// preprocessing and concept set; a directory may be shared by several nodes. A directory that
+    /// preprocessing and one of its concept sets; a directory may be shared by several nodes. A directory that
     /// is not there holds none.
     pub(crate) fn load(directory: &Path, served: &Served) -> Result<Self, FileError> {
         let io = |source| FileError::Io { path: directory.to_owned(), source };
@@ -52,20 +52,25 @@ impl Calibrations {
         Ok(Self { list })
     }
 
-    pub(crate) fn infos(&self) -> Vec<CalibrationInfo> {
-        self.list.iter().map(|calibration| calibration.info()).collect()
+    /// Those of the set with this hash, for others to see.
+    pub(crate) fn infos(&self, concept_set: &str) -> Vec<CalibrationInfo> {
+        let of_set = self.list.iter().filter(|c| c.setup.concept_set == concept_set);
+        of_set.map(|calibration| calibration.info()).collect()
     }
 
-    /// The calibration for `key` and `crops`, or with `allow_fallback` the next best: the nearest
-    /// step count of the same generator, sampler and crops, else the concepts' thresholds.
+    /// The calibration of the concept set with this hash for `key` and `crops`, or with `allow_fallback` the
+    /// next best: the nearest step count of the same generator, sampler and crops, else the concepts'
+    /// thresholds.
     pub(crate) fn choose(
         &self,
+        concept_set: &str,
         key: &CalibrationKey,
         crops: u32,
         allow_fallback: bool,
     ) -> Result<Choice, RequestError> {
         let similar = self.list.iter().filter(|c| {
-            c.setup.generator == key.generator
+            c.setup.concept_set == concept_set
+                && c.setup.generator == key.generator
                 && c.setup.sampler == key.sampler
                 && c.setup.crops == crops
         });
@@ -78,7 +83,7 @@ impl Calibrations {
             None if allow_fallback => Ok(Choice::Thresholds),
             _ => Err(RequestError::NoCalibration {
                 setup: describe(key, crops),
-                present: self.present(),
+                present: self.present(concept_set),
                 command: command(key, self.name_of(&key.generator), crops),
             }),
         }
@@ -90,8 +95,8 @@ impl Calibrations {
         known.map(|c| c.setup.generator_name.as_str())
     }
 
-    /// The setups at hand, for the error that one is missing.
-    fn present(&self) -> String {
+    /// The setups at hand for a set, for the error that one is missing.
+    fn present(&self, concept_set: &str) -> String {
         let setup = |c: &Arc<Calibration>| {
             let setup = &c.setup;
             format!(
@@ -99,17 +104,16 @@ impl Calibrations {
                 setup.generator_name, setup.sampler, setup.steps, setup.crops
             )
         };
-        match self.list.as_slice() {
-            [] => "none".to_owned(),
-            list => list.iter().map(setup).collect::<Vec<_>>().join("; "),
-        }
+        let of_set = self.list.iter().filter(|c| c.setup.concept_set == concept_set);
+        let setups: Vec<String> = of_set.map(setup).collect();
+        if setups.is_empty() { "none".to_owned() } else { setups.join("; ") }
     }
 }
 
 fn fits(calibration: &Calibration, served: &Served) -> bool {
     calibration.setup.energy_model == served.energy_model
         && calibration.setup.preprocessing_version == served.preprocessing_version
-        && calibration.setup.concept_set == served.concept_set
+        && served.sets.contains(&calibration.setup.concept_set)
 }
 
 fn describe(key: &CalibrationKey, crops: u32) -> String {
@@ -142,10 +146,20 @@ pub(crate) enum Choice {
 pub(crate) struct Levels {
     /// `[times][concepts]`.
     pub(crate) levels: Vec<Vec<Level>>,
-    /// Id of the calibration; empty for a fallback.
-    pub(crate) calibration_id: String,
-    /// What was used in place of a missing calibration; empty otherwise.
-    pub(crate) fallback: String,
+    /// Ids of the calibrations; none for a fallback.
+    pub(crate) calibration_ids: Vec<String>,
+    /// What was used in place of missing calibrations.
+    pub(crate) fallbacks: Vec<String>,
+}
+
+impl Levels {
+    fn calibrated(levels: Vec<Vec<Level>>, id: String) -> Self {
+        Self { levels, calibration_ids: vec![id], fallbacks: Vec::new() }
+    }
+
+    fn fallen_back(levels: Vec<Vec<Level>>, to: String) -> Self {
+        Self { levels, calibration_ids: Vec::new(), fallbacks: vec![to] }
+    }
 }
 
 impl Choice {
@@ -167,18 +181,18 @@ impl Choice {
                     calibration.setup.steps,
                     key.steps
                 );
-                Ok(Levels { levels, calibration_id: String::new(), fallback })
+                Ok(Levels::fallen_back(levels, fallback))
             }
             Self::Exact { calibration, allow_fallback } => {
                 let (levels, outside) = read(calibration, concepts, times);
                 let id = calibration.id().to_owned();
                 match outside {
-                    None => Ok(Levels { levels, calibration_id: id, fallback: String::new() }),
+                    None => Ok(Levels::calibrated(levels, id)),
                     Some(time) if *allow_fallback => {
                         let fallback = format!(
                             "calibration {id} at the nearest time it covers in place of {time:.3}"
                         );
-                        Ok(Levels { levels, calibration_id: String::new(), fallback })
+                        Ok(Levels::fallen_back(levels, fallback))
                     }
                     Some(time) => Err(RequestError::OutsideCalibration {
                         id,
@@ -254,11 +268,8 @@ fn thresholds(
         }),
     };
     let row = concepts.iter().map(level).collect::<Result<Vec<_>, _>>()?;
-    Ok(Levels {
-        levels: vec![row; times],
-        calibration_id: String::new(),
-        fallback: "fallback_threshold of the concepts file".to_owned(),
-    })
+    let fallback = "fallback_threshold of the concepts file".to_owned();
+    Ok(Levels::fallen_back(vec![row; times], fallback))
 }
 
 #[cfg(test)]
@@ -278,11 +289,16 @@ mod tests {
         };
         Served {
             energy: "m".into(),
-            concepts: vec![ServedConcept { info, version: "v".into() }],
+            kind: "test",
+            concepts: vec![ServedConcept { info, version: "v".into(), set: 0, since_unix_ms: 0 }],
             energy_model: "m".into(),
             preprocessing_version: 1,
-            concept_set: crate::concepts::set_hash([("pill", "v")]),
+            sets: vec![set()],
         }
+    }
+
+    fn set() -> String {
+        crate::concepts::set_hash([("pill", "v")])
     }
 
     fn key(steps: u32) -> CalibrationKey {
@@ -301,23 +317,25 @@ mod tests {
     #[test]
     fn the_exact_setup_is_found() {
         let (_folder, store) = store();
-        let choice = store.choose(&key(20), 4, false).expect("found");
+        let choice = store.choose(&set(), &key(20), 4, false).expect("found");
         let Choice::Exact { calibration, .. } = &choice else { panic!("{choice:?}") };
         assert_eq!((calibration.setup.steps, calibration.setup.crops), (20, 4));
         let served = served();
         let concepts = [&served.concepts[0]];
         let levels = choice.levels(&concepts, &[0.9, 0.0], &key(20), 50.0).expect("levels");
-        assert_eq!(levels.calibration_id, calibration.id());
-        assert_eq!(levels.fallback, "");
+        assert_eq!(levels.calibration_ids, [calibration.id()]);
+        assert!(levels.fallbacks.is_empty());
         assert_eq!(levels.levels[0][0].gate, 3.5);
-        assert_eq!(store.infos().len(), 3);
+        assert_eq!(store.infos(&set()).len(), 3);
+        assert!(store.infos("another").is_empty());
     }
 
     #[test]
     fn a_missing_one_is_an_error_that_names_the_command() {
         let (_folder, store) = store();
         for (steps, crops) in [(25, 4), (20, 2)] {
-            let error = store.choose(&key(steps), crops, false).expect_err("missing").to_string();
+            let error =
+                store.choose(&set(), &key(steps), crops, false).expect_err("missing").to_string();
             let command =
                 format!("fairlead calibrate --model-name tiny/sd --steps {steps} --crops {crops}");
             assert!(error.contains(&command), "{error}");
@@ -329,14 +347,15 @@ mod tests {
         let (_folder, store) = store();
         let served = served();
         let concepts = [&served.concepts[0]];
-        let choice = store.choose(&key(26), 4, true).expect("found");
+        let choice = store.choose(&set(), &key(26), 4, true).expect("found");
         let levels = choice.levels(&concepts, &[0.9], &key(26), 50.0).expect("levels");
-        assert_eq!(levels.calibration_id, "");
-        assert!(levels.fallback.contains("for 30 steps in place of 26"), "{}", levels.fallback);
+        assert!(levels.calibration_ids.is_empty());
+        let [fallback] = levels.fallbacks.as_slice() else { panic!("{levels:?}") };
+        assert!(fallback.contains("for 30 steps in place of 26"), "{fallback}");
 
-        let choice = store.choose(&key(26), 8, true).expect("found");
+        let choice = store.choose(&set(), &key(26), 8, true).expect("found");
         let levels = choice.levels(&concepts, &[0.9, 0.0], &key(26), 50.0).expect("levels");
-        assert!(levels.fallback.contains("fallback_threshold"));
+        assert!(levels.fallbacks[0].contains("fallback_threshold"));
         let level = levels.levels[1][0];
         assert!(level.is_open(level.z(0.2001), Before::Closed));
         assert!(!level.is_open(level.z(0.1999), Before::Closed));
@@ -360,20 +379,20 @@ mod tests {
         let served = served();
         let concepts = [&served.concepts[0]];
         let levels = |allow| {
-            let choice = store.choose(&key(20), 4, allow).expect("found");
+            let choice = store.choose(&set(), &key(20), 4, allow).expect("found");
             choice.levels(&concepts, &[0.9, 0.35], &key(20), 50.0)
         };
         let error = levels(false).expect_err("refused").to_string();
         assert!(error.contains("0.35") && error.contains("fairlead calibrate"), "{error}");
         let levels = levels(true).expect("levels");
-        assert!(levels.fallback.contains("0.350") && levels.calibration_id.is_empty());
+        assert!(levels.fallbacks[0].contains("0.350") && levels.calibration_ids.is_empty());
     }
 
     #[test]
     fn calibrations_of_another_set_are_left_aside_and_twins_refused() {
         let (folder, _) = store();
         let mut other = served();
-        other.concept_set = "x".into();
+        other.sets = vec!["x".into()];
         let store = Calibrations::load(folder.path(), &other).expect("loaded");
         assert_eq!(store, Calibrations::default());
         let twin = calibration(20, 4).save(folder.path()).expect("saved");
@@ -385,8 +404,8 @@ mod tests {
     #[test]
     fn no_directory_is_no_calibration() {
         let store = Calibrations::load(Path::new("/nowhere/at/all"), &served()).expect("loaded");
-        assert!(store.infos().is_empty());
-        let error = store.choose(&key(20), 4, false).expect_err("missing").to_string();
+        assert!(store.infos(&set()).is_empty());
+        let error = store.choose(&set(), &key(20), 4, false).expect_err("missing").to_string();
         assert!(error.contains("--model <folder of the generator>"), "{error}");
     }
 }

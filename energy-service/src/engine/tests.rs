@@ -59,7 +59,7 @@ async fn a_full_queue_refuses_at_once_and_recovers() {
     let computing = spawn(&engine);
     until_forwards(&probe, 1).await;
     let waiting = spawn(&engine);
-    while engine.work.capacity() > 0 {
+    while engine.inbox.capacity() > 0 {
         tokio::task::yield_now().await;
     }
     let error = engine.evaluate(batch(1)).await.expect_err("refused");
@@ -88,7 +88,7 @@ async fn requests_that_wait_together_share_a_pass() {
     until_forwards(&probe, before + 1).await;
     let together = values.map(|value| spawn(of(value)));
     let other = spawn(Batch { crops: 2, ..of(0.5) });
-    while engine.work.capacity() > 4 {
+    while engine.inbox.capacity() > 4 {
         tokio::task::yield_now().await;
     }
     probe.set(Fault::None);
@@ -114,7 +114,7 @@ async fn abandoned_work_is_not_computed() {
         let engine = engine.clone();
         async move { engine.evaluate(batch(5)).await }
     });
-    while engine.work.capacity() == 4 {
+    while engine.inbox.capacity() == 4 {
         tokio::task::yield_now().await;
     }
     for abandoned in [computing, waiting] {

@@ -41,7 +41,8 @@ impl Contrastive {
     ) -> Result<Self, ScorerError> {
         let device = device.open()?;
         let model = load_contrastive(dir, &device)?;
-        let texts = Texts::encode(set.concepts(), model.as_ref())?;
+        let mut texts = Texts::default();
+        texts.learn(set.concepts(), model.as_ref())?;
         let side = model.image_size();
         let name = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let description = ScorerDescription {
@@ -59,6 +60,10 @@ impl Contrastive {
 impl Scorer for Contrastive {
     fn describe(&self) -> &ScorerDescription {
         &self.description
+    }
+
+    fn learn(&mut self, set: &ConceptSet) -> Result<(), ScorerError> {
+        self.texts.learn(set.concepts(), self.model.as_ref())
     }
 
     fn device(&self) -> &Device {
@@ -111,7 +116,10 @@ impl Pass for ContrastivePass<'_> {
 }
 
 /// Unit text features of all phrases, each phrase once, and which phrases make up each concept.
+#[derive(Default)]
 struct Texts {
+    /// Where each phrase's features are.
+    known: HashMap<String, usize>,
     /// `[phrases, width]`, row-major.
     features: Vec<f32>,
     width: usize,
@@ -119,8 +127,13 @@ struct Texts {
 }
 
 impl Texts {
-    fn encode(concepts: &[Concept], model: &dyn ContrastiveModel) -> Result<Self, ScorerError> {
-        let (phrases, indices) = unique_phrases(concepts);
+    /// Encodes the phrases of further concepts that are not known yet.
+    fn learn(
+        &mut self,
+        concepts: &[Concept],
+        model: &dyn ContrastiveModel,
+    ) -> Result<(), ScorerError> {
+        let (phrases, indices) = new_phrases(&self.known, concepts);
         let ids = phrases
             .iter()
             .map(|(concept, phrase)| token_ids(model, concept, phrase))
@@ -133,8 +146,13 @@ impl Texts {
         if let Some(row) = broken {
             return Err(ScorerError::Features { phrase: phrases[row].1.to_owned() });
         }
-        let width = features.first().map_or(0, Vec::len);
-        Ok(Self { features: features.concat(), width, concepts: indices })
+        self.width = features.first().map_or(self.width, Vec::len);
+        self.features.extend(features.concat());
+        for (_, phrase) in phrases {
+            self.known.insert(phrase.to_owned(), self.known.len());
+        }
+        self.concepts.extend(indices);
+        Ok(())
     }
 
     fn row(&self, phrase: usize) -> &[f32] {
@@ -155,20 +173,25 @@ impl Texts {
         (lse(targets) - lse(anchors)) / SHARPNESS
     }
 
-    /// `sum_k slope_k d score_k / d image features`.
+    /// `sum_k slope_k d score_k / d image features`. Phrases are summed in the order in which the concepts
+    /// name them, so that no bit depends on what else a node has learned.
     fn pull_back(&self, concepts: &[usize], similarities: &[f32], slopes: &[f32]) -> Vec<f32> {
         let mut weights = vec![0f32; similarities.len()];
+        let (mut is_named, mut named) = (vec![false; similarities.len()], Vec::new());
         for (&concept, &slope) in concepts.iter().zip(slopes) {
             let PhraseIndices { targets, anchors } = &self.concepts[concept];
             for (phrases, sign) in [(targets, slope), (anchors, -slope)] {
                 let total = log_sum_exp(phrases.iter().map(|&j| similarities[j]));
                 for &j in phrases {
                     weights[j] += sign * (similarities[j] - total).exp();
+                    if !std::mem::replace(&mut is_named[j], true) {
+                        named.push(j);
+                    }
                 }
             }
         }
         let mut gradient = vec![0f32; self.width];
-        for (j, &weight) in weights.iter().enumerate().filter(|(_, weight)| **weight != 0.0) {
+        for (j, weight) in named.into_iter().map(|j| (j, weights[j])) {
             for (sum, &text) in gradient.iter_mut().zip(self.row(j)) {
                 *sum += weight * text;
             }
@@ -184,20 +207,26 @@ struct PhraseIndices {
     anchors: Vec<usize>,
 }
 
-/// Every phrase once, with the first concept that uses it, and the indices per concept.
-fn unique_phrases(concepts: &[Concept]) -> (Vec<(&str, &str)>, Vec<PhraseIndices>) {
+/// Every phrase that is not `known` once, with the first concept that uses it, and the indices per concept.
+fn new_phrases<'a>(
+    known: &HashMap<String, usize>,
+    concepts: &'a [Concept],
+) -> (Vec<(&'a str, &'a str)>, Vec<PhraseIndices>) {
     let mut phrases = Vec::new();
-    let mut known = HashMap::new();
+    let mut new = HashMap::new();
     let indices = concepts
         .iter()
         .map(|concept| {
             let [targets, anchors] = [&concept.targets, &concept.anchors].map(|list| {
                 let mut indices = Vec::with_capacity(list.len());
                 for phrase in list {
-                    indices.push(*known.entry(phrase.as_str()).or_insert_with(|| {
-                        phrases.push((concept.name.as_str(), phrase.as_str()));
-                        phrases.len() - 1
-                    }));
+                    let index = known.get(phrase).copied().unwrap_or_else(|| {
+                        *new.entry(phrase.as_str()).or_insert_with(|| {
+                            phrases.push((concept.name.as_str(), phrase.as_str()));
+                            known.len() + phrases.len() - 1
+                        })
+                    });
+                    indices.push(index);
                 }
                 indices
             });
@@ -248,6 +277,7 @@ mod tests {
             anchors: anchors.to_vec(),
         };
         Texts {
+            known: HashMap::new(),
             features: (0..5).flat_map(|_| unit(&mut random, 16)).collect(),
             width: 16,
             concepts: vec![indices(&[0, 1], &[3, 4]), indices(&[2], &[3])],
@@ -300,8 +330,12 @@ mod tests {
             fallback_threshold: None,
         };
         let concepts = [concept("a", &["x", "y"]), concept("b", &["y"])];
-        let (phrases, indices) = unique_phrases(&concepts);
+        let (phrases, indices) = new_phrases(&HashMap::new(), &concepts);
         assert_eq!(phrases, [("a", "x"), ("a", "y"), ("a", "nothing")]);
         assert_eq!(indices[1], PhraseIndices { targets: vec![1], anchors: vec![2] });
+        let known = HashMap::from([("y".to_owned(), 0), ("z".to_owned(), 1)]);
+        let (phrases, indices) = new_phrases(&known, &concepts);
+        assert_eq!(phrases, [("a", "x"), ("a", "nothing")]);
+        assert_eq!(indices[0], PhraseIndices { targets: vec![2, 0], anchors: vec![3] });
     }
 }

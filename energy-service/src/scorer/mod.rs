@@ -29,7 +29,7 @@ pub struct ScorerDescription {
     pub steepness: f32,
 }
 
-/// A frozen model that scores the concepts it was loaded with. It lives on one thread.
+/// A frozen model that scores the concepts it was loaded with or has learned since. It lives on one thread.
 pub trait Scorer {
     /// What it is.
     fn describe(&self) -> &ScorerDescription;
@@ -37,8 +37,12 @@ pub trait Scorer {
     /// Where its tensors live.
     fn device(&self) -> &Device;
 
+    /// Learns further concepts, whose indices follow those of the ones it knows. After an error it is as
+    /// before.
+    fn learn(&mut self, set: &ConceptSet) -> Result<(), ScorerError>;
+
     /// Scores `images` `[n, 3, h, w]`, RGB, black 0 and white 1 (values may lie somewhat outside),
-    /// for `concepts`, given as indices into the set it was loaded with. Each image's numbers must
+    /// for `concepts`, given as indices into those it knows. Each image's numbers must
     /// not depend on the others. With `gradient` a [`Pass::backward`] may follow.
     fn forward<'a>(
         &'a self,

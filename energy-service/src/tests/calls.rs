@@ -29,8 +29,8 @@ async fn benign_images_are_scored_and_left_alone() {
     let request = node.request(&[benign(1), benign(2)]).await;
     let answer = node.evaluate(request).await.expect("evaluated");
     assert!(answer.gradient.is_none());
-    assert_eq!(answer.calibration_id, node.describe().await.calibrations[0].id);
-    assert_eq!(answer.calibration_fallback, "");
+    assert_eq!(answer.calibration_ids, [node.describe().await.calibrations[0].id.clone()]);
+    assert!(answer.calibration_fallbacks.is_empty());
     for sample in &answer.samples {
         assert_eq!((sample.energy, sample.amplitude), (0.0, 0.0));
         assert!(sample.scores.iter().all(|s| !s.open && s.z <= s.gate && s.z != 0.0));
@@ -67,7 +67,7 @@ async fn the_wire_gradient_agrees_with_finite_differences_on_pixels() {
     request.allow_calibration_fallback = true;
     request.samples[0].crop_seed = 3;
     let answer = node.evaluate(request.clone()).await.expect("evaluated");
-    assert!(answer.calibration_fallback.contains("fallback_threshold"));
+    assert!(answer.calibration_fallbacks[0].contains("fallback_threshold"));
     assert!(answer.samples[0].scores[0].open, "{:?}", answer.samples);
     let (_, gradient) = tensor::decode(&answer.gradient.expect("a gradient")).expect("sound");
     let pixels = request.pixels.clone().expect("pixels");
@@ -166,19 +166,19 @@ async fn a_missing_calibration_is_replaced_only_if_allowed_and_then_named() {
     request.allow_calibration_fallback = true;
     request.calibration = Some(key(25));
     let nearest = node.evaluate(request.clone()).await.expect("evaluated");
-    assert!(nearest.calibration_fallback.contains("for 20 steps in place of 25"));
-    assert_eq!(nearest.calibration_id, "");
+    assert!(nearest.calibration_fallbacks[0].contains("for 20 steps in place of 25"));
+    assert!(nearest.calibration_ids.is_empty());
     request.calibration = Some(CalibrationKey { generator: "other".into(), ..key(20) });
     let status = node.evaluate(request.clone()).await.expect_err("skull has no threshold");
     assert_refused(&status, Code::FailedPrecondition, "`skull`");
     request.concepts.truncate(2);
     let thresholds = node.evaluate(request.clone()).await.expect("evaluated");
-    assert!(thresholds.calibration_fallback.contains("fallback_threshold"));
+    assert!(thresholds.calibration_fallbacks[0].contains("fallback_threshold"));
     assert!(thresholds.samples[0].scores[0].open && !thresholds.samples[0].scores[1].open);
     request.scores_only = true;
     request.allow_calibration_fallback = false;
     let raw = node.evaluate(request).await.expect("no calibration is needed");
-    assert_eq!((raw.calibration_id, raw.calibration_fallback), Default::default());
+    assert_eq!((raw.calibration_ids, raw.calibration_fallbacks), Default::default());
     assert!(raw.gradient.is_none() && raw.samples[0].scores.iter().all(|s| !s.open && s.z == 0.0));
     assert_eq!(raw.samples[0].scores[0].score, thresholds.samples[0].scores[0].score);
 }
@@ -245,7 +245,7 @@ async fn a_finished_image_is_judged_by_its_bytes() {
     let clean = node.client.check(check.clone()).await.expect("checked").into_inner();
     assert!(!clean.flagged && clean.scores.len() == 3);
     assert_eq!(clean.image_sha256, hex::encode(sha2::Sha256::digest(&check.png)));
-    assert!(!clean.calibration_id.is_empty());
+    assert!(!clean.calibration_ids.is_empty());
     let bad = CheckRequest { png: png(&axe(), SIDE as u32), ..check.clone() };
     let flagged = node.client.check(bad.clone()).await.expect("checked").into_inner();
     assert!(flagged.flagged && flagged.scores[0].open && !flagged.scores[1].open);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use fairlead_proto::v1::CheckRequest;
+use fairlead_proto::v1::{AddConceptsRequest, CheckRequest};
 
 use super::*;
 
@@ -77,6 +77,32 @@ async fn serves_twenty_concepts(model: &str) {
     assert_eq!((input.height, input.width), (32, 32));
     let energies = info.concepts.iter().filter_map(|c| c.concept.as_ref());
     assert!(energies.into_iter().all(|concept| concept.energy == model));
+}
+
+#[tokio::test]
+async fn a_concept_that_was_added_answers_as_one_that_was_there() {
+    let (folder, mut whole) = emojiland(MODELS[0]).await;
+    let packs = [folder.path().join("weapons.toml"), folder.path().join("drugs.toml")];
+    let start = async |pack: &PathBuf| {
+        let concepts = vec![pack.clone()];
+        let options = EnergyOptions { concepts, ..EnergyOptions::new(assets().join(MODELS[0])) };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let run = |listener, shutdown| crate::run(listener, options, shutdown);
+        let mut node = TestNode::attach(listener, run);
+        node.until("", ServingStatus::Serving).await;
+        node
+    };
+    let mut node = start(&packs[0]).await;
+    let set = crate::ConceptSet::load(&packs[1..]).expect("a pack");
+    let adding = AddConceptsRequest { concepts: set.definitions() };
+    node.client.add_concepts(adding).await.expect("added");
+    let refs = node.refs().await;
+    let asked = request(&refs, &[picture(0.0)], Datatype::F32);
+    let answer = node.evaluate(asked.clone()).await.expect("evaluated");
+    let expected = whole.evaluate(asked).await.expect("the same versions are served");
+    assert_eq!(answer.samples, expected.samples);
+    // Not shown: it would fill the screen.
+    assert!(answer.gradient == expected.gradient, "the gradients differ");
 }
 
 #[tokio::test]

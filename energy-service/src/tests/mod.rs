@@ -1,5 +1,6 @@
 //! The node over real gRPC, on a port of the system's choosing, with the analytic scorer.
 
+mod adding;
 mod calls;
 mod emojiland;
 mod life;

@@ -155,6 +155,17 @@ async fn a_broken_model_takes_its_registration_back() {
 }
 
 #[tokio::test]
+async fn added_concepts_are_announced() {
+    let mut coordinator = Coordinator::start(LONG).await;
+    let (_folder, mut node, _) = coordinator.node().await;
+    assert!(matches!(coordinator.next(Ok("r1")).await, Call::Register(_)));
+    node.client.add_concepts(super::adding::hat()).await.expect("added");
+    let Call::Register(info) = coordinator.next(Ok("r2")).await else { panic!("registers anew") };
+    assert_eq!(*info, node.describe().await);
+    assert_eq!(info.concepts.len(), 4);
+}
+
+#[tokio::test]
 async fn new_calibrations_are_picked_up_and_announced() {
     let mut coordinator = Coordinator::start(LONG).await;
     let (folder, mut node, _) = coordinator.node().await;

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fairlead_common::{grpc::Channels, tls::Tls, trace};
+use fairlead_common::{grpc::Channels, record, tls::Tls, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -149,18 +149,10 @@ async fn within<T>(
     }
 }
 
-/// A usable answer and the calibration behind it.
+/// A usable answer and the calibrations behind it.
 pub(super) struct Answered<T> {
     pub(super) answer: T,
-    pub(super) calibration: Option<String>,
-}
-
-fn calibration(id: String, fallback: String) -> Option<String> {
-    match (id.is_empty(), fallback.is_empty()) {
-        (true, true) => None,
-        (false, true) => Some(id),
-        (_, false) => Some(format!("fallback: {fallback}")),
-    }
+    pub(super) calibrations: Vec<String>,
 }
 
 /// Sends the parts of a batch one after the other and joins the answers.
@@ -172,15 +164,14 @@ pub(super) async fn evaluate(
 ) -> Result<Answered<Answer>, Trouble> {
     let pixels = 3 * input.height as usize * input.width as usize;
     let mut answer = Answer { input, weight: 1.0, samples: Vec::new(), gradient: None };
-    let mut used = None;
+    let mut calibrations = Vec::new();
     for part in parts {
         let (concepts, batch) = (part.get_ref().concepts.clone(), part.get_ref().samples.len());
         let scores_only = part.get_ref().scores_only;
         let mut response = within("evaluate", timeout, client.evaluate(part)).await?;
-        used = calibration(
-            std::mem::take(&mut response.calibration_id),
-            std::mem::take(&mut response.calibration_fallback),
-        );
+        let ids = std::mem::take(&mut response.calibration_ids);
+        let fallbacks = std::mem::take(&mut response.calibration_fallbacks);
+        calibrations.extend(record::calibrations(ids, fallbacks));
         let (samples, gradient) =
             validate::evaluation(response, &concepts, batch, &input, scores_only)
                 .map_err(Trouble::unusable)?;
@@ -194,7 +185,7 @@ pub(super) async fn evaluate(
     if let Some(all) = &mut answer.gradient {
         all.resize(answer.samples.len() * pixels, 0.0);
     }
-    Ok(Answered { answer, calibration: used })
+    Ok(Answered { answer, calibrations })
 }
 
 /// Has finished images judged one after the other; `hashes` are those of the requests' images.
@@ -203,19 +194,18 @@ pub(super) async fn check(
     requests: Vec<(Request<CheckRequest>, String)>,
     timeout: Duration,
 ) -> Result<Answered<Vec<Verdict>>, Trouble> {
-    let (mut answer, mut used) = (Vec::with_capacity(requests.len()), None);
+    let (mut answer, mut calibrations) = (Vec::with_capacity(requests.len()), Vec::new());
     for (request, hash) in requests {
         let concepts = request.get_ref().concepts.clone();
         let scores_only = request.get_ref().scores_only;
         let mut response = within("check", timeout, client.check(request)).await?;
-        used = calibration(
-            std::mem::take(&mut response.calibration_id),
-            std::mem::take(&mut response.calibration_fallback),
-        );
+        let ids = std::mem::take(&mut response.calibration_ids);
+        let fallbacks = std::mem::take(&mut response.calibration_fallbacks);
+        calibrations.extend(record::calibrations(ids, fallbacks));
         answer.push(
             validate::verdict(response, &concepts, &hash, scores_only)
                 .map_err(Trouble::unusable)?,
         );
     }
-    Ok(Answered { answer, calibration: used })
+    Ok(Answered { answer, calibrations })
 }

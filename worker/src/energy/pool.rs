@@ -76,7 +76,7 @@ impl EnergyPool {
                     Ok(answered) => {
                         let node = &route.node;
                         self.sources.nodes.insert(format!("{} {}", node.node_id, node.model_hash));
-                        self.sources.calibrations.extend(answered.calibration);
+                        self.sources.calibrations.extend(answered.calibrations);
                         answers.push((route, answered.answer));
                     }
                     Err(why) => {

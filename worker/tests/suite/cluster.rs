@@ -16,9 +16,9 @@ use fairlead_common::{
 use fairlead_proto::{
     PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
-        AttachRequest, AttachResponse, CheckRequest, CheckResponse, DescribeRequest,
-        DescribeResponse, EnergyEndpoint, EvaluateRequest, EvaluateResponse, InputSpec, NodeInfo,
-        WorkerWelcome,
+        AddConceptsRequest, AddConceptsResponse, AttachRequest, AttachResponse, CheckRequest,
+        CheckResponse, DescribeRequest, DescribeResponse, EnergyEndpoint, EvaluateRequest,
+        EvaluateResponse, InputSpec, NodeInfo, WorkerWelcome,
         attach_request::Message,
         attach_response::Message as Reply,
         energy_service_server::{EnergyService, EnergyServiceServer},
@@ -153,9 +153,16 @@ impl EnergyService for NodeService {
             samples,
             gradient: (any && self.flaw != Flaw::NoGradient)
                 .then(|| tensor::encode("gradient", &shape, &gradient, datatype)),
-            calibration_id: "calibration-1".into(),
-            calibration_fallback: String::new(),
+            calibration_ids: vec!["calibration-1".into()],
+            calibration_fallbacks: Vec::new(),
         }))
+    }
+
+    async fn add_concepts(
+        &self,
+        _: Request<AddConceptsRequest>,
+    ) -> Result<Response<AddConceptsResponse>, Status> {
+        Err(Status::unimplemented("not asked for"))
     }
 
     async fn check(
@@ -172,7 +179,7 @@ impl EnergyService for NodeService {
             scores,
             flagged,
             image_sha256,
-            calibration_id: "calibration-1".into(),
+            calibration_ids: vec!["calibration-1".into()],
             ..Default::default()
         }))
     }
