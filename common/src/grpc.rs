@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     future::poll_fn,
     pin::Pin,
     sync::{
@@ -36,6 +37,11 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 /// A lazily connected channel to `address` ("http://host:port", or with "https" by `tls`) whose calls end
 /// after `timeout`. Streams are bounded by it only until their first response headers.
 pub fn channel(address: &str, timeout: Duration, tls: &Tls) -> Result<Channel, AddressError> {
+    Ok(endpoint(address, timeout, tls)?.connect_lazy())
+}
+
+/// Where [`channel`] connects to, with the project's settings.
+pub fn endpoint(address: &str, timeout: Duration, tls: &Tls) -> Result<Endpoint, AddressError> {
     let failed = |source| AddressError { address: address.to_owned(), source };
     let endpoint = Endpoint::from_shared(address.to_owned()).map_err(failed)?;
     Ok(tls
@@ -45,23 +51,37 @@ pub fn channel(address: &str, timeout: Duration, tls: &Tls) -> Result<Channel, A
         .timeout(timeout)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .connect_lazy())
+        .keep_alive_timeout(Duration::from_secs(10)))
 }
+
+/// How a channel to an address is made.
+type Connect = dyn Fn(&str) -> Result<Channel, AddressError> + Send + Sync;
 
 /// Channels to the energy nodes of a cluster, one an address, made when they are first asked for; clones
 /// share them.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Channels {
-    tls: Tls,
-    timeout: Duration,
+    connect: Arc<Connect>,
     open: Arc<Mutex<HashMap<String, Channel>>>,
+}
+
+impl fmt::Debug for Channels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channels").field("open", &self.open).finish_non_exhaustive()
+    }
 }
 
 impl Channels {
     /// Channels as [`channel`] makes them.
     pub fn new(timeout: Duration, tls: Tls) -> Self {
-        Self { tls, timeout, open: Arc::default() }
+        Self::made_by(move |address| channel(address, timeout, &tls))
+    }
+
+    /// Channels as `connect` makes them, e.g. over a simulated network.
+    pub fn made_by(
+        connect: impl Fn(&str) -> Result<Channel, AddressError> + Send + Sync + 'static,
+    ) -> Self {
+        Self { connect: Arc::new(connect), open: Arc::default() }
     }
 
     /// The channel to `address`. Call it inside a tokio runtime.
@@ -70,7 +90,7 @@ impl Channels {
         if let Some(channel) = open.get(address) {
             return Ok(channel.clone());
         }
-        let channel = channel(address, self.timeout, &self.tls)?;
+        let channel = (self.connect)(address)?;
         // Nodes that came and went on ports of their own; those that are left connect again.
         if open.len() >= MAX_CHANNELS {
             open.clear();

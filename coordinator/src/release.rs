@@ -14,7 +14,6 @@ use fairlead_common::{
     probe::{Probe, names_asked},
     record,
     signature::Signer,
-    tls::Tls,
     trace,
 };
 use fairlead_proto::{
@@ -93,8 +92,8 @@ impl Gate {
     pub(crate) fn new(
         registry: Registry,
         outputs: Outputs,
+        channels: Channels,
         timeout: Duration,
-        tls: Tls,
         signer: Signer,
     ) -> Self {
         Self {
@@ -102,7 +101,7 @@ impl Gate {
             outputs,
             timeout,
             permits: Arc::new(Semaphore::new(CONCURRENT_CHECKS)),
-            channels: Channels::new(timeout, tls),
+            channels,
             signer,
         }
     }

@@ -1,8 +1,11 @@
 //! The server: from a bound listener to a clean end.
 
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{future::Future, io, path::PathBuf, time::Duration};
 
-use fairlead_common::tls::{Peers, Tls};
+use fairlead_common::{
+    grpc::incoming,
+    tls::{Peers, Tls},
+};
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
@@ -11,8 +14,13 @@ use fairlead_proto::{
         registry_service_server::RegistryServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
-use tokio::net::TcpListener;
+use futures::Stream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
 
 use crate::{
     config::CoordinatorOptions,
@@ -47,9 +55,21 @@ pub async fn run(
         .map_err(|source| Error::Io { what: "listener".to_owned(), source })?;
     let coordinator = Coordinator::start(options.clone()).await?;
     tracing::info!(%address, id = options.coordinator_id, data = ?options.data, "coordinator ready");
+    serve_until(incoming(listener), coordinator, options, shutdown).await
+}
+
+/// Serves the connections of `incoming` as [`run`] does.
+pub(crate) async fn serve_until<I>(
+    incoming: impl Stream<Item = io::Result<I>>,
+    coordinator: Coordinator,
+    options: CoordinatorOptions,
+    shutdown: CancellationToken,
+) -> Result<()>
+where
+    I: AsyncRead + AsyncWrite + Connected + Send + Unpin + 'static,
+{
     let ended = CancellationToken::new();
-    let tls = options.tls.clone();
-    let server = serve(listener, coordinator.clone(), tls, ended.clone());
+    let server = serve(incoming, coordinator.clone(), options.tls, ended.clone());
     tokio::pin!(server);
     tokio::select! {
         served = &mut server => return served,
@@ -91,12 +111,15 @@ async fn forget_old(coordinator: &Coordinator) {
     }
 }
 
-fn serve(
-    listener: TcpListener,
+fn serve<I>(
+    incoming: impl Stream<Item = io::Result<I>>,
     coordinator: Coordinator,
     tls: Tls,
     ended: CancellationToken,
-) -> impl Future<Output = Result<()>> {
+) -> impl Future<Output = Result<()>>
+where
+    I: AsyncRead + AsyncWrite + Connected + Send + Unpin + 'static,
+{
     let grpc = Grpc::new(coordinator);
     async move {
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -116,10 +139,7 @@ fn serve(
             .add_service(limits!(CatalogServiceServer::new(grpc.clone())))
             .add_service(limits!(RegistryServiceServer::new(grpc.clone())))
             .add_service(limits!(WorkerServiceServer::new(grpc)))
-            .serve_with_incoming_shutdown(
-                fairlead_common::grpc::incoming(listener),
-                ended.cancelled(),
-            )
+            .serve_with_incoming_shutdown(incoming, ended.cancelled())
             .await?;
         Ok(())
     }

@@ -61,19 +61,36 @@ pub(crate) struct Coordinator {
     stopping: CancellationToken,
 }
 
+/// What a coordinator stands on.
+#[derive(Debug)]
+pub(crate) struct Ground {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) outputs: Outputs,
+    /// Vouches for safety records.
+    pub(crate) signer: Signer,
+    /// Lead to energy nodes.
+    pub(crate) channels: Channels,
+}
+
 impl Coordinator {
-    /// Opens the store and the outputs and starts the hub.
+    /// Opens what `options` name and starts the hub.
     pub(crate) async fn start(options: CoordinatorOptions) -> Result<Self> {
-        let (store, outputs, signer) = open(&options).await?;
+        let ground = open(&options).await?;
+        Self::start_on(ground, options).await
+    }
+
+    /// Starts the hub.
+    pub(crate) async fn start_on(ground: Ground, options: CoordinatorOptions) -> Result<Self> {
+        let Ground { store, outputs, signer, channels } = ground;
         tracing::info!(key = signer.public().id(), "safety records are signed");
         let clock = Clock::of(Arc::clone(&store)).await?;
         let pause = options.node_ttl.min(options.lease_ttl) / 2;
         let registry = Registry::new(Arc::clone(&store), clock.clone(), options.node_ttl, pause);
         let events = Events::new(Arc::clone(&store));
-        let (timeout, tls) = (options.check_timeout, options.tls.clone());
-        let access = Access::new(options.policies.clone(), tls.is_on());
-        let deployer = Deployer::new(registry.clone(), Channels::new(timeout, tls.clone()));
-        let gate = Gate::new(registry.clone(), outputs.clone(), timeout, tls, signer);
+        let access = Access::new(options.policies.clone(), options.tls.is_on());
+        let timeout = options.check_timeout;
+        let deployer = Deployer::new(registry.clone(), channels.clone());
+        let gate = Gate::new(registry.clone(), outputs.clone(), channels, timeout, signer);
         let hub_options = HubOptions {
             coordinator_id: options.coordinator_id.clone(),
             lease_ttl: options.lease_ttl,
@@ -143,7 +160,7 @@ impl Coordinator {
             return self.existing(tenant, &key, &body, found).await;
         }
         let now = self.clock.now();
-        let identity = Identity { job: JobId::generate(), drawn_seed: rand::random(), now };
+        let identity = Identity { job: JobId::generate(now), drawn_seed: rand::random(), now };
         let (models, nodes, seen) =
             (self.registry.models(), self.registry.live(), self.registry.seen());
         let cluster = Cluster { models: &models, nodes: &nodes, seen: &seen };
@@ -405,17 +422,16 @@ impl Coordinator {
     }
 }
 
-type Opened = (Arc<dyn Store>, Outputs, Signer);
-
-/// The store, the outputs and the key that signs records.
-async fn open(options: &CoordinatorOptions) -> Result<Opened> {
+/// What `options` name.
+async fn open(options: &CoordinatorOptions) -> Result<Ground> {
+    let channels = Channels::new(options.check_timeout, options.tls.clone());
     let (data, signing_key) = (options.data.clone(), options.signing_key.clone());
-    let opened = tokio::task::spawn_blocking(move || -> Result<Opened> {
+    let opened = tokio::task::spawn_blocking(move || -> Result<Ground> {
         let signer = |dir: &Path| match &signing_key {
             Some(path) => Signer::load(path),
             None => Signer::load_or_create(&dir.join(SIGNING_KEY), &dir.join(PUBLIC_KEY)),
         };
-        Ok(match data {
+        let (store, outputs, signer): (Arc<dyn Store>, _, _) = match data {
             Data::Memory => {
                 let signer = signing_key.as_deref().map(Signer::load).transpose()?;
                 let signer = signer.unwrap_or_else(Signer::generate);
@@ -430,7 +446,8 @@ async fn open(options: &CoordinatorOptions) -> Result<Opened> {
                 let store = RedisStore::new(url.reveal(), &prefix)?;
                 (Arc::new(store), outputs(&dir)?, signer(&dir)?)
             }
-        })
+        };
+        Ok(Ground { store, outputs, signer, channels })
     });
     opened.await.map_err(|error| Error::Io {
         what: "opening the data directory".to_owned(),

@@ -81,7 +81,7 @@ impl World {
 
     fn admit(&self, spec: &v1::JobSpec) -> Result<JobRecord> {
         let cluster = Cluster { models: &self.models, nodes: &self.nodes, seen: &self.seen };
-        let identity = Identity { job: JobId::generate(), drawn_seed: 99, now: 7 };
+        let identity = Identity { job: JobId::generate(0), drawn_seed: 99, now: 7 };
         admit(spec, &self.policies, &self.tenant, &cluster, identity)
     }
 }

@@ -17,7 +17,7 @@ use crate::{
 pub(super) const TTL: i64 = 1_000;
 
 pub(super) fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
-    let id = JobId::generate();
+    let id = JobId::generate(0);
     let image = |index| v1::ImageInfo {
         index,
         record_id: format!("{id}-{index}"),
@@ -335,7 +335,7 @@ async fn members_stay_by_renewing_and_what_they_had_is_known(store: &dyn Store) 
 }
 
 async fn tenants_take_turns(store: &dyn Store) {
-    let queue = queue_of(JobId::generate());
+    let queue = queue_of(JobId::generate(0));
     let mut shards = Vec::new();
     for tenant in ["many", "few"] {
         let (_, mut record) = job(3, 1);
@@ -425,7 +425,7 @@ async fn all(store: Arc<dyn Store>) {
     members_stay_by_renewing_and_what_they_had_is_known(backend).await;
     tenants_take_turns(backend).await;
     a_tenants_jobs_keys_and_bounds_are_its_own(backend).await;
-    let unknown = JobId::generate();
+    let unknown = JobId::generate(0);
     let cancel = Transition::Cancel { reason: String::new() };
     let error = backend.apply(unknown, cancel, 0).await.expect_err("there is no such job");
     assert!(matches!(error, StoreError::UnknownJob(id) if id == unknown));

@@ -10,7 +10,7 @@ const PER_SHARD: u32 = 2;
 const TTL: i64 = 100;
 
 fn record() -> JobRecord {
-    let id = JobId::generate();
+    let id = JobId::generate(0);
     let image =
         |index| v1::ImageInfo { index, status: ImageStatus::Pending.into(), ..Default::default() };
     let shard = |number: u32| Shard {

@@ -85,7 +85,7 @@ async fn progress_reaches_those_who_listen_and_no_one_hears_himself() {
     let (one, other) = (world.store(), world.store());
     let mut mine = one.changes().expect("others may be at work");
     let mut news = other.changes().expect("others may be at work");
-    let (wanted, unwanted) = (JobId::generate(), JobId::generate());
+    let (wanted, unwanted) = (JobId::generate(0), JobId::generate(0));
     for store in [&one, &other] {
         store.listen(wanted, true);
     }
@@ -277,7 +277,7 @@ async fn an_ended_job_is_not_taken_for_an_open_one() {
     let cancel = Transition::Cancel { reason: String::new() };
     store.apply(id, cancel, 11).await.expect("it cancels");
     let open = |key: &str| world.server.command(&format!("SCARD {{fairlead}}:{key}"));
-    for gone in [id.to_string(), JobId::generate().to_string()] {
+    for gone in [id.to_string(), JobId::generate(0).to_string()] {
         let added = world.server.command(&format!("SADD {{fairlead}}:open {gone}"));
         assert_eq!(added.expect("it answers"), ":1\r\n");
     }
