@@ -267,8 +267,12 @@ impl Connection {
             Some(None) => {}
             None => {
                 shared.remove_if_stopping(key, self.number);
-                let settled = settled(shared, key).await;
-                self.reply(shared, lease, settled);
+                match settled(shared, key).await {
+                    Ok(settled) => self.reply(shared, lease, settled),
+                    // Unanswered: that it was refused may be wrong. The worker's next renewal finds the
+                    // lease gone.
+                    Err(error) => tracing::error!(lease = %key, %error, "cannot look up a commit"),
+                }
             }
         }
     }
@@ -378,22 +382,21 @@ impl Shared {
     }
 }
 
-/// Whether a commit of a delivery that is not open here was accepted before. The same token again
-/// is fine; any other is stale.
-async fn settled(shared: &Shared, key: LeaseKey) -> Result<(), String> {
+/// Whether a commit of a delivery that is not open here was accepted before, or why not. The same token
+/// again is fine; any other is stale.
+async fn settled(shared: &Shared, key: LeaseKey) -> Result<Result<(), String>, StoreError> {
     let id = key.shard.to_string();
-    let found = shared.store.find(Lookup::Shard(&id)).await.map_err(|error| error.to_string())?;
-    let Some(job) = found.and_then(|found| found.job_id.parse().ok()) else {
-        return Err(format!("shard {id} is unknown"));
-    };
-    let record = shared.store.get(job).await.map_err(|error| error.to_string())?;
+    let unknown = || Ok(Err(format!("shard {id} is unknown")));
+    let found = shared.store.find(Lookup::Shard(&id)).await?;
+    let Some(job) = found.and_then(|found| found.job_id.parse().ok()) else { return unknown() };
+    let record = shared.store.get(job).await?;
     let Some(lease) = record.as_ref().and_then(|r| r.shard(key.shard)).map(|shard| &shard.lease)
     else {
-        return Err(format!("shard {id} is unknown"));
+        return unknown();
     };
     if lease.phase() == Phase::Done && lease.token() == key.token {
-        return Ok(());
+        return Ok(Ok(()));
     }
     let (phase, token) = (lease.phase(), lease.token());
-    Err(format!("token {} is stale: the shard is {phase:?} at token {token}", key.token))
+    Ok(Err(format!("token {} is stale: the shard is {phase:?} at token {token}", key.token)))
 }
