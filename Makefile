@@ -5,7 +5,7 @@ TOOLS := .tools
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench evaluate tools audit
+.PHONY: help demo test simulate lint bench evaluate tools audit
 
 help: ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -15,6 +15,10 @@ demo: tools ## Build, then draw out/demo.png: unsteered and steered pairs with t
 
 test: tools ## Run every test.
 	scripts/test.sh
+
+simulate: ## Run the cluster in a simulation: SEEDS=5000 FROM=0 many runs, SEED=123 one with its history.
+	$(CARGO) test --locked --quiet --package fairlead-coordinator --lib simulation:: -- --nocapture \
+		$(if $(SEED),--ignored --exact simulation::one_seed)
 
 lint: tools ## Check formatting, clippy, dependencies and the contract.
 	$(CARGO) fmt --all --check

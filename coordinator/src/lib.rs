@@ -25,6 +25,8 @@ mod release;
 mod routing;
 mod server;
 mod service;
+#[cfg(test)]
+mod simulation;
 mod state;
 mod steering;
 mod store;
