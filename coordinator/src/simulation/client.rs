@@ -59,6 +59,7 @@ impl Client {
                 | Code::ResourceExhausted
                 | Code::Unknown => Outcome::Again,
                 Code::Internal if status.message().contains("h2 protocol error") => Outcome::Again,
+                Code::Internal if status.message().contains("simulated error") => Outcome::Again,
                 Code::Internal | Code::DataLoss => {
                     self.world.model.lock().broken(format!("{}: {call}: {status}", self.host));
                     Outcome::Refused(status)
@@ -99,6 +100,7 @@ impl Client {
             max_shard_size: self.rng.random_range(1..=3),
             seed: Some(self.rng.random()),
             priority: self.rng.random_range(0..=3),
+            previews: self.rng.random_bool(0.5),
             ..Default::default()
         }
     }

@@ -27,6 +27,8 @@ enum Fault {
     StoreSlow,
     StoreLossy,
     StoreDeaf,
+    /// Images and records cannot always be written or read.
+    ObjectsFail,
 }
 
 /// The faults of one run.
@@ -110,8 +112,9 @@ impl Faults {
             64..74 => Fault::Far(coordinator, other),
             74..81 => Fault::StoreAway,
             81..88 => Fault::StoreSlow,
-            88..95 => Fault::StoreLossy,
-            _ => Fault::StoreDeaf,
+            88..93 => Fault::StoreLossy,
+            93..97 => Fault::StoreDeaf,
+            _ => Fault::ObjectsFail,
         }
     }
 }
@@ -140,6 +143,7 @@ impl Fault {
             Self::OneWay(from, to) => sim.partition_oneway(from, to),
             Self::Held(a, b) => sim.hold(a, b),
             Self::Far(a, b) => sim.set_link_latency(a, b, Duration::from_millis(900)),
+            Self::ObjectsFail => world.objects.fail(true),
             _ => self.set_weather(world, true),
         }
     }
@@ -152,6 +156,7 @@ impl Fault {
             Self::OneWay(from, to) => sim.repair_oneway(from, to),
             Self::Held(a, b) => sim.release(a, b),
             Self::Far(a, b) => sim.set_link_latency(a, b, Duration::from_millis(10)),
+            Self::ObjectsFail => world.objects.fail(false),
             _ => self.set_weather(world, false),
         }
     }

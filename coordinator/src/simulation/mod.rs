@@ -12,6 +12,7 @@ mod faults;
 mod model;
 mod net;
 mod node;
+mod objects;
 mod store;
 mod truth;
 mod worker;

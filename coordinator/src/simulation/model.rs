@@ -31,6 +31,9 @@ use crate::{
 /// After this long every coordinator knows what the cluster serves.
 const NEWS_TRAVEL: Duration = Duration::from_secs(20);
 
+/// A shard that fails this often is given up.
+const MOST_DELIVERIES: u32 = 5;
+
 /// What happened, and whether it was right.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -66,6 +69,8 @@ struct Shard {
     /// The token of the delivery that may commit.
     current: Option<u64>,
     accepted: Option<u64>,
+    /// Deliveries that count.
+    deliveries: u32,
 }
 
 fn is_over(job: &v1::Job) -> bool {
@@ -208,7 +213,10 @@ impl Model {
             }
             (Transition::Fail { lease, failure }, _) => self.ended(*lease, &failure.reason),
             (Transition::Expire { lease }, _) => self.ended(*lease, "it expired"),
-            (Transition::GiveBack { lease }, _) => self.ended(*lease, "it was given back"),
+            (Transition::GiveBack { lease }, _) => {
+                self.ended(*lease, "it was given back");
+                self.shard(&lease.shard.to_string()).deliveries -= 1;
+            }
             (Transition::Cancel { .. }, _) if !is_over(&before.job) => {
                 self.note(format!("store: job {} is cancelled", short(&before.job.job_id)));
                 for shard in &before.shards {
@@ -231,6 +239,9 @@ impl Model {
         let (grows, free) = (lease.token > shard.newest, shard.current.is_none());
         let open = shard.accepted.is_none();
         (shard.newest, shard.current) = (lease.token, Some(lease.token));
+        shard.deliveries += 1;
+        let few = shard.deliveries <= MOST_DELIVERIES;
+        self.check(few, || format!("{lease} is delivered more than {MOST_DELIVERIES} times"));
         self.check(grows, || format!("{lease} was granted, and no larger than one before"));
         self.check(free, || format!("{lease} was granted while another delivery ran"));
         self.check(open, || format!("{lease} was granted of a shard that is done"));
@@ -416,10 +427,11 @@ impl Model {
     /// A watcher at `cursor` got `message`; returns where it is now.
     pub(super) fn watched(&mut self, job: &str, cursor: u64, message: &WatchJobResponse) -> u64 {
         let number = message.sequence;
-        if let Some(Event::Progress(_)) = &message.event {
+        if let Some(Event::Progress(step)) = &message.event {
             self.check(number == cursor, || {
                 format!("job {job}: progress numbered {number} came after event {cursor}")
             });
+            self.check_preview(job, step);
             return cursor;
         }
         self.check(number == cursor + 1, || {
@@ -432,6 +444,21 @@ impl Model {
             self.seen(job);
         }
         number
+    }
+
+    /// A preview is output too.
+    fn check_preview(&mut self, job: &str, step: &v1::StepProgress) {
+        let Some(Job { last, .. }) = self.jobs.get(job).filter(|_| !step.preview_png.is_empty())
+        else {
+            return;
+        };
+        let mut concepts = last.policy.iter().flat_map(|policy| &policy.concepts);
+        let closed = concepts.all(|concept| {
+            let mut scores = step.scores.iter();
+            scores.any(|score| score.concept == concept.name && !score.open)
+        });
+        let wanted = last.spec.as_ref().is_some_and(|spec| spec.previews);
+        self.check(closed && wanted, || format!("job {job} showed a preview that it must not"));
     }
 
     /// A client was given an image.

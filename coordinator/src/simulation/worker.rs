@@ -228,7 +228,7 @@ impl Worker {
     ) {
         let last = assignment.images.len().saturating_sub(1);
         for (number, image) in assignment.images.iter().enumerate() {
-            self.steps(key, image.index).await;
+            self.steps(key, assignment, image.index).await;
             if plan == Plan::Late {
                 let until = Instant::now() + self.pause(4_000..12_000);
                 *self.still_until.lock() = until;
@@ -253,10 +253,28 @@ impl Worker {
         }
     }
 
-    async fn steps(&self, key: LeaseKey, index: u32) {
+    /// Steps with previews that mostly may be shown: now and then a gate is open, or a score is missing.
+    async fn steps(&self, key: LeaseKey, assignment: &ShardAssignment, index: u32) {
+        let concepts = assignment.policy.iter().flat_map(|policy| &policy.concepts);
+        let concepts: Vec<&v1::ConceptRef> = concepts.collect();
         for step in 0..4 {
             tokio::time::sleep(self.pause(10..250)).await;
-            let step = v1::StepProgress { index, step, steps: 4, ..Default::default() };
+            let scored = concepts.iter().filter(|_| self.chance(0.95));
+            let scores = scored.map(|concept| v1::ConceptScore {
+                concept: concept.name.clone(),
+                energy: concept.energy.clone(),
+                open: self.chance(0.1),
+                ..Default::default()
+            });
+            let (scores, preview_png) = (scores.collect(), b"a preview".to_vec());
+            let step = v1::StepProgress {
+                index,
+                step,
+                steps: 4,
+                scores,
+                preview_png,
+                ..Default::default()
+            };
             let lease = Some(key.to_proto());
             self.send(Up::Progress(v1::ShardProgress { lease, steps: vec![step] })).await;
         }

@@ -10,10 +10,7 @@ use std::{
 };
 
 use fairlead_common::{grpc::Channels, signature::Signer};
-use object_store::{
-    memory::InMemory,
-    throttle::{ThrottleConfig, ThrottledStore},
-};
+use object_store::memory::InMemory;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio_util::sync::CancellationToken;
@@ -25,6 +22,7 @@ use super::{
     faults::Faults,
     model::Model,
     net, node,
+    objects::Objects,
     store::{Database, SimulatedStore},
     worker,
 };
@@ -81,7 +79,7 @@ pub(super) struct World {
     pub(super) database: Arc<Database>,
     pub(super) time: Time,
     seed: u64,
-    outputs: Outputs,
+    pub(super) objects: Arc<Objects>,
     signer: Signer,
     coordinators: Vec<&'static str>,
     healed: AtomicBool,
@@ -104,16 +102,10 @@ impl World {
     fn new(seed: u64) -> Arc<Self> {
         let mut rng = StdRng::seed_from_u64(seed);
         let time = Time::default();
-        let objects = Arc::new(InMemory::new());
-        let wait = Duration::from_millis(rng.random_range(0..=60));
-        let slow = ThrottleConfig {
-            wait_put_per_call: wait,
-            wait_get_per_call: wait / 4,
-            ..ThrottleConfig::default()
-        };
-        let outputs = Outputs::new(Arc::new(ThrottledStore::new(Arc::clone(&objects), slow)));
+        let stored = Arc::new(InMemory::new());
+        let objects = Arc::new(Objects::new(Arc::clone(&stored), StdRng::from_rng(&mut rng)));
         let signer = Signer::generate();
-        let model = Model::new(time.clone(), objects, signer.public());
+        let model = Model::new(time.clone(), stored, signer.public());
         let model = Arc::new(Mutex::new(model));
         let coordinators: &[&str] = match rng.random_bool(0.6) {
             true => &["coordinator-1", "coordinator-2"],
@@ -126,7 +118,7 @@ impl World {
             database: Arc::new(database),
             time,
             seed,
-            outputs,
+            objects,
             signer,
             coordinators: coordinators.to_vec(),
             healed: AtomicBool::new(false),
@@ -201,7 +193,7 @@ impl World {
         let timeout = options.check_timeout;
         let ground = Ground {
             store: Arc::new(SimulatedStore(Arc::clone(&self.database))),
-            outputs: self.outputs.clone(),
+            outputs: Outputs::new(self.objects.clone()),
             signer: self.signer.clone(),
             channels: Channels::made_by(move |address| net::channel(address, timeout)),
         };
