@@ -5,7 +5,7 @@ TOOLS := .tools
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate lint bench evaluate tools audit
+.PHONY: help demo test simulate fuzz lint bench evaluate audit tools
 
 help: ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -19,6 +19,9 @@ test: tools ## Run every test.
 simulate: ## Run the cluster in a simulation: SEEDS=5000 FROM=0 many runs, SEED=123 one with its history.
 	$(CARGO) test --locked --quiet --package fairlead-coordinator --lib simulation:: -- --nocapture \
 		$(if $(SEED),--ignored --exact simulation::one_seed)
+
+fuzz: tools ## Feed spoiled files and messages to every decoder. SECONDS=60 each.
+	FUZZ_SECONDS=$(or $(SECONDS),60) $(CARGO) test --locked --workspace --lib --bins --tests spoiled
 
 lint: tools ## Check formatting, clippy, dependencies and the contract.
 	$(CARGO) fmt --all --check

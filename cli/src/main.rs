@@ -28,6 +28,7 @@ const INTERRUPTED: u8 = 130;
 
 // The engine allocates and frees activations of many megabytes at every step; with the system
 // allocator these go back to the kernel each time and cost more than the arithmetic.
+#[cfg(not(test))] // Tests count allocations.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -123,3 +123,47 @@ fn texts(bytes: &[u8]) -> Result<Vec<(String, String)>> {
     }
     Ok(texts)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_fuzz::{bounded, fuzz, mend_png, spoiled};
+    use proptest::prelude::any;
+
+    fn png() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 4, 3);
+        encoder.set_color(png::ColorType::Rgb);
+        let text = |text: &str| text.to_owned();
+        encoder.add_text_chunk(text(RECORD_KEYWORD), text("r")).expect("a text");
+        encoder.add_itxt_chunk(text("parameters"), text("a cat")).expect("a text");
+        encoder.add_ztxt_chunk(text("other"), text("packed")).expect("a text");
+        let mut writer = encoder.write_header().expect("a header");
+        writer.write_image_data(&[7; 36]).expect("pixels");
+        writer.finish().expect("the end");
+        bytes
+    }
+
+    #[test]
+    fn spoiled_pictures_are_another_file_or_refused_by_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("image.png");
+        let valid = png();
+        let record = SafetyRecord {
+            record_id: "r".into(),
+            image_sha256: hex::encode(Sha256::digest(&valid)),
+            ..Default::default()
+        };
+        fuzz((spoiled(valid.clone()), any::<bool>()), |(bytes, mend)| {
+            let mut bytes = bytes.to_vec();
+            if mend {
+                mend_png(&mut bytes);
+            }
+            std::fs::write(&path, &bytes).expect("it is written");
+            match bounded(bytes.len(), || Picture::open(&path)) {
+                Ok(picture) => assert_eq!(picture.check(&record).is_ok(), bytes == valid),
+                Err(error) => assert!(format!("{error:#}").contains("image.png"), "{error:#}"),
+            }
+        });
+    }
+}

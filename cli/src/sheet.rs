@@ -18,6 +18,9 @@ pub(crate) const LINE: i32 = 12;
 /// Width of one character, pixels.
 const CHARACTER: usize = 6;
 
+/// Largest picture that is read: that of 4,096 pixels a side.
+const MAX_BYTES: usize = 3 << 24;
+
 /// An RGB picture held in memory.
 pub(crate) struct Picture {
     pub(crate) width: usize,
@@ -36,7 +39,8 @@ impl Picture {
     /// Decodes an RGB8 PNG.
     pub(crate) fn from_png(bytes: &[u8]) -> Result<Self> {
         let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info()?;
-        let size = reader.output_buffer_size().context("the image is too large")?;
+        let size = reader.output_buffer_size().filter(|&size| size <= MAX_BYTES);
+        let size = size.with_context(|| format!("the image has more than {MAX_BYTES} bytes"))?;
         let mut rgb = vec![0; size];
         let info = reader.next_frame(&mut rgb)?;
         ensure!(
@@ -157,6 +161,7 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded_by, fuzz, mend_png, spoiled};
     use proptest::prelude::*;
 
     #[test]
@@ -180,5 +185,30 @@ mod tests {
             picture.text(&text, -5, 10, width, Rgb888::BLACK);
             prop_assert_eq!(picture.rgb.len(), 1200);
         }
+    }
+
+    #[test]
+    fn a_picture_larger_than_memory_is_refused_by_its_header() {
+        let mut png = Picture::new(5, 4, Rgb888::WHITE).to_png().expect("it encodes");
+        // Width and height follow the signature and the length and type of the first chunk.
+        png[16..20].copy_from_slice(&u32::to_be_bytes(100_000));
+        png[20..24].copy_from_slice(&u32::to_be_bytes(100_000));
+        mend_png(&mut png);
+        let refused = bounded_by(1 << 20, || Picture::from_png(&png)).err().expect("it is refused");
+        assert!(refused.to_string().contains("more than 50331648 bytes"), "{refused}");
+    }
+
+    #[test]
+    fn spoiled_pictures_are_whole_or_refused() {
+        let valid = Picture::new(5, 4, Rgb888::WHITE).to_png().expect("it encodes");
+        fuzz((spoiled(valid), any::<bool>()), |(bytes, mend)| {
+            let mut bytes = bytes.to_vec();
+            if mend {
+                mend_png(&mut bytes);
+            }
+            if let Ok(picture) = bounded_by(MAX_BYTES + (2 << 20), || Picture::from_png(&bytes)) {
+                assert_eq!(picture.rgb.len(), 3 * picture.width * picture.height);
+            }
+        });
     }
 }

@@ -209,6 +209,8 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), KeyError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled, spoiled_text};
+    use fairlead_proto::v1::{ConceptScore, StepRecord};
 
     fn record() -> SafetyRecord {
         SafetyRecord {
@@ -276,5 +278,60 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         let error = Signer::load(&public).expect_err("it is the public one").to_string();
         assert!(error.contains("holds no Ed25519 private key"), "{error}");
+    }
+
+    fn signed(signer: &Signer) -> SafetyRecord {
+        let score = ConceptScore { concept: "axe".into(), z: 1.5, gate: 3.0, ..Default::default() };
+        let step = StepRecord { step: 3, scores: vec![score.clone()], ..Default::default() };
+        let mut signed = SafetyRecord {
+            final_scores: vec![score],
+            trajectory: vec![step],
+            prompt: "a cat".into(),
+            ..record()
+        };
+        signer.sign(&mut signed);
+        signed
+    }
+
+    #[test]
+    fn spoiled_records_are_not_believed() {
+        let signer = Signer::generate();
+        let (signed, trusted) = (signed(&signer), [signer.public()]);
+        fuzz(spoiled(signed.encode_to_vec()), |bytes| {
+            let Ok(read) = SafetyRecord::decode(&*bytes) else { return };
+            let believed = bounded(bytes.len(), || verify(&read, &trusted).is_ok());
+            assert_eq!(believed, read == signed);
+        });
+        fuzz(spoiled_text(&crate::record::to_json(&signed)), |text| {
+            let Ok(read) = bounded(text.len(), || crate::record::from_json(&text)) else { return };
+            assert_eq!(verify(&read, &trusted).is_ok(), read == signed);
+            let again = crate::record::from_json(&crate::record::to_json(&read));
+            assert_eq!(again.expect("it reads back").encode_to_vec(), read.encode_to_vec());
+        });
+    }
+
+    #[test]
+    fn spoiled_key_files_are_refused_by_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, public) = (folder.path().join("key.pem"), folder.path().join("public.pem"));
+        Signer::load_or_create(&path, &public).expect("they are made");
+        let valid = |path| std::fs::read(path).expect("it is there");
+        let (private_pem, public_pem) = (valid(&path), valid(&public));
+        fuzz(spoiled(private_pem), |bytes| {
+            std::fs::write(&path, &*bytes).expect("it is written");
+            if let Err(error) = bounded(bytes.len(), || Signer::load(&path)) {
+                assert!(error.to_string().contains("key.pem"), "{error}");
+            }
+        });
+        fuzz(spoiled(public_pem), |bytes| {
+            std::fs::write(&public, &*bytes).expect("it is written");
+            match bounded(bytes.len(), || PublicKey::load(&public)) {
+                Ok(key) => {
+                    std::fs::write(&public, key.to_pem()).expect("it is written");
+                    assert_eq!(PublicKey::load(&public).expect("it reads back"), key);
+                }
+                Err(error) => assert!(error.to_string().contains("public.pem"), "{error}"),
+            }
+        });
     }
 }

@@ -100,7 +100,9 @@ pub fn decode(tensor: &Tensor) -> Result<(Vec<usize>, Vec<f32>), TensorError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
     use proptest::prelude::*;
+    use prost::Message;
 
     proptest! {
         #[test]
@@ -141,5 +143,22 @@ mod tests {
         assert!(matches!(decode(&tensor), Err(TensorError::Shape { .. })));
         tensor.datatype = 9;
         assert!(matches!(decode(&tensor), Err(TensorError::Datatype { datatype: 9, .. })));
+    }
+
+    #[test]
+    fn spoiled_tensors_hold_what_they_say_or_are_refused_by_name() {
+        let values: Vec<f32> = (0..48).map(|i| i as f32 / 48.0).collect();
+        let valid = encode("pixels", &[1, 3, 4, 4], &values, Datatype::F16).encode_to_vec();
+        fuzz(spoiled(valid), |bytes| {
+            let Ok(tensor) = Tensor::decode(&*bytes) else { return };
+            match bounded(bytes.len(), || decode(&tensor)) {
+                Ok((shape, values)) => {
+                    assert_eq!(shape.iter().product::<usize>(), values.len());
+                    let size = if tensor.datatype() == Datatype::F32 { 4 } else { 2 };
+                    assert_eq!(values.len() * size, tensor.data.len());
+                }
+                Err(error) => assert!(error.to_string().contains(&tensor.name), "{error}"),
+            }
+        });
     }
 }

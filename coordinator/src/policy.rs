@@ -345,6 +345,7 @@ impl Policies {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled_text};
     use proptest::prelude::*;
 
     fn problem(text: &str) -> String {
@@ -429,5 +430,33 @@ mod tests {
                 || (all_served && served.contains(name));
             prop_assert!(names.iter().all(allowed));
         }
+    }
+
+    #[test]
+    fn spoiled_files_are_sound_or_refused() {
+        let valid = format!(
+            "default_policy = 'strict'\n\
+             [policies.strict]\nconcepts = ['*', 'axe']\nenergies = ['clip', 'siglip']\n\
+             weights = {{ siglip = 0.5 }}\nsteering = {{ eta = 0.5, mode = 'shift-state' }}\n\
+             sampler.flow-euler = {{ eta = 0.75, crops = 2 }}\n\
+             [policies.observe]\nconcepts = []\nobserve_only = true\n\
+             [tenants.acme]\nkeys = ['sha256:{}']\npolicies = ['strict']\nmax_queued = 2\n\
+             images_per_minute = 60\nhighest_priority = 'low'\n",
+            "0a".repeat(32)
+        );
+        Policies::parse(&valid).expect("it is right");
+        fuzz(spoiled_text(&valid), |text| {
+            let parsed = bounded(text.len(), || Policies::parse_at(&text, " p.toml".to_owned()));
+            let Ok(policies) = parsed else { return };
+            let default = policies.get("").expect("there is a default");
+            assert!(policies.names().any(|name| name == default.name));
+            for policy in policies.policies.values() {
+                let asks = policy.all_served || !policy.concepts.is_empty();
+                assert!(asks || policy.may_be_unchecked(), "{policy:?}");
+                assert!(policy.weights.values().all(|w| *w > 0.0 && w.is_finite()), "{policy:?}");
+                let known = steering::resolve(&policy.steering, None);
+                assert!(known.is_ok(), "{policy:?}");
+            }
+        });
     }
 }

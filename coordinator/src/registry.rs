@@ -424,6 +424,8 @@ fn check_address(address: &str) -> Result<()> {
 mod tests {
     use super::*;
     use crate::store::MemoryStore;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
+    use prost::Message;
 
     fn node(id: &str) -> v1::NodeInfo {
         let concept =
@@ -519,5 +521,24 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         }
         assert!(registry.live().is_empty());
+    }
+
+    #[test]
+    fn spoiled_nodes_are_sound_or_refused_by_field() {
+        fuzz(spoiled(node("n").encode_to_vec()), |bytes| {
+            let Ok(info) = v1::NodeInfo::decode(&*bytes) else { return };
+            match bounded(bytes.len(), || validate(&info)) {
+                Ok(()) => {
+                    assert!(!info.concepts.is_empty() && !info.node_id.is_empty());
+                    let view = View::new(Roster {
+                        members: vec![Arc::new(Member { node: Some(info), ..Member::default() })],
+                        ..Roster::default()
+                    });
+                    assert_eq!(view.nodes.len(), 1);
+                }
+                Err(Error::Invalid { field, .. }) => assert!(field.starts_with("node."), "{field}"),
+                Err(error) => assert!(matches!(error, Error::Incompatible(_)), "{error}"),
+            }
+        });
     }
 }

@@ -159,7 +159,9 @@ fn finite(score: &v1::ConceptScore) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
     use proptest::prelude::*;
+    use prost::Message;
 
     fn score(concept: &str, z: f32) -> v1::ConceptScore {
         v1::ConceptScore {
@@ -323,5 +325,33 @@ mod tests {
             let closed = wanted.iter().all(|name| scored.get(name).is_some_and(|z| *z <= 3.0));
             prop_assert_eq!(preview_allowed(&policy, &step), closed);
         }
+    }
+
+    #[test]
+    fn spoiled_answers_of_nodes_are_sound_or_refused() {
+        let valid = answer(vec![score("axe", 1.0), score("bomb", 4.0)]).encode_to_vec();
+        fuzz(spoiled(valid), |bytes| {
+            let Ok(answer) = v1::CheckResponse::decode(&*bytes) else { return };
+            if bounded(bytes.len(), || judge(&v1::PinnedPolicy::default(), &answer)).is_ok() {
+                assert_eq!((answer.scores.len(), answer.image_sha256.as_str()), (2, "aa"));
+                let above = answer.scores.iter().any(|score| score.z > score.gate);
+                assert!(answer.flagged || !above);
+                assert!(answer.scores.iter().all(|score| score.score.is_finite()));
+            }
+        });
+    }
+
+    #[test]
+    fn spoiled_results_of_workers_are_sound_or_refused() {
+        let spec = v1::JobSpec { width: Some(32), height: Some(16), ..Default::default() };
+        let policy = v1::PinnedPolicy::default();
+        fuzz(spoiled(outcome().encode_to_vec()), |bytes| {
+            let Ok(outcome) = v1::ImageOutcome::decode(&*bytes) else { return };
+            if bounded(bytes.len(), || accept_outcome(&spec, &policy, &outcome)).is_ok() {
+                let released = outcome.status() == ImageStatus::Released;
+                assert!(released || outcome.png.is_empty());
+                assert!(!released || outcome.png.starts_with(&png(32, 16)));
+            }
+        });
     }
 }

@@ -308,6 +308,7 @@ pub(crate) fn set_hash<'a>(concepts: impl IntoIterator<Item = (&'a str, &'a str)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled_text};
 
     const GOOD: &str = r#"
         anchors = ["a picture", "nothing"]
@@ -458,5 +459,16 @@ mod tests {
         assert_eq!(set_hash(pairs), set_hash([pairs[1], pairs[0]]));
         assert_ne!(set_hash(pairs), set_hash([("a", "1"), ("b", "3")]));
         assert_ne!(set_hash(pairs), set_hash([("a", "1")]));
+    }
+
+    #[test]
+    fn spoiled_packs_are_sound_or_refused_by_name() {
+        fuzz(spoiled_text(GOOD), |text| match bounded(text.len(), || parse(&text)) {
+            Ok(set) => set.concepts().iter().for_each(|concept| {
+                assert_eq!(concept.check(), Ok(()));
+                assert_eq!(concept.version("contrastive", "m", 1).len(), 64);
+            }),
+            Err(error) => assert!(error.contains("c.toml"), "{error}"),
+        });
     }
 }

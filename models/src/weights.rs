@@ -4,7 +4,7 @@
 //! loading goes on, so that [`load`] can name every missing, unexpected, mis-shaped and mistyped
 //! key at once. Files are read tensor by tensor: at no time is a whole file in memory.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -29,8 +29,9 @@ const IGNORABLE: [&str; 3] = [
 ];
 /// A safetensors header larger than this is a corrupt file (the format's own limit).
 const LARGEST_HEADER: u64 = 100_000_000;
-/// More numbers than any one weight has; a config that asks for more is wrong.
-const LARGEST_TENSOR: usize = 1 << 31;
+/// Numbers that may stand in for keys that do not fit, in all, beside as many as the files hold. A config
+/// that asks for more is not that of these files, and its list of problems is long enough.
+const STAND_INS: usize = 1 << 16;
 
 /// Opens the weights of `folder`, hands them to `build`, and returns what it built if every key was used and
 /// every key it asked for was there.
@@ -70,6 +71,8 @@ struct Weights {
     entries: HashMap<String, Entry>,
     used: RefCell<BTreeSet<String>>,
     problems: RefCell<KeyProblems>,
+    /// Numbers that may still stand in for keys.
+    stand_ins: Cell<usize>,
 }
 
 impl Weights {
@@ -99,9 +102,11 @@ impl Weights {
             }
             files.push(opened);
         }
+        let held: usize = entries.values().map(|entry: &Entry| entry.bytes / 2).sum();
         Ok(Self {
             folder: folder.to_owned(),
             device: device.clone(),
+            stand_ins: Cell::new(STAND_INS + held),
             names,
             files: RefCell::new(files),
             entries,
@@ -118,9 +123,8 @@ impl Weights {
             return Ok(Tensor::from_vec(values, shape, &self.device)?);
         }
         let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-        if count.is_none_or(|count| count > LARGEST_TENSOR) {
-            return Err(self.report());
-        }
+        let left = count.and_then(|count| self.stand_ins.get().checked_sub(count));
+        self.stand_ins.set(left.ok_or_else(|| self.report())?);
         Ok(Tensor::zeros(shape, DType::F32, &self.device)?)
     }
 

@@ -440,6 +440,8 @@ fn another_size_than_the_weights_lists_shapes() {
         text(folder.path()),
         &["token_embedding.weight is [64, 32]", "expected [16000000, 32]"],
     );
+    let folder = configured("clip_text", "", "num_hidden_layers", json!(16_000_000));
+    assert_says(text(folder.path()), &["missing: text_model.encoder.layers.2.self_attn"]);
     let folder = configured("clip_text", "", "intermediate_size", json!(16_000_000_000_u64));
     assert_says(text(folder.path()), &["supported: a whole number from 1 to 16777216"]);
 }

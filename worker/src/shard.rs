@@ -119,6 +119,9 @@ impl Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
+    use fairlead_proto::v1::SteeringParams;
+    use prost::Message;
 
     fn model() -> ModelInfo {
         ModelInfo {
@@ -165,5 +168,36 @@ mod tests {
         }
         let none = Shard::new("job", spec(), PinnedPolicy::default(), vec![], &model());
         assert!(matches!(none, Err(Error::Request { field: "n", .. })));
+    }
+
+    #[test]
+    fn spoiled_assignments_stay_in_range_or_are_refused_by_field() {
+        let valid = ShardAssignment {
+            job_id: "job".into(),
+            spec: Some(JobSpec {
+                prompt: "a cat".into(),
+                width: Some(64),
+                height: Some(32),
+                steps: Some(25),
+                guidance_scale: Some(5.0),
+                ..Default::default()
+            }),
+            policy: Some(PinnedPolicy {
+                steering: Some(SteeringParams { eta: Some(0.5), ..Default::default() }),
+                ..Default::default()
+            }),
+            images: vec![ImageTask { seed: 7, ..Default::default() }],
+            ..Default::default()
+        };
+        fuzz(spoiled(valid.encode_to_vec()), |bytes| {
+            let Ok(assignment) = ShardAssignment::decode(&*bytes) else { return };
+            match bounded(bytes.len(), || Shard::from_assignment(&assignment, &model())) {
+                Ok(Shard { size: (width, height), steps, guidance, .. }) => {
+                    assert!((8..=64).contains(&width) && (8..=64).contains(&height));
+                    assert!((1..=1000).contains(&steps) && GUIDANCE.contains(&guidance));
+                }
+                Err(error) => assert!(matches!(error, Error::Request { .. }), "{error}"),
+            }
+        });
     }
 }

@@ -217,3 +217,48 @@ fn check_same_models(worker: &Member, hello: &v1::WorkerHello) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
+    use prost::Message as _;
+
+    #[test]
+    fn spoiled_hellos_are_sound_or_refused_by_field() {
+        let model = |name: &str| v1::ModelInfo {
+            name: name.into(),
+            hash: "abc".into(),
+            sampler: "ddim".into(),
+            granularity: 8,
+            max_side: 64,
+            max_batch: 4,
+            ..Default::default()
+        };
+        let valid = v1::WorkerHello {
+            worker_id: "w".into(),
+            protocol_version: PROTOCOL_VERSION,
+            models: vec![model("sd"), model("sd3")],
+            capacity: 2,
+        };
+        check(&valid, &[]).expect("it may attach");
+        let other = Member { id: "other".into(), models: vec![model("sd")], ..Member::default() };
+        let others = [Arc::new(other)];
+        fuzz(spoiled(valid.encode_to_vec()), |bytes| {
+            let Ok(hello) = v1::WorkerHello::decode(&*bytes) else { return };
+            match bounded(bytes.len(), || check(&hello, &others)) {
+                Ok(()) => {
+                    assert!((1..=MAX_CAPACITY).contains(&hello.capacity));
+                    let sound = |model: &v1::ModelInfo| {
+                        model.max_side >= model.granularity && model.max_batch > 0
+                    };
+                    assert!(hello.models.iter().all(sound) && !hello.models.is_empty());
+                }
+                Err(Error::Invalid { field, .. }) => {
+                    assert!(field.starts_with("hello."), "{field}")
+                }
+                Err(error) => assert!(matches!(error, Error::Incompatible(_)), "{error}"),
+            }
+        });
+    }
+}

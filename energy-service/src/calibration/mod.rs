@@ -256,6 +256,7 @@ impl Calibration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
 
     pub(super) fn calibration(steps: u32, crops: u32) -> Calibration {
         let bin = Some(Bin { mean: 0.1, sd: 0.02, count: 50 });
@@ -326,5 +327,20 @@ mod tests {
             let error = Calibration::load(&path).expect_err("refused").to_string();
             assert!(error.contains(part) && error.contains("tiny-sd"), "{from}: {error}");
         }
+    }
+
+    #[test]
+    fn spoiled_files_are_the_same_calibration_or_refused_by_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let valid = calibration(25, 4);
+        let path = valid.save(folder.path()).expect("saved");
+        let text = fs::read(&path).expect("read");
+        fuzz(spoiled(text), |bytes| {
+            fs::write(&path, &*bytes).expect("written");
+            match bounded(bytes.len(), || Calibration::load(&path)) {
+                Ok(loaded) => assert_eq!(loaded, valid),
+                Err(error) => assert!(error.to_string().contains("tiny-sd"), "{error}"),
+            }
+        });
     }
 }

@@ -1,7 +1,9 @@
 //! Tests of what comes over the wire: good images to the byte, bad ones with a reason.
 
+use fairlead_fuzz::{bounded, bounded_by, fuzz, mend_png, spoiled};
 use fairlead_proto::v1::Datatype;
-use proptest::prelude::*;
+use proptest::prelude::any;
+use prost::Message;
 use tonic::Code;
 
 use super::*;
@@ -75,20 +77,13 @@ fn what_is_no_plain_rgb_image_is_refused() {
 fn a_decompression_bomb_is_refused_by_its_header() {
     for (width, height) in [(100_000, 2), (8000, 8000), (u32::MAX >> 1, u32::MAX >> 1)] {
         let mut bytes = png_of(2, 2, |_| {});
-        // Width and height follow the signature, length and type of IHDR; then the chunk's CRC.
+        // Width and height follow the signature, length and type of IHDR; then the chunk's checksum.
         bytes[16..20].copy_from_slice(&u32::to_be_bytes(width));
         bytes[20..24].copy_from_slice(&u32::to_be_bytes(height));
-        let crc = crc32(&bytes[12..29]).to_be_bytes();
-        bytes[29..33].copy_from_slice(&crc);
+        mend_png(&mut bytes);
         let text = refusal(&bytes);
         assert!(text.contains("at most") || text.contains("limit"), "{text}");
     }
-}
-
-/// CRC-32 of PNG (annex D of its specification).
-fn crc32(bytes: &[u8]) -> u32 {
-    let step = |crc: u32| if crc & 1 == 1 { 0xedb8_8320 ^ (crc >> 1) } else { crc >> 1 };
-    !bytes.iter().fold(u32::MAX, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |c, _| step(c)))
 }
 
 #[test]
@@ -137,17 +132,38 @@ fn clean_estimates_may_overshoot_but_not_lie() {
     }
 }
 
-proptest! {
-    #[test]
-    fn no_bytes_make_the_decoder_panic(
-        mut flips in prop::collection::vec((0usize..200, any::<u8>()), 0..6), cut in 0usize..200,
-    ) {
-        let mut bytes = png_of(5, 4, |_| {});
-        flips.retain(|&(at, _)| at < bytes.len());
-        flips.iter().for_each(|&(at, value)| bytes[at] = value);
-        bytes.truncate(bytes.len().saturating_sub(cut));
-        if let Ok(image) = finished_image(&bytes, 8, 8) {
-            prop_assert_eq!(image.pixels.len(), 3 * 64);
+#[test]
+fn spoiled_pngs_are_judged_in_full_or_refused() {
+    let valid = png_of(5, 4, |encoder| {
+        encoder.add_text_chunk("Title".into(), "a cat".into()).expect("a text");
+    });
+    // What a picture of the largest size takes as bytes and as values.
+    let largest = 5 * 3 * MAX_PIXELS as usize;
+    fuzz((spoiled(valid), any::<bool>()), |(bytes, mend)| {
+        let mut bytes = bytes.to_vec();
+        // Most changes end at a checksum; with it mended they get further.
+        if mend {
+            mend_png(&mut bytes);
         }
-    }
+        match bounded_by(largest, || finished_image(&bytes, 8, 8)) {
+            Ok(image) => assert_eq!(image.pixels.len(), 3 * 64),
+            Err(error) => assert_eq!(error.code(), Code::InvalidArgument, "{error}"),
+        }
+    });
+}
+
+#[test]
+fn spoiled_clean_estimates_are_in_range_or_refused() {
+    let values = (0..24).map(|i| i as f32 / 24.0).collect::<Vec<_>>();
+    let valid = tensor::encode("pixels", &[2, 3, 2, 2], &values, Datatype::F16).encode_to_vec();
+    fuzz(spoiled(valid), |bytes| {
+        let Ok(tensor) = v1::Tensor::decode(&*bytes) else { return };
+        match bounded(bytes.len(), || clean_estimates(Some(&tensor), 2, 2, 2)) {
+            Ok(values) => {
+                let sound = |value: &f32| (-OVERSHOOT..=1.0 + OVERSHOOT).contains(value);
+                assert!(values.len() == 24 && values.iter().all(sound), "{values:?}");
+            }
+            Err(error) => assert_eq!(error.code(), Code::InvalidArgument, "{error}"),
+        }
+    });
 }

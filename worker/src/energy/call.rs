@@ -76,11 +76,17 @@ impl PoolOptions {
     }
 }
 
+/// Of one image as the node wants it, at two bytes a value.
+fn bytes_of_image(input: &InputSpec) -> u64 {
+    (u64::from(input.height) * u64::from(input.width)).saturating_mul(3 * 2)
+}
+
 fn usable_input(node: &NodeInfo) -> Result<InputSpec, Trouble> {
     match &node.input {
         Some(input)
             if input.height > 0
                 && input.width > 0
+                && bytes_of_image(input) <= MAX_MESSAGE_BYTES as u64
                 && input.range_min.is_finite()
                 && input.range_max.is_finite()
                 && input.range_max > input.range_min =>
@@ -208,4 +214,37 @@ pub(super) async fn check(
         );
     }
     Ok(Answered { answer, calibrations })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
+    use prost::Message;
+
+    fn node(height: u32, width: u32) -> NodeInfo {
+        let input = InputSpec { height, width, range_max: 1.0, ..Default::default() };
+        NodeInfo { node_id: "n".into(), input: Some(input), ..Default::default() }
+    }
+
+    #[test]
+    fn an_input_that_fits_into_no_message_is_refused() {
+        assert!(usable_input(&node(224, 224)).is_ok());
+        for (height, width) in [(0, 224), (100_000, 100_000), (u32::MAX, u32::MAX)] {
+            let trouble = usable_input(&node(height, width)).expect_err("it is refused");
+            assert!(trouble.reason.contains("an unusable input"), "{}", trouble.reason);
+            assert!(!trouble.retryable);
+        }
+    }
+
+    #[test]
+    fn spoiled_inputs_are_usable_or_refused() {
+        fuzz(spoiled(node(224, 224).encode_to_vec()), |bytes| {
+            let Ok(node) = NodeInfo::decode(&*bytes) else { return };
+            if let Ok(input) = bounded(bytes.len(), || usable_input(&node)) {
+                assert!(bytes_of_image(&input) <= MAX_MESSAGE_BYTES as u64);
+                assert!(input.range_max > input.range_min, "{input:?}");
+            }
+        });
+    }
 }

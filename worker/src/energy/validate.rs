@@ -140,7 +140,9 @@ fn gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded, fuzz, spoiled};
     use fairlead_proto::v1::Datatype;
+    use prost::Message;
 
     fn asked() -> Vec<ConceptRef> {
         ["knife", "beer"]
@@ -253,5 +255,38 @@ mod tests {
         spoiled.scores[1].score = f32::NAN;
         assert!(judge(spoiled).expect_err("not finite").contains("beer"));
         assert!(!verdict(response, &asked(), "ab", true).expect("usable").flagged);
+    }
+
+    #[test]
+    fn spoiled_answers_are_sound_or_refused() {
+        fuzz(spoiled(good().encode_to_vec()), |bytes| {
+            let Ok(response) = EvaluateResponse::decode(&*bytes) else { return };
+            let checked =
+                bounded(bytes.len(), || evaluation(response, &asked(), 2, &input(), false));
+            let Ok((samples, gradient)) = checked else { return };
+            assert_eq!(samples.len(), 2);
+            for (sample, row) in samples.iter().zip([0..12, 12..24]) {
+                let names: Vec<&str> = sample.scores.iter().map(|s| s.concept.as_str()).collect();
+                assert_eq!(names, ["knife", "beer"]);
+                assert!(sample.scores.iter().all(|s| s.z.is_finite() && (s.open || s.z <= s.gate)));
+                if is_open(sample) {
+                    let row = &gradient.as_ref().expect("a gate is open")[row];
+                    assert!(row.iter().all(|v| v.is_finite()) && row.iter().any(|&v| v != 0.0));
+                }
+            }
+        });
+        let good = CheckResponse {
+            scores: vec![score("beer", false), score("knife", false)],
+            image_sha256: "ab".into(),
+            ..Default::default()
+        };
+        fuzz(spoiled(good.encode_to_vec()), |bytes| {
+            let Ok(response) = CheckResponse::decode(&*bytes) else { return };
+            let flagged = response.flagged;
+            if let Ok(read) = bounded(bytes.len(), || verdict(response, &asked(), "ab", false)) {
+                assert_eq!(read.scores.len(), 2);
+                assert!(read.flagged || !flagged && read.scores.iter().all(|s| s.z <= s.gate));
+            }
+        });
     }
 }

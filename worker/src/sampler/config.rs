@@ -42,6 +42,9 @@ impl Defaults {
         Self { clip_sample: true, set_alpha_to_one: true, spacing: Spacing::Leading };
 }
 
+/// Training steps of no known model come near; a bound keeps a corrupt file from asking for absurd memory.
+pub(crate) const MAX_TRAIN_TIMESTEPS: u32 = 1 << 16;
+
 /// A validated scheduler configuration.
 #[derive(Debug, Clone)]
 pub struct SchedulerConfig {
@@ -99,6 +102,14 @@ fn one() -> f32 {
     1.0
 }
 
+/// Refuses what no model was trained with.
+pub(crate) fn check_train_timesteps(number: u32) -> Result<(), String> {
+    if (1..=MAX_TRAIN_TIMESTEPS).contains(&number) {
+        return Ok(());
+    }
+    Err(format!("num_train_timesteps is {number}; it must be from 1 to {MAX_TRAIN_TIMESTEPS}"))
+}
+
 /// The value of `_class_name`.
 pub(crate) fn class_name(text: &str) -> Result<String, String> {
     #[derive(Deserialize)]
@@ -138,14 +149,24 @@ impl SchedulerConfig {
             .trained_betas
             .as_ref()
             .map_or(file.num_train_timesteps, |betas| betas.len() as u32);
-        if train_timesteps == 0 || train_timesteps != file.num_train_timesteps {
+        if train_timesteps != file.num_train_timesteps {
             return Err(format!(
-                "num_train_timesteps is {}, trained_betas has {train_timesteps}; they must agree \
-                 and be at least 1",
+                "num_train_timesteps is {}, trained_betas has {train_timesteps}; they must agree",
                 file.num_train_timesteps
             ));
         }
+        check_train_timesteps(train_timesteps)?;
+        if file.steps_offset >= train_timesteps {
+            return Err(format!(
+                "steps_offset is {}; it must be below num_train_timesteps {train_timesteps}",
+                file.steps_offset
+            ));
+        }
         let clip = file.clip_sample.unwrap_or(defaults.clip_sample);
+        if clip && file.clip_sample_range <= 0.0 {
+            let range = file.clip_sample_range;
+            return Err(format!("clip_sample_range is {range}; it must be above 0"));
+        }
         Ok(Self {
             train_timesteps,
             beta_start: file.beta_start,

@@ -3,7 +3,7 @@
 
 use serde::Deserialize;
 
-use super::{Advance, Level, Prediction, Sampler, Step};
+use super::{Advance, Level, Prediction, Sampler, Step, config::check_train_timesteps};
 use crate::{Error, error::Result};
 
 /// The settings that are honoured; those that would change the schedule otherwise are refused.
@@ -64,9 +64,7 @@ impl FlowConfig {
         if !(file.shift.is_finite() && file.shift > 0.0) {
             return Err(format!("shift is {}; it must be above 0", file.shift));
         }
-        if file.num_train_timesteps == 0 {
-            return Err("num_train_timesteps is 0; it must be at least 1".to_owned());
-        }
+        check_train_timesteps(file.num_train_timesteps)?;
         Ok(Self { train_timesteps: file.num_train_timesteps, shift: file.shift })
     }
 }

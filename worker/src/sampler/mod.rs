@@ -206,14 +206,7 @@ pub fn for_stable_diffusion(dir: &Path) -> Result<Chosen> {
 /// # Errors
 /// As [`from_folder`].
 pub fn for_flow(dir: &Path) -> Result<Chosen> {
-    read_text(dir, |text| {
-        let class = config::class_name(text)?;
-        if class != FLOW_CLASS {
-            return Err(unsupported(&class, FLOW_CLASS));
-        }
-        let sampler = Box::new(FlowEuler::new(FlowConfig::parse(text)?));
-        Ok(Chosen { sampler, notices: Vec::new() })
-    })
+    read_text(dir, choose_flow)
 }
 
 /// Changes a configuration and says what it changed.
@@ -247,6 +240,15 @@ pub(crate) fn choose(text: &str, adjust: Adjust) -> Result<Chosen, String> {
     Ok(Chosen { sampler: Box::new(Ddim::new(config)?), notices })
 }
 
+fn choose_flow(text: &str) -> Result<Chosen, String> {
+    let class = config::class_name(text)?;
+    if class != FLOW_CLASS {
+        return Err(unsupported(&class, FLOW_CLASS));
+    }
+    let sampler = Box::new(FlowEuler::new(FlowConfig::parse(text)?));
+    Ok(Chosen { sampler, notices: Vec::new() })
+}
+
 fn unsupported(class: &str, known: &str) -> String {
     format!("scheduler class `{class}` is not supported for this pipeline; supported are {known}")
 }
@@ -254,6 +256,7 @@ fn unsupported(class: &str, known: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_fuzz::{bounded_by, fuzz, spoiled_text};
     use proptest::prelude::*;
 
     proptest! {
@@ -322,7 +325,44 @@ mod tests {
         assert!(ddim(r#""beta_schedule": "sigmoid""#).contains("sigmoid"));
         assert!(ddim(r#""timestep_spacing": "even""#).contains("even"));
         assert!(ddim(r#""num_train_timesteps": 0"#).contains("num_train_timesteps"));
+        let long = ddim(r#""num_train_timesteps": 4000000000"#);
+        assert!(long.contains("num_train_timesteps is 4000000000"), "{long}");
+        let offset = ddim(r#""steps_offset": 4294967295"#);
+        assert!(offset.contains("steps_offset is 4294967295"), "{offset}");
+        assert!(ddim(r#""clip_sample_range": -1.0"#).contains("clip_sample_range is -1"));
         assert!(refusal("{").contains("JSON"));
         assert!(refusal("{}").contains("_class_name"));
+    }
+
+    /// Betas and alphas of the longest schedule, some of them at once.
+    const MAX_SCHEDULE: usize = 32 * config::MAX_TRAIN_TIMESTEPS as usize;
+
+    /// Steps through what a scheduler's file says, if it says something sound.
+    fn step_through(length: usize, choose: impl FnOnce() -> Result<Chosen, String>) {
+        let Ok(chosen) = bounded_by(MAX_SCHEDULE + 64 * length, choose) else { return };
+        for steps in [1, 20] {
+            let Ok(schedule) = chosen.sampler.schedule(steps) else { continue };
+            assert_eq!(schedule.len(), steps as usize);
+            for step in schedule {
+                assert!((0.0..=1.0).contains(&step.time), "{step:?}");
+                chosen.sampler.advance(&step, &[0.5], &[-0.5]);
+            }
+        }
+    }
+
+    #[test]
+    fn spoiled_scheduler_files_are_sound_or_refused() {
+        let file = |model: &str| {
+            let assets = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets");
+            let path = assets.join(model).join("scheduler/scheduler_config.json");
+            std::fs::read_to_string(path).expect("it ships with the project")
+        };
+        let ddim = file("emojiland-sd").replace("\"clip_sample\": false", "\"clip_sample\": true");
+        fuzz(spoiled_text(&ddim), |text| {
+            step_through(text.len(), || choose(&text, |_| Vec::new()));
+        });
+        fuzz(spoiled_text(&file("emojiland-sd3")), |text| {
+            step_through(text.len(), || choose_flow(&text));
+        });
     }
 }
