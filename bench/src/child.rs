@@ -9,6 +9,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::process::bytes_of;
+
 /// A running child; it ends when this is dropped.
 pub(crate) struct Child {
     process: std::process::Child,
@@ -45,10 +47,7 @@ impl Child {
     pub(crate) fn peak_memory(&self) -> Result<Option<u64>> {
         let path = format!("/proc/{}/status", self.process.id());
         let Ok(status) = std::fs::read_to_string(&path) else { return Ok(None) };
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kib =
-            line.and_then(|rest| rest.split_whitespace().next()).context("no VmHWM in /proc")?;
-        Ok(Some(1024 * kib.parse::<u64>().with_context(|| format!("VmHWM is {kib:?}"))?))
+        bytes_of(&status, "VmHWM:").context("no VmHWM in /proc").map(Some)
     }
 
     fn line(&mut self) -> Result<String> {

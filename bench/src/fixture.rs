@@ -13,6 +13,10 @@ pub(crate) const VAE: &str = "vae";
 /// Folder of CLIP ViT-B/32, with a small text tower, which is not measured.
 pub(crate) const CLIP: &str = "clip";
 
+/// Sizes of the text tower: those of the embedded tokenizer, so that an energy node can read phrases.
+const VOCABULARY: usize = 2048;
+const POSITIONS: usize = 24;
+
 /// Names and shapes of a network's weights.
 #[derive(Default)]
 struct Keys(Vec<(String, Vec<usize>)>);
@@ -71,18 +75,28 @@ impl Keys {
 
 /// Writes both models.
 pub(crate) fn write(folder: &Path) -> Result<()> {
+    write_vae(folder)?;
+    write_clip(folder)
+}
+
+fn write_vae(folder: &Path) -> Result<()> {
     let channels = [128, 256, 512, 512];
     let config = json!({
         "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": channels,
         "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
         "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
     });
-    save(&folder.join(VAE), "diffusion_pytorch_model", &config, &vae(&channels))?;
+    save(&folder.join(VAE), "diffusion_pytorch_model", &config, &vae(&channels))
+}
+
+/// Writes CLIP alone.
+pub(crate) fn write_clip(folder: &Path) -> Result<()> {
     let config = json!({
         "model_type": "clip", "projection_dim": 512,
         "text_config": {
             "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1,
-            "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63, "hidden_act": "quick_gelu",
+            "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "eos_token_id": VOCABULARY - 1,
+            "hidden_act": "quick_gelu",
         },
         "vision_config": {
             "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
@@ -144,8 +158,8 @@ fn clip() -> Keys {
     let mut keys = Keys::default();
     keys.add("logit_scale", &[]);
     keys.add("text_projection.weight", &[512, 64]);
-    keys.add("text_model.embeddings.token_embedding.weight", &[64, 64]);
-    keys.add("text_model.embeddings.position_embedding.weight", &[8, 64]);
+    keys.add("text_model.embeddings.token_embedding.weight", &[VOCABULARY, 64]);
+    keys.add("text_model.embeddings.position_embedding.weight", &[POSITIONS, 64]);
     keys.tower("text_model", 1, 64, 64);
     keys.layer("text_model.final_layer_norm", &[64]);
     keys.add("visual_projection.weight", &[512, 768]);

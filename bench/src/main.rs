@@ -1,12 +1,13 @@
-//! `make bench`: the frozen layers beside torch, in one run, and what steering costs on a cluster.
+//! `make bench`: measurements on clusters, then the frozen layers beside torch, in one run.
 //!
-//! Every case runs in two child processes, ours and torch's, which take turns, so that whatever else the
+//! Every case of the latter runs in two child processes, ours and torch's, which take turns, so that whatever else the
 //! machine does meets both. The table shows the medians, their ratio and each process's peak memory.
 
 mod case;
 mod child;
 mod cluster;
 mod fixture;
+mod process;
 mod report;
 
 use std::path::{Path, PathBuf};
@@ -16,21 +17,21 @@ use clap::Parser;
 
 use case::Case;
 use child::Child;
+use cluster::{Measurement, Sizes};
 use report::Row;
 
 /// With [`fairlead_models::keep_freed_memory`]: activations come and go at every layer.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The name of the measurements on a cluster.
-const CLUSTER: &str = "cluster";
-
 /// Times the frozen layers beside torch.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Runs only the cases whose names contain this; `cluster` is what steering costs.
+    /// Runs only the cases whose names contain this, e.g. `vae`, `cluster` or `cluster-waiting`.
     #[arg(default_value = "")]
     filter: String,
+    #[command(flatten)]
+    sizes: Sizes,
     /// Threads of each side.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -53,23 +54,24 @@ fn main() -> Result<()> {
     if let (Some(name), Some(models)) = (&options.serve, &options.models) {
         return serve(name, models, options.threads);
     }
-    if options.filter.is_empty() || options.filter == CLUSTER {
-        // First: here a missing binary is found out at once.
-        tokio::runtime::Runtime::new()?.block_on(cluster::run(options.rounds))?;
-    }
-    if options.filter == CLUSTER {
+    let is_meant = |name: &str| name.contains(&options.filter);
+    let measurements: Vec<Measurement> =
+        Measurement::ALL.into_iter().filter(|m| is_meant(m.name())).collect();
+    let cases: Vec<Case> = Case::ALL.into_iter().filter(|c| is_meant(c.name())).collect();
+    anyhow::ensure!(
+        !cases.is_empty() || !measurements.is_empty(),
+        "no case is named like {:?}; there are {}, {}",
+        options.filter,
+        Measurement::ALL.map(Measurement::name).join(", "),
+        Case::names()
+    );
+    // First: here a missing binary is found out at once.
+    measure(&measurements, &options)?;
+    if cases.is_empty() {
         return Ok(());
     }
     let models = tempfile::tempdir().context("a folder for the random models")?;
     fixture::write(models.path())?;
-    let cases: Vec<Case> =
-        Case::ALL.into_iter().filter(|c| c.name().contains(&options.filter)).collect();
-    anyhow::ensure!(
-        !cases.is_empty(),
-        "no case is named like {:?}; there are {}",
-        options.filter,
-        Case::names()
-    );
     if let Err(why) = peer(&options, "probe", models.path()) {
         eprintln!(
             "torch is skipped, and what needs its models: {why:#}; set FAIRLEAD_PYTHON to a Python with torch, diffusers and transformers"
@@ -78,6 +80,15 @@ fn main() -> Result<()> {
         return run(&ours, &options, models.path(), false);
     }
     run(&cases, &options, models.path(), true)
+}
+
+fn measure(measurements: &[Measurement], options: &Options) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    for measurement in measurements {
+        let measured = runtime.block_on(measurement.run(options.rounds, &options.sizes));
+        measured.with_context(|| measurement.name())?;
+    }
+    Ok(())
 }
 
 fn run(cases: &[Case], options: &Options, models: &Path, torch: bool) -> Result<()> {

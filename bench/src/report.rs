@@ -50,6 +50,39 @@ pub(crate) fn row(row: &Row) {
     );
 }
 
+/// Prints a Markdown table whose first column is text and the others numbers.
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].as_str()).chain([head[column]]);
+        cells.map(|cell| cell.chars().count()).max().unwrap_or_default().max(3)
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |cells: &[&str]| {
+        let cell = |(i, (cell, width)): (usize, (&&str, &usize))| match i {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        };
+        let cells: Vec<String> = cells.iter().zip(&widths).enumerate().map(cell).collect();
+        println!("| {} |", cells.join(" | "));
+    };
+    line(head);
+    let rule = |(i, width): (usize, &usize)| match i {
+        0 => "-".repeat(*width),
+        _ => format!("{}:", "-".repeat(width - 1)),
+    };
+    let rules: Vec<String> = widths.iter().enumerate().map(rule).collect();
+    line(&rules.iter().map(String::as_str).collect::<Vec<_>>());
+    rows.iter().for_each(|row| line(&row.iter().map(String::as_str).collect::<Vec<_>>()));
+}
+
+/// The value that a share `q` of `values` stays at or below.
+pub(crate) fn percentile(values: &[f64], q: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (q * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
 /// The middle one, or the mean of the two in the middle.
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -60,7 +93,16 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::{median, percentile};
+
+    #[test]
+    fn percentiles() {
+        let hundred: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!(percentile(&hundred, 0.99), Some(99.0));
+        assert_eq!(percentile(&hundred, 0.5), Some(50.0));
+        assert_eq!(percentile(&[7.0], 0.99), Some(7.0));
+        assert_eq!(percentile(&[], 0.5), None);
+    }
 
     #[test]
     fn medians() {

@@ -1,4 +1,5 @@
-//! A Redis for tests: a real `redis-server` with a data directory and a socket of its own.
+//! Processes for tests and benchmarks: services that say where they listen, and a real `redis-server`
+//! with a data directory and a socket of its own.
 
 use std::{
     io::{Read, Write},
@@ -8,6 +9,44 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+/// What a service says before the address of its metrics.
+pub const METRICS: &str = "metrics at ";
+
+/// Where a service listens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Announced {
+    /// What it said after the words waited for.
+    pub address: String,
+    /// Where it shows its metrics; empty if it did not say so.
+    pub metrics: String,
+}
+
+/// Reads what a service says on its standard output, which must be a pipe, up to the line that begins with
+/// `words`.
+///
+/// # Errors
+/// If it ends before that.
+pub async fn announced(
+    process: &mut tokio::process::Child,
+    words: &str,
+) -> std::io::Result<Announced> {
+    let output = process.stdout.take().expect("the caller pipes the service's output");
+    let mut lines = BufReader::new(output).lines();
+    let mut announced = Announced::default();
+    while let Some(line) = lines.next_line().await? {
+        if let Some(address) = line.strip_prefix(METRICS) {
+            address.clone_into(&mut announced.metrics);
+        }
+        if let Some(address) = line.strip_prefix(words) {
+            address.clone_into(&mut announced.address);
+            return Ok(announced);
+        }
+    }
+    Err(std::io::Error::other(format!("the service ended before it said {words:?}")))
+}
+
 /// How long a server may take to answer.
 const START: Duration = Duration::from_secs(20);
 
@@ -16,6 +55,7 @@ const START: Duration = Duration::from_secs(20);
 pub struct RedisServer {
     child: Option<Child>,
     dir: PathBuf,
+    fsync: &'static str,
 }
 
 impl RedisServer {
@@ -24,9 +64,22 @@ impl RedisServer {
     /// # Panics
     /// Where `redis-server` is not installed or does not start.
     pub fn start(dir: &Path) -> Self {
-        let mut server = Self { child: None, dir: dir.to_owned() };
+        Self::start_with(dir, "always")
+    }
+
+    /// As [`Self::start`], with another `appendfsync`.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_with(dir: &Path, fsync: &'static str) -> Self {
+        let mut server = Self { child: None, dir: dir.to_owned(), fsync };
         server.restart();
         server
+    }
+
+    /// Its process.
+    pub fn id(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     /// Its address.
@@ -60,7 +113,7 @@ impl RedisServer {
         let child = Command::new("redis-server")
             .current_dir(&self.dir)
             .args(["--port", "0", "--unixsocket", "redis.sock", "--appendonly", "yes"])
-            .args(["--appendfsync", "always", "--save", ""])
+            .args(["--appendfsync", self.fsync, "--save", ""])
             .stdin(Stdio::null())
             .stdout(log)
             .spawn()

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use fairlead_common::{
     grpc::{self, Replicas},
-    testing::RedisServer,
+    testing::{METRICS, RedisServer, announced},
     tls::Tls,
 };
 use fairlead_proto::{
@@ -23,7 +23,6 @@ use fairlead_proto::{
     },
 };
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
     time::timeout,
 };
@@ -31,8 +30,6 @@ use tonic::{Code, Streaming};
 
 /// Anything a test waits for comes within this time on a busy machine, or never.
 pub const PATIENCE: Duration = Duration::from_secs(120);
-/// What a service says before the address of its metrics.
-const METRICS: &str = "metrics at ";
 const POLL: Duration = Duration::from_millis(25);
 
 /// The `fairlead` binary that was built with this test.
@@ -388,21 +385,14 @@ impl Sandbox {
     pub async fn spawn(&mut self, name: &str, mut command: Command, words: &str) -> Result<String> {
         command.args(&self.observed).env("OTEL_BSP_SCHEDULE_DELAY", "50");
         let mut child = command.stdout(Stdio::piped()).spawn()?;
-        let stdout = child.stdout.take().context("stdout was piped")?;
-        let mut lines = BufReader::new(stdout).lines();
-        let address = loop {
-            let line = timeout(PATIENCE, lines.next_line())
-                .await
-                .with_context(|| format!("`{name}` said nothing"))??
-                .with_context(|| format!("`{name}` ended at once"))?;
-            if let Some(address) = line.strip_prefix(METRICS) {
-                self.metrics.push((name.to_owned(), address.to_owned()));
-            }
-            if let Some(address) = line.strip_prefix(words) {
-                break address.to_owned();
-            }
-        };
+        let announced = timeout(PATIENCE, announced(&mut child, words))
+            .await
+            .with_context(|| format!("`{name}` said nothing"))?
+            .with_context(|| format!("`{name}`"))?;
+        if !announced.metrics.is_empty() {
+            self.metrics.push((name.to_owned(), announced.metrics));
+        }
         self.processes.push((name.to_owned(), child));
-        Ok(address)
+        Ok(announced.address)
     }
 }

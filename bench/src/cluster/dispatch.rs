@@ -1,0 +1,123 @@
+//! Shards a second of one coordinator on Redis: workers commit as soon as they are given something, so that
+//! nothing but the coordinator and its store is measured. A shard is one image; the policy asks no energy.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use fairlead_common::testing::RedisServer;
+use futures::stream::{self, StreamExt, TryStreamExt};
+use tempfile::TempDir;
+use tokio::{sync::watch, task::JoinSet};
+
+use super::jobs::{client, ready, spec, submit};
+use super::service::{LISTENING, PATIENCE, Service, fairlead, policies};
+use super::simulated::Worker;
+use crate::process::{Usage, usage};
+use crate::report;
+
+const WORKERS: u32 = 32;
+/// Shards that a worker holds.
+const CAPACITY: u32 = 8;
+/// Images, and so shards, of a job; the most there may be.
+const IMAGES: u32 = 64;
+/// Clients that submit at once.
+pub(super) const CLIENTS: usize = 8;
+pub(super) const MODEL: &str = "simulated";
+
+/// A coordinator and its Redis.
+pub(super) struct Shared {
+    pub(super) coordinator: Service,
+    redis: RedisServer,
+    _folder: TempDir,
+}
+
+impl Shared {
+    /// Starts both. Leases are long: workers here do not renew.
+    pub(super) async fn start() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let redis_dir = folder.path().join("redis");
+        std::fs::create_dir(&redis_dir)?;
+        // As deploy/README.md has it.
+        let redis = RedisServer::start_with(&redis_dir, "everysec");
+        let mut command = fairlead(None)?;
+        command.args(["coordinator", "--listen", "127.0.0.1:0", "--redis", &redis.url()]);
+        command.args(["--lease-ttl", "1h", "--max-queued", "10000000", "--data-dir"]);
+        command.arg(folder.path().join("data"));
+        command.arg("--policies").arg(policies(folder.path())?);
+        let coordinator = Service::start(command, LISTENING).await?;
+        Ok(Self { coordinator, redis, _folder: folder })
+    }
+
+    /// What the coordinator, Redis and this process have cost so far.
+    pub(super) fn usage(&self) -> Result<[Usage; 3]> {
+        let redis = self.redis.id().context("Redis has ended")?;
+        Ok([self.coordinator.usage()?, usage(redis)?, usage(std::process::id())?])
+    }
+}
+
+/// Queues the shards, then lets the workers go.
+pub(super) async fn run(shards: usize) -> Result<()> {
+    let shared = Shared::start().await?;
+    let client = client(shared.coordinator.channel()?);
+    let (go, may_go) = watch::channel(false);
+    let (committed, mut count) = watch::channel(0);
+    let mut workers = JoinSet::new();
+    for number in 0..WORKERS {
+        let channel = shared.coordinator.channel()?;
+        let worker = Worker::attach(channel, format!("worker-{number}"), MODEL, CAPACITY).await?;
+        workers.spawn(worker.complete_all(may_go.clone(), committed.clone()));
+    }
+    ready(&shared.coordinator.channel()?, WORKERS, false).await?;
+
+    let jobs = shards.div_ceil(IMAGES as usize);
+    let shards = jobs * IMAGES as usize;
+    let begun = Instant::now();
+    stream::iter((0..jobs).map(|_| submit(&client, spec("plain", "a cat", IMAGES, 1))))
+        .buffer_unordered(CLIENTS)
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    let submitted = begun.elapsed().as_secs_f64();
+
+    let before = shared.usage()?;
+    let begun = Instant::now();
+    go.send(true)?;
+    let all = count.wait_for(|count| *count >= shards);
+    tokio::select! {
+        done = tokio::time::timeout(PATIENCE, all) => drop(done.context("not all were committed")??),
+        Some(ended) = workers.join_next() => ended??,
+    }
+    let took = begun.elapsed().as_secs_f64();
+    let after = shared.usage()?;
+
+    println!(
+        "\n{shards} shards of one image, {WORKERS} workers that hold {CAPACITY} each and commit at once, \
+         one coordinator on Redis (goal: 3000 shards a second on two cores)"
+    );
+    let micros = |i: usize| format!("{:.0}", 1e6 * (after[i].cpu - before[i].cpu) / shards as f64);
+    report::table(
+        &[
+            "",
+            "shards a second",
+            "coordinator's us of CPU each",
+            "Redis' us each",
+            "workers' us each",
+        ],
+        &[
+            vec![
+                "queued, in jobs of 64".into(),
+                format!("{:.0}", shards as f64 / submitted),
+                String::new(),
+                String::new(),
+                String::new(),
+            ],
+            vec![
+                "assigned and committed".into(),
+                format!("{:.0}", shards as f64 / took),
+                micros(0),
+                micros(1),
+                micros(2),
+            ],
+        ],
+    );
+    Ok(())
+}
