@@ -19,6 +19,7 @@ use crate::{
     clock::millis,
     error::{Error, Result},
     lease::{Failure, LeaseKey, Phase},
+    metrics,
     store::{Lookup, Member, MemberKey, MemberKind, StoreError},
     transition::{Effect, Transition},
     verdict,
@@ -268,7 +269,14 @@ impl Connection {
             None => {
                 shared.remove_if_stopping(key, self.number);
                 match settled(shared, key).await {
-                    Ok(settled) => self.reply(shared, lease, settled),
+                    Ok(settled) => {
+                        if let Err(reason) = &settled {
+                            metrics::delivery("refused");
+                            let worker = &self.worker_id;
+                            tracing::info!(lease = %key, worker, reason, "late result refused");
+                        }
+                        self.reply(shared, lease, settled);
+                    }
                     // Unanswered: that it was refused may be wrong. The worker's next renewal finds the
                     // lease gone.
                     Err(error) => tracing::error!(lease = %key, %error, "cannot look up a commit"),
