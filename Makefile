@@ -3,9 +3,10 @@
 CARGO ?= cargo
 TOOLS := .tools
 PYTHON ?= python3
+soak: N ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate fuzz lint bench evaluate audit tools
+.PHONY: help demo test simulate fuzz soak lint bench evaluate audit tools
 
 help: ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,6 +23,10 @@ simulate: ## Run the cluster in a simulation: SEEDS=5000 FROM=0 many runs, SEED=
 
 fuzz: tools ## Feed spoiled files and messages to every decoder. SECONDS=60 each.
 	FUZZ_SECONDS=$(or $(SECONDS),60) $(CARGO) test --locked --workspace --lib --bins --tests spoiled
+
+soak: tools ## Harm a real cluster at random while it makes images; nothing may be lost or differ. N=10000 SEED=1.
+	$(CARGO) build --release --locked --quiet --package fairlead
+	$(CARGO) run --release --locked --quiet --package fairlead-tests --bin soak -- --images $(N) $(if $(SEED),--seed $(SEED))
 
 lint: tools ## Check formatting, clippy, dependencies and the contract.
 	$(CARGO) fmt --all --check

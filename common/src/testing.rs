@@ -87,8 +87,19 @@ impl RedisServer {
         format!("redis+unix://{}", self.socket().display())
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The socket it listens on, before and after restarts.
+    pub fn socket(&self) -> PathBuf {
         self.dir.join("redis.sock")
+    }
+
+    /// Sends it a signal. STOP, and CONT later, is what `DEBUG SLEEP` does, without Redis 7's leave.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn signal(&self, signal: &str) {
+        let id = self.child.as_ref().expect("it runs").id().to_string();
+        let kill = Command::new("kill").args(["-s", signal, &id]).status();
+        assert!(kill.expect("`kill` is installed").success(), "kill -s {signal} {id}");
     }
 
     /// Kills it without a chance to write anything.

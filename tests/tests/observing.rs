@@ -10,7 +10,10 @@ use fairlead_common::{
     grpc,
     tls::{Peers, Tls},
 };
-use fairlead_tests::{PATIENCE, Sandbox, command};
+use fairlead_tests::{
+    PATIENCE, Sandbox, command,
+    metrics::{get, scrape},
+};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
@@ -19,12 +22,7 @@ use opentelemetry_proto::tonic::{
     common::v1::any_value::Value,
     trace::v1::Span,
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    sync::watch,
-    time::timeout,
-};
+use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tonic::{Request, Response, Status};
 
 /// A span with the service it comes from.
@@ -193,25 +191,12 @@ async fn metrics(sandbox: &Sandbox) -> Result<BTreeMap<String, f64>> {
     let mut metrics = BTreeMap::new();
     assert_eq!(sandbox.metrics().len(), 3);
     for (name, url) in sandbox.metrics() {
-        let address = url.trim_start_matches("http://").trim_end_matches("/metrics");
-        let page = timeout(PATIENCE, get(address, "/metrics")).await??;
-        let (head, body) = page.split_once("\r\n\r\n").context("a header")?;
-        assert!(head.starts_with("HTTP/1.1 200") && head.contains("text/plain"), "{name}: {head}");
-        for line in body.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
-            let (key, value) = line.rsplit_once(' ').with_context(|| line.to_owned())?;
-            assert!(metrics.insert(key.to_owned(), value.parse()?).is_none(), "{key} twice");
+        for (key, value) in scrape(url).await? {
+            assert!(metrics.insert(key.clone(), value).is_none(), "{name}: {key} twice");
         }
-        let other = timeout(PATIENCE, get(address, "/")).await??;
+        let address = url.trim_start_matches("http://").trim_end_matches("/metrics");
+        let other = get(address, "/").await?;
         assert!(other.starts_with("HTTP/1.1 404"), "{name}: {other}");
     }
     Ok(metrics)
-}
-
-async fn get(address: &str, path: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await?;
-    Ok(answer)
 }

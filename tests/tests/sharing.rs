@@ -109,6 +109,36 @@ async fn a_job_outlives_a_redis_that_is_killed() -> Result<()> {
     .await
 }
 
+/// It answers nothing for longer than a call waits, and for less than all calls together do.
+#[tokio::test]
+async fn a_job_outlives_a_redis_that_stands_still() -> Result<()> {
+    outlives(async |sandbox| {
+        sandbox.redis().signal("STOP");
+        tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+        sandbox.redis().signal("CONT");
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn queued_jobs_outlive_a_redis_that_is_killed() -> Result<()> {
+    let mut sandbox = cluster(&["one", "other"]).await?;
+    let calm = completed(&sandbox, spec(1)).await?;
+    let mut jobs = Vec::new();
+    for _ in 0..6 {
+        jobs.push(sandbox.submit(spec(1)).await?);
+    }
+    sandbox.redis_mut().kill();
+    sandbox.redis_mut().restart();
+    for job in &jobs {
+        let job = sandbox.finish(job).await?;
+        assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
+        assert_eq!(outcome(&sandbox, &job).await?, calm);
+    }
+    Ok(())
+}
+
 /// What a flush deletes is gone, but the cluster goes on.
 #[tokio::test]
 async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
