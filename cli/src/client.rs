@@ -206,6 +206,10 @@ impl Client {
     async fn wait(&self, trouble: &mut Trouble, status: Status) -> Result<()> {
         // Only what may be repeated says when: a queue that is full, a rate that is exceeded.
         let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        if hint.is_some() {
+            // Who says when to come back is there.
+            self.was_reached.store(true, Ordering::Relaxed);
+        }
         let transient = hint.is_some()
             || matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted);
         let patience = match self.was_reached.load(Ordering::Relaxed) {
