@@ -167,6 +167,7 @@ async fn a_shard_that_every_worker_dies_on_is_given_up() -> Result<()> {
         assert!(job.reason.contains(words), "`{words}` is not in: {}", job.reason);
     }
     // The workers were not to blame: the last one takes the next job.
+    sandbox.ready().await?;
     calm(&sandbox, spec(25)).await.map(drop)
 }
 
@@ -244,16 +245,16 @@ async fn a_full_queue_says_when_to_come_back() -> Result<()> {
     let retry = refused.get_details_retry_info().and_then(|info| info.retry_delay);
     assert!(retry.context("it does not say when")? > Duration::ZERO);
 
-    // A command comes back by itself.
+    // A command comes back by itself, and again.
     let mut generate = command();
     generate
         .args(["generate", "a banana", "--seed", "5", "--out", ".", "--server", sandbox.address()])
         .current_dir(sandbox.folder());
     let generate = tokio::spawn(timeout(PATIENCE, generate.output()));
     let (_, url) = sandbox.metrics().first().context("the coordinator shows metrics")?;
-    until("a second refusal", async || {
+    until("a second refusal of the command", async || {
         let refused = "fairlead_coordinator_jobs_refused_total";
-        Ok(metrics::scrape(url).await?.get(refused).is_some_and(|count| *count >= 2.0))
+        Ok(metrics::scrape(url).await?.get(refused).is_some_and(|count| *count >= 3.0))
     })
     .await?;
     sandbox.signal("worker", "CONT").await?;

@@ -166,17 +166,19 @@ mod tests {
         (job, record)
     }
 
+    type Change = fn(&mut SafetyRecord);
+
     #[test]
     fn a_record_vouches_for_its_bytes_and_every_concept_or_not_at_all() {
         let signer = Signer::generate();
-        let judged = |change: fn(&mut SafetyRecord), png: &[u8]| {
+        let judged = |change: Change, png: &[u8]| {
             let (job, mut record) = released();
             change(&mut record);
             signer.sign(&mut record);
             vouches(&signer.public(), &record, &job, &job.images[0], png)
         };
         judged(|_| {}, PNG).expect("a release as it should be");
-        let wrong: [(&str, fn(&mut SafetyRecord)); 6] = [
+        let wrong: [(&str, Change); 6] = [
             ("bytes", |record| record.image_sha256 = "00".into()),
             ("of image 1", |record| record.index = 1),
             ("WITHHELD", |record| record.set_status(ImageStatus::Withheld)),

@@ -91,6 +91,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut row = |name: &str, value: u64| writeln!(f, "  {name:<WIDTH$}{value:>8}");
         row("seed", self.seed)?;
+        row("images asked for", self.wanted)?;
+        row("seconds", self.took.as_secs())?;
         row("distinct requests", self.calm.0 as u64)?;
         row("images of the calm run", self.calm.1 as u64)?;
         writeln!(f, "jobs")?;
