@@ -1,6 +1,6 @@
 //! Logs and traces, set up the same for every process.
 
-use std::{str::FromStr, time::Duration};
+use std::{io::IsTerminal, str::FromStr, time::Duration};
 
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
@@ -71,12 +71,18 @@ pub fn init(options: Options<'_>) -> Result<Telemetry, OtlpError> {
             .with_filter(filter_fn(ours))
     });
     let lines = match options.format {
-        LogFormat::Human => boxed(fmt::layer().with_writer(std::io::stderr)),
+        LogFormat::Human => boxed(fmt::layer().with_ansi(colours()).with_writer(std::io::stderr)),
         LogFormat::Json => boxed(fmt::layer().json().with_writer(std::io::stderr)),
     };
     // A second call (several services in one test process) keeps the first subscriber.
     let _ = tracing_subscriber::registry().with(spans).with(lines.with_filter(filter)).try_init();
     Ok(Telemetry { provider })
+}
+
+/// Whether lines go to somebody who sees colours, and wants them (<https://no-color.org>).
+fn colours() -> bool {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    std::io::stderr().is_terminal() && !unwanted
 }
 
 impl Telemetry {

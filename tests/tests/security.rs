@@ -121,6 +121,7 @@ impl Secured {
         for log in ["coordinator.log", "energy.log", "worker.log"] {
             let log = read(log)?;
             ensure!(log.contains("TRACE"), "everything is logged");
+            ensure!(!log.contains('\x1b'), "a file has no colours");
             ensure!(!secrets.iter().any(|secret| log.contains(secret)), "a log holds a secret");
         }
         let said = text(said);
