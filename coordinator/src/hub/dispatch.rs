@@ -9,7 +9,7 @@ use std::{
 
 use fairlead_common::ids::{JobId, ShardId};
 use fairlead_proto::v1::{self, attach_response::Message};
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future::join_all, stream};
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
@@ -230,10 +230,16 @@ async fn hand_out(shared: &Arc<Shared>, queue: &QueueName, now: i64) -> Result<b
     let shards = shared.store.take(queue, room.min(ROUND), now).await?;
     let taken = shards.len();
     let places = placement::place(taken, &workers);
-    let delivering = shards.into_iter().zip(places).map(|(shard, connection)| async move {
-        // It stays queued, and comes again when the claim on it has ended.
-        if let Err(error) = deliver(shared, &shard, connection).await {
-            tracing::error!(shard = shard.shard_id, %error, "cannot hand out a shard");
+    let mut jobs: BTreeMap<JobId, Vec<(ShardId, u64)>> = BTreeMap::new();
+    for (shard, connection) in shards.iter().zip(places) {
+        if let Some((job, lease)) = shard.ids() {
+            jobs.entry(job).or_default().push((lease.shard, connection));
+        }
+    }
+    let delivering = jobs.into_iter().map(|(job, shards)| async move {
+        // They stay queued, and come again when the claim on them has ended.
+        if let Err(error) = deliver(shared, job, shards).await {
+            tracing::error!(%job, %error, "cannot hand out shards");
         }
     });
     stream::iter(delivering).buffer_unordered(TOGETHER).collect::<()>().await;
@@ -308,25 +314,44 @@ async fn put_off(
     }
 }
 
-/// Hands one shard to one worker, or puts it off because a concept has no live node.
-async fn deliver(shared: &Arc<Shared>, shard: &ActiveShard, connection: u64) -> Result<()> {
-    let Some((job_id, LeaseKey { shard: id, .. })) = shard.ids() else { return Ok(()) };
+/// Hands shards of a job to workers, each to the one of its connection, or puts them off because a concept
+/// has no live node.
+async fn deliver(shared: &Arc<Shared>, job_id: JobId, shards: Vec<(ShardId, u64)>) -> Result<()> {
     let Some(job) = shared.store.get(job_id).await? else { return Ok(()) };
-    let assignment = assign(shared, &job);
-    if let Some(unserved) = assignment.unserved.first() {
-        let max_wait = millis(shared.options.max_wait);
-        return put_off(shared, job_id, id, unserved.to_string(), max_wait).await;
-    }
+    let nodes = assign(shared, &job);
+    let delivering = shards.into_iter().map(|(shard, connection)| {
+        let nodes = nodes.clone();
+        async move {
+            match nodes.unserved.first() {
+                None => grant(shared, job_id, shard, connection, nodes).await,
+                Some(unserved) => {
+                    let max_wait = millis(shared.options.max_wait);
+                    put_off(shared, job_id, shard, unserved.to_string(), max_wait).await
+                }
+            }
+        }
+    });
+    join_all(delivering).await.into_iter().collect()
+}
+
+/// Leases one shard to the worker of a connection and sends it there.
+async fn grant(
+    shared: &Arc<Shared>,
+    job_id: JobId,
+    shard: ShardId,
+    connection: u64,
+    nodes: routing::Assignment,
+) -> Result<()> {
     let worker = shared.state.lock().workers.get(&connection).map(|w| w.member.id.clone());
     let Some(worker) = worker else { return Ok(()) };
     let ttl_ms = millis(shared.options.lease_ttl);
     let _handover = shared.handover.read().await;
-    match shared.apply(job_id, Transition::Grant { shard: id, worker, ttl_ms }).await {
+    match shared.apply(job_id, Transition::Grant { shard, worker, ttl_ms }).await {
         Ok(applied) => {
             if let Effect::Granted { lease, attempt } = applied.effect {
                 let job = Arc::new(applied.record);
                 let grant = Grant { job_id, job, lease, attempt, connection };
-                grant.open(shared, assignment).await;
+                grant.open(shared, nodes).await;
             }
             Ok(())
         }

@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// A store that failed, or a transition that it refused.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The job's state does not allow the transition; nothing changed.
     #[error(transparent)]

@@ -3,10 +3,12 @@
 //! written in between. The same script moves the job's shards between queues and leases and appends its
 //! events, so that no reader sees half of it. `prelude.lua` lists the keys.
 
+mod base;
 mod link;
 mod live;
 mod scripts;
 mod tail;
+mod writers;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,9 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ::redis::{
-    AsyncCommands, ExistenceCheck, FromRedisValue, Script, ScriptInvocation, SetExpiry, SetOptions,
-};
+use ::redis::{AsyncCommands, ExistenceCheck, SetExpiry, SetOptions};
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{StepProgress, WatchJobResponse};
@@ -25,9 +25,10 @@ use tokio::sync::mpsc;
 
 pub(crate) use self::link::without_password;
 use self::{
-    link::Link,
+    base::Base,
     live::Live,
-    scripts::{Scripts, Versioned, add_change, add_shards, member_key, queue_key, queue_name},
+    scripts::{Versioned, add_change, add_shards, member_key, queue_key, queue_name},
+    writers::Writers,
 };
 use super::{
     Applied, Backlog, CLAIM, Change, Created, Found, Full, Lookup, Member, MemberKey, NewJob,
@@ -36,11 +37,8 @@ use super::{
 use crate::{
     clock::{Clock, millis},
     state::{ActiveShard, JobRecord, QueueName},
-    transition::{self, Effect, Transition},
+    transition::Transition,
 };
-
-/// How often a transition is tried that others keep getting ahead of.
-const CONFLICTS: u32 = 100;
 
 /// News that wait for the coordinator; more wait in Redis.
 const NEWS: usize = 1_024;
@@ -52,85 +50,41 @@ const MENDING: Duration = Duration::from_secs(60);
 /// A store in a Redis that any number of coordinators use.
 #[derive(Debug)]
 pub(crate) struct RedisStore {
-    link: Arc<Link>,
-    /// Begins every key.
-    prefix: String,
-    scripts: Scripts,
+    base: Arc<Base>,
+    writers: Writers,
     live: OnceLock<Live>,
 }
 
 impl RedisStore {
     /// Whether `url` says where a Redis is.
     pub(crate) fn check(url: &str) -> Result<(), StoreError> {
-        Link::new(url).map(drop)
+        link::Link::new(url).map(drop)
     }
 
     /// A store under `prefix`, which tells clusters apart that share a Redis. Nothing is connected yet.
     pub(crate) fn new(url: &str, prefix: &str) -> Result<Self, StoreError> {
-        let link = Arc::new(Link::new(url)?);
-        Ok(Self {
-            link,
-            prefix: format!("{{{prefix}}}"),
-            scripts: Scripts::new(),
-            live: OnceLock::new(),
-        })
-    }
-
-    fn key(&self, name: &str) -> String {
-        format!("{}:{name}", self.prefix)
-    }
-
-    fn job_key(&self, job: JobId) -> String {
-        self.key(&format!("job:{job}"))
-    }
-
-    /// Runs a script with the arguments that `arguments` adds to the prefix and the time.
-    async fn script<T: FromRedisValue>(
-        &self,
-        what: &'static str,
-        script: &Script,
-        now: i64,
-        arguments: impl Fn(&mut ScriptInvocation<'_>),
-    ) -> Result<T, StoreError> {
-        let mut invocation = script.key(&self.prefix);
-        invocation.arg(now);
-        arguments(&mut invocation);
-        let invocation = &invocation;
-        self.link
-            .run(what, |mut connection| async move {
-                invocation.invoke_async::<T>(&mut connection).await
-            })
-            .await
-    }
-
-    async fn read(&self, job: JobId) -> Result<Option<Versioned>, StoreError> {
-        let key = &self.job_key(job);
-        let found: (Option<u64>, Option<Vec<u8>>) =
-            self.link
-                .run("read a job", |mut connection| async move {
-                    connection.hmget(key, &["v", "r"]).await
-                })
-                .await?;
-        let (Some(version), Some(bytes)) = found else { return Ok(None) };
-        Ok(Some(Versioned { version, record: decode(&bytes, "a job")? }))
+        let base = Arc::new(Base::new(url, prefix)?);
+        let writers = Writers::new(Arc::clone(&base));
+        Ok(Self { base, writers, live: OnceLock::new() })
     }
 
     /// Mends some open jobs; says how many shards were put back.
     async fn mend_jobs(&self, ids: &[String], now: i64) -> Result<usize, StoreError> {
         let found = self.versions(ids).await?;
-        self.script("mend jobs", &self.scripts.mend, now, |invocation| {
-            invocation.arg(ids.len());
-            for id in ids {
-                let found = found.iter().find(|found| found.record.job.job_id == *id);
-                let tenant = found.map_or("", |found| &found.record.tenant);
-                let version = found.map(|found| found.version.to_string()).unwrap_or_default();
-                invocation.arg(id).arg(tenant).arg(version);
-                let active: Vec<ActiveShard> =
-                    found.iter().flat_map(|found| found.record.active()).collect();
-                add_shards(invocation, &active);
-            }
-        })
-        .await
+        self.base
+            .script("mend jobs", &self.base.scripts.mend, now, |invocation| {
+                invocation.arg(ids.len());
+                for id in ids {
+                    let found = found.iter().find(|found| found.record.job.job_id == *id);
+                    let tenant = found.map_or("", |found| &found.record.tenant);
+                    let version = found.map(|found| found.version.to_string()).unwrap_or_default();
+                    invocation.arg(id).arg(tenant).arg(version);
+                    let active: Vec<ActiveShard> =
+                        found.iter().flat_map(|found| found.record.active()).collect();
+                    add_shards(invocation, &active);
+                }
+            })
+            .await
     }
 
     /// Those of `ids` that are there. One that cannot be read does not hide the others.
@@ -140,10 +94,11 @@ impl RedisStore {
         }
         let mut pipeline = ::redis::pipe();
         for id in ids {
-            pipeline.hmget(self.key(&format!("job:{id}")), &["v", "r"]);
+            pipeline.hmget(self.base.key(&format!("job:{id}")), &["v", "r"]);
         }
         let pipeline = &pipeline;
         let found: Vec<(Option<u64>, Option<Vec<u8>>)> = self
+            .base
             .link
             .run("read jobs", |mut connection| async move {
                 pipeline.query_async(&mut connection).await
@@ -167,16 +122,6 @@ impl RedisStore {
     }
 }
 
-/// Whether the stored record already holds what this very grant asks for: the answer to its first try
-/// was lost.
-fn was_granted(record: &JobRecord, transition: &Transition, now: i64) -> Option<Effect> {
-    let Transition::Grant { shard, worker, ttl_ms } = transition else { return None };
-    let shard = record.shard(*shard)?;
-    let lease = &shard.lease;
-    let is_it = lease.holder() == worker && lease.expires_unix_ms() == now.saturating_add(*ttl_ms);
-    is_it.then_some(Effect::Granted { lease: shard.key()?, attempt: lease.deliveries() })
-}
-
 #[async_trait]
 impl Store for RedisStore {
     async fn create(&self, new: NewJob, now: i64) -> Result<Created, StoreError> {
@@ -192,7 +137,8 @@ impl Store for RedisStore {
             None => (String::new(), Vec::new()),
         };
         let answer: Vec<Vec<u8>> = self
-            .script("store a job", &self.scripts.create, now, |invocation| {
+            .base
+            .script("store a job", &self.base.scripts.create, now, |invocation| {
                 invocation.arg(&record.job.job_id).arg(&record.tenant).arg(&name).arg(&entry);
                 invocation.arg(max_queued).arg(quota.max_queued.map_or(-1, |most| most as i64));
                 invocation.arg(quota.images_per_minute.unwrap_or_default());
@@ -220,7 +166,7 @@ impl Store for RedisStore {
     }
 
     async fn get(&self, job: JobId) -> Result<Option<JobRecord>, StoreError> {
-        Ok(self.read(job).await?.map(|found| found.record))
+        Ok(self.base.read(job).await?.map(|found| found.record))
     }
 
     async fn list(
@@ -230,12 +176,13 @@ impl Store for RedisStore {
         limit: usize,
     ) -> Result<Vec<JobRecord>, StoreError> {
         let key = &match tenant {
-            Some(tenant) => self.key(&format!("jobs:{tenant}")),
-            None => self.key("jobs"),
+            Some(tenant) => self.base.key(&format!("jobs:{tenant}")),
+            None => self.base.key("jobs"),
         };
         let from = &before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
         let limit = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
+            .base
             .link
             .run("list jobs", |mut connection| async move {
                 connection.zrevrangebylex_limit(key, from, "-", 0, limit).await
@@ -250,31 +197,7 @@ impl Store for RedisStore {
         transition: Transition,
         now: i64,
     ) -> Result<Applied, StoreError> {
-        // Others end what a worker of theirs may hold; its own end it where it is known.
-        let told = matches!(transition, Transition::Cancel { .. } | Transition::Expire { .. });
-        for attempt in 0..CONFLICTS {
-            let before = self.read(job).await?.ok_or(StoreError::UnknownJob(job))?;
-            let mut record = before.record.clone();
-            let (effect, events) = match transition::apply(&mut record, &transition, now) {
-                Ok(applied) => applied,
-                Err(refusal) if attempt > 0 => {
-                    let effect = was_granted(&before.record, &transition, now).ok_or(refusal)?;
-                    return Ok(Applied { record: before.record, effect, has_events: true });
-                }
-                Err(refusal) => return Err(refusal.into()),
-            };
-            let written: bool = self
-                .script("write a job", &self.scripts.write, now, |invocation| {
-                    invocation.arg(job.to_string()).arg(before.version);
-                    add_change(invocation, Some(&before), &record, told, &events);
-                })
-                .await?;
-            if written {
-                return Ok(Applied { record, effect, has_events: !events.is_empty() });
-            }
-        }
-        let problem = format!("job {job} changed {CONFLICTS} times while it was written");
-        Err(StoreError::Backend { what: "write a job", problem })
+        self.writers.apply(job, transition, now).await
     }
 
     async fn take(
@@ -284,7 +207,8 @@ impl Store for RedisStore {
         now: i64,
     ) -> Result<Vec<ActiveShard>, StoreError> {
         let taken: Vec<Vec<u8>> = self
-            .script("take shards", &self.scripts.take, now, |invocation| {
+            .base
+            .script("take shards", &self.base.scripts.take, now, |invocation| {
                 let claim = millis(CLAIM);
                 invocation.arg(queue_key(queue)).arg(limit).arg(claim);
             })
@@ -296,7 +220,8 @@ impl Store for RedisStore {
         // Lua's numbers are doubles.
         let limit = limit.min(i32::MAX as usize);
         let expired: Vec<Vec<u8>> = self
-            .script("read leases", &self.scripts.expired, now, |invocation| {
+            .base
+            .script("read leases", &self.base.scripts.expired, now, |invocation| {
                 invocation.arg(limit);
             })
             .await?;
@@ -306,7 +231,7 @@ impl Store for RedisStore {
     async fn backlog(&self, now: i64) -> Result<Backlog, StoreError> {
         type Answer = (Vec<(String, usize)>, usize, Option<f64>);
         let (waiting, running, next): Answer =
-            self.script("count shards", &self.scripts.backlog, now, |_| {}).await?;
+            self.base.script("count shards", &self.base.scripts.backlog, now, |_| {}).await?;
         let mut queued = BTreeMap::new();
         for (name, count) in waiting {
             let queue = name.rsplit_once('|').map_or(name.as_str(), |(queue, _)| queue);
@@ -321,9 +246,10 @@ impl Store for RedisStore {
         after: u64,
         limit: usize,
     ) -> Result<Vec<WatchJobResponse>, StoreError> {
-        let (key, from) = (&self.key(&format!("events:{job}")), after.saturating_add(1));
+        let (key, from) = (&self.base.key(&format!("events:{job}")), after.saturating_add(1));
         type Entry = (String, (String, Vec<u8>));
         let entries: Vec<Entry> = self
+            .base
             .link
             .run("read events", |mut connection| async move {
                 let mut command = ::redis::cmd("XRANGE");
@@ -335,8 +261,9 @@ impl Store for RedisStore {
     }
 
     async fn find(&self, lookup: Lookup<'_>) -> Result<Option<Found>, StoreError> {
-        let key = &self.key(&format!("lookup:{}", lookup.index_key()));
+        let key = &self.base.key(&format!("lookup:{}", lookup.index_key()));
         let found: Option<Vec<u8>> = self
+            .base
             .link
             .run("look up", |mut connection| async move { connection.get(key).await })
             .await?;
@@ -345,8 +272,9 @@ impl Store for RedisStore {
 
     fn changes(&self) -> Option<mpsc::Receiver<Change>> {
         let (news, changes) = mpsc::channel(NEWS);
-        self.live.get_or_init(|| Live::start(&self.link, &self.key("live:"), news.clone()));
-        tail::follow(Arc::clone(&self.link), self.key("bell"), news);
+        self.live
+            .get_or_init(|| Live::start(&self.base.link, &self.base.key("live:"), news.clone()));
+        tail::follow(Arc::clone(&self.base.link), self.base.key("bell"), news);
         Some(changes)
     }
 
@@ -364,6 +292,7 @@ impl Store for RedisStore {
 
     async fn clock(&self) -> Result<i64, StoreError> {
         let (seconds, micros): (i64, i64) = self
+            .base
             .link
             .once("read the time", |mut connection| async move {
                 ::redis::cmd("TIME").query_async(&mut connection).await
@@ -373,11 +302,12 @@ impl Store for RedisStore {
     }
 
     async fn mend(&self, clock: &Clock) -> Result<usize, StoreError> {
-        let (open, mender) = (&self.key("open"), &self.key("mender"));
+        let (open, mender) = (&self.base.key("open"), &self.base.key("mender"));
         let options = SetOptions::default()
             .conditional_set(ExistenceCheck::NX)
             .with_expiration(SetExpiry::PX(MENDING.as_millis() as u64));
         let mine: bool = self
+            .base
             .link
             .once("take a turn at mending", |mut connection| async move {
                 connection.set_options(mender, "", options).await
@@ -390,6 +320,7 @@ impl Store for RedisStore {
         loop {
             let begun = Instant::now();
             let (next, ids): (u64, Vec<String>) = self
+                .base
                 .link
                 .run("read open jobs", |mut connection| async move {
                     let mut command = ::redis::cmd("SSCAN");
@@ -405,7 +336,8 @@ impl Store for RedisStore {
             // Redis has other things to do.
             tokio::time::sleep(4 * begun.elapsed()).await;
         }
-        self.link
+        self.base
+            .link
             .run("end a turn at mending", |mut connection| async move {
                 connection.del::<_, ()>(mender).await
             })
@@ -415,12 +347,13 @@ impl Store for RedisStore {
 
     async fn join(&self, member: Member, now: i64, ttl_ms: i64) -> Result<(), StoreError> {
         let seen = Seen::entries(&member);
-        self.script("join", &self.scripts.members, now, |invocation| {
-            invocation.arg("join").arg(member_key(&member.key())).arg(&member.registration);
-            invocation.arg(now.saturating_add(ttl_ms)).arg(member.encode_to_vec());
-            invocation.arg(seen.len()).arg(&seen);
-        })
-        .await
+        self.base
+            .script("join", &self.base.scripts.members, now, |invocation| {
+                invocation.arg("join").arg(member_key(&member.key())).arg(&member.registration);
+                invocation.arg(now.saturating_add(ttl_ms)).arg(member.encode_to_vec());
+                invocation.arg(seen.len()).arg(&seen);
+            })
+            .await
     }
 
     async fn keep(
@@ -430,7 +363,8 @@ impl Store for RedisStore {
         ttl_ms: i64,
     ) -> Result<Vec<MemberKey>, StoreError> {
         let lost: Vec<usize> = self
-            .script("renew", &self.scripts.members, now, |invocation| {
+            .base
+            .script("renew", &self.base.scripts.members, now, |invocation| {
                 invocation.arg("keep").arg(now.saturating_add(ttl_ms)).arg(members.len());
                 for member in members {
                     invocation.arg(member_key(member)).arg(&member.registration);
@@ -441,17 +375,19 @@ impl Store for RedisStore {
     }
 
     async fn leave(&self, member: &MemberKey) -> Result<bool, StoreError> {
-        self.script("leave", &self.scripts.members, 0, |invocation| {
-            invocation.arg("leave").arg(member_key(member)).arg(&member.registration);
-        })
-        .await
+        self.base
+            .script("leave", &self.base.scripts.members, 0, |invocation| {
+                invocation.arg("leave").arg(member_key(member)).arg(&member.registration);
+            })
+            .await
     }
 
     async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError> {
         let mut seen = Seen::default();
-        let key = &self.key("seen");
+        let key = &self.base.key("seen");
         let entries: Vec<String> =
-            self.link
+            self.base
+                .link
                 .run("read what was seen", |mut connection| async move {
                     connection.smembers(key).await
                 })
@@ -460,22 +396,24 @@ impl Store for RedisStore {
             seen.insert(entry)?;
         }
         let gone = seen.retire(concept);
-        self.script::<()>("retire a concept", &self.scripts.members, 0, |invocation| {
-            invocation.arg("retire").arg(gone.len());
-            for probe in &gone {
-                invocation.arg(Seen::entry(probe));
-            }
-        })
-        .await?;
+        self.base
+            .script::<()>("retire a concept", &self.base.scripts.members, 0, |invocation| {
+                invocation.arg("retire").arg(gone.len());
+                for probe in &gone {
+                    invocation.arg(Seen::entry(probe));
+                }
+            })
+            .await?;
         Ok(gone.into_iter().map(|probe| probe.energy).collect())
     }
 
     async fn recall(&self, seen: &Seen) -> Result<(), StoreError> {
         let entries = seen.all_entries();
-        self.script("recall", &self.scripts.members, 0, |invocation| {
-            invocation.arg("recall").arg(entries.len()).arg(&entries);
-        })
-        .await
+        self.base
+            .script("recall", &self.base.scripts.members, 0, |invocation| {
+                invocation.arg("recall").arg(entries.len()).arg(&entries);
+            })
+            .await
     }
 
     fn is_shared(&self) -> bool {
@@ -486,7 +424,8 @@ impl Store for RedisStore {
         type Entries = Option<Vec<String>>;
         type Answer = (u64, Option<Vec<Vec<u8>>>, Entries, Entries);
         let (version, members, seen, retired): Answer = self
-            .script("read the roster", &self.scripts.members, now, |invocation| {
+            .base
+            .script("read the roster", &self.base.scripts.members, now, |invocation| {
                 let known = known.map(|version| version.to_string()).unwrap_or_default();
                 invocation.arg("roster").arg(known);
             })
@@ -507,9 +446,10 @@ impl Store for RedisStore {
     }
 
     async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
-        let key = &self.key("ended");
+        let key = &self.base.key("ended");
         let most = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
+            .base
             .link
             .run("read ended jobs", |mut connection| async move {
                 connection.zrangebyscore_limit(key, "-inf", format!("({before}"), 0, most).await
@@ -521,13 +461,14 @@ impl Store for RedisStore {
     async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError> {
         for record in &old {
             let lookups = lookups(record, None);
-            self.script::<()>("forget a job", &self.scripts.forget, 0, |invocation| {
-                invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
-                for (key, _) in &lookups {
-                    invocation.arg(key);
-                }
-            })
-            .await?;
+            self.base
+                .script::<()>("forget a job", &self.base.scripts.forget, 0, |invocation| {
+                    invocation.arg(&record.job.job_id).arg(&record.tenant).arg(lookups.len());
+                    for (key, _) in &lookups {
+                        invocation.arg(key);
+                    }
+                })
+                .await?;
         }
         Ok(())
     }

@@ -6,8 +6,10 @@ use fairlead_common::testing::RedisServer;
 use fairlead_proto::v1;
 
 use super::*;
+use crate::lease::Commit;
 use crate::registry::Registry;
 use crate::store::contract::{self, commit, grant, queue_of, stored, take};
+use crate::transition::Effect;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -285,14 +287,30 @@ async fn an_ended_job_is_not_taken_for_an_open_one() {
     assert_eq!(open("open").expect("it answers"), ":0\r\n");
 }
 
-#[test]
-fn a_grant_that_took_place_is_known_by_its_end() {
-    let (_, mut record) = contract::job(1, 1);
-    let shard = record.shards[0].id.parse().expect("an id");
-    let grant = |worker: &str| Transition::Grant { shard, worker: worker.into(), ttl_ms: 100 };
-    let (effect, _) = transition::apply(&mut record, &grant("w"), 5).expect("it is queued");
-    assert_eq!(was_granted(&record, &grant("w"), 5), Some(effect));
-    assert_eq!(was_granted(&record, &grant("w"), 6), None);
-    assert_eq!(was_granted(&record, &grant("v"), 5), None);
-    assert_eq!(was_granted(&record, &Transition::Cancel { reason: String::new() }, 5), None);
+/// Every shard of a job at once, from two processes: each transition counts once, whatever is written
+/// together.
+#[tokio::test]
+async fn transitions_of_a_job_that_come_together_all_count() {
+    const SHARDS: u32 = 16;
+    let world = World::new();
+    let stores = [Arc::new(world.store()), Arc::new(world.store())];
+    let (id, shards) = stored(stores[0].as_ref(), SHARDS, 1).await;
+    let making = shards.iter().enumerate().map(|(image, &shard)| {
+        let store = Arc::clone(&stores[image % 2]);
+        tokio::spawn(async move {
+            let lease = grant(store.as_ref(), id, shard, 12).await;
+            let image = image as u32;
+            let applied = store.apply(id, commit(lease, image..image + 1), 13).await;
+            applied.expect("its lease is the newest").effect
+        })
+    });
+    for effect in futures::future::join_all(making.collect::<Vec<_>>()).await {
+        assert_eq!(effect.expect("no panic"), Effect::Committed(Commit::First));
+    }
+    let record = stores[1].get(id).await.expect("it is read").expect("it is there");
+    assert_eq!(record.job.state(), v1::JobState::Completed);
+    let events = stores[0].events(id, 0, 1_000).await.expect("they are read");
+    let sequence: Vec<u64> = events.iter().map(|event| event.sequence).collect();
+    assert_eq!(sequence, (1..=events.len() as u64).collect::<Vec<_>>());
+    assert!(events.len() > SHARDS as usize, "each end is an event: {}", events.len());
 }
