@@ -2,14 +2,16 @@
 //! line that faults harm. Proxies also give services addresses that outlive them.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs::File,
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::ExitStatus,
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use fairlead_common::{grpc, testing::RedisServer, tls::Tls};
 use fairlead_proto::v1::{
     ListConceptsRequest, ListModelsRequest, catalog_service_client::CatalogServiceClient,
@@ -32,6 +34,8 @@ const WORKERS: usize = 3;
 const NODES: usize = 3;
 /// Length of leases and registrations, in seconds.
 pub(super) const LEASE: Duration = Duration::from_secs(2);
+/// Warnings, and each result that a coordinator accepts.
+const LOG: &str = "warn,fairlead_coordinator::hub::session=info";
 /// Time to finish what runs after SIGTERM, in seconds.
 const DRAIN: &str = "5";
 
@@ -199,6 +203,33 @@ impl Cluster {
         timeout(PATIENCE, complete).await.context("not all workers and energy nodes joined")
     }
 
+    /// The tokens of the accepted results of each shard, as the coordinators' logs tell.
+    pub(super) fn results(&self) -> Result<BTreeMap<String, BTreeSet<String>>> {
+        let mut results: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for coordinator in &self.coordinators {
+            let log = File::open(self.log(&coordinator.name))?;
+            for line in BufReader::new(log).lines() {
+                let line = line?;
+                if !line.contains("shard done") {
+                    continue;
+                }
+                let lease = line.split_once("lease=shard ").map(|(_, rest)| rest.split(' '));
+                let mut lease = lease.with_context(|| format!("no lease in: {line}"))?;
+                // "SHARD token TOKEN"
+                let (Some(shard), Some(token)) = (lease.next(), lease.nth(1)) else {
+                    bail!("no token in: {line}");
+                };
+                results.entry(shard.to_owned()).or_default().insert(token.to_owned());
+            }
+        }
+        ensure!(!results.is_empty(), "the logs tell of no result; did their words change?");
+        Ok(results)
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.log"))
+    }
+
     /// Keeps data and logs for whoever wants to know what went wrong.
     pub(super) fn keep(self) -> PathBuf {
         self.folder.keep()
@@ -267,11 +298,11 @@ impl Cluster {
     ) -> Result<Service> {
         let front = if listens { Some(Proxy::start(None).await?) } else { None };
         let url = front.as_ref().map(Proxy::url).unwrap_or_default();
-        let log = self.folder.path().join(format!("{name}.log"));
+        let log = self.log(&name);
         let command = move || {
             let mut command = command();
             arguments(&mut command, &url);
-            command.stderr(append(&log)?);
+            command.env("FAIRLEAD_LOG", LOG).stderr(append(&log)?);
             Ok(command)
         };
         let process = Mutex::new(None);

@@ -139,6 +139,7 @@ pub(super) async fn run(
             () = sleep(pause) => {}
         }
         let faults = deck.deal();
+        let names = faults.iter().map(Fault::to_string).collect::<Vec<_>>().join(", ");
         let mut harms = Vec::new();
         for fault in &faults {
             ledger.fault(&fault.to_string());
@@ -147,14 +148,14 @@ pub(super) async fn run(
         }
         for harmed in futures::future::join_all(harms).await {
             if let Err(error) = harmed {
-                ledger.breach(Breach::Ended, format!("{faults:?}: {error:#}"));
+                ledger.breach(Breach::Ended, format!("{names}: {error:#}"));
             }
         }
         for service in cluster.services() {
             match service.revive().await {
                 Ok(None) => {}
                 Ok(Some(status)) => {
-                    let message = format!("`{}` ended with {status} in {faults:?}", service.name());
+                    let message = format!("{names}: `{}` ended with {status}", service.name());
                     ledger.breach(Breach::Ended, message);
                 }
                 Err(error) => ledger.breach(Breach::Ended, format!("{error:#}")),

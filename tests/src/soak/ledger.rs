@@ -9,8 +9,8 @@ use std::{
 use fairlead_proto::v1::{ImageStatus, Job, JobState};
 use parking_lot::Mutex;
 
-/// Messages kept about what must not be.
-const MESSAGES: usize = 20;
+/// Messages kept about each kind of what must not be.
+const MESSAGES: u64 = 5;
 /// Reasons of failed jobs that are kept.
 const REASONS: usize = 5;
 /// Width of the table's first column.
@@ -21,7 +21,7 @@ const WIDTH: usize = 46;
 pub enum Breach {
     /// An accepted job without an end, or an image of a completed job that cannot be fetched.
     Lost,
-    /// Two jobs for one key, or two results for one image.
+    /// Two jobs for one key, or two accepted results for one shard.
     Duplicated,
     /// An image that left without a signed record of a check of its bytes for every pinned concept.
     Unchecked,
@@ -209,9 +209,10 @@ impl Ledger {
     /// Something was seen that must not be.
     pub(super) fn breach(&self, breach: Breach, message: String) {
         let report = &mut self.0.lock().report;
-        *report.breaches.entry(breach).or_default() += 1;
+        let count = report.breaches.entry(breach).or_default();
+        *count += 1;
         eprintln!("soak: {breach:?}: {message}");
-        if report.messages.len() < MESSAGES {
+        if *count <= MESSAGES {
             report.messages.push(format!("{breach:?}: {message}"));
         }
     }

@@ -216,8 +216,8 @@ impl Soak {
         Ok(())
     }
 
-    /// After the last fault: there are the jobs that were accepted and no others, and all services stop as
-    /// they should.
+    /// After the last fault: there are the jobs that were accepted and no others, all services stop as they
+    /// should, and no shard has two results.
     async fn settle(&self, cluster: &Cluster) -> Result<()> {
         let there = self.clients[0].jobs().await.context("listing the jobs")?;
         let accepted = self.ledger.all_accepted();
@@ -231,6 +231,10 @@ impl Soak {
             if let Err(error) = service.drain().await {
                 self.ledger.breach(Breach::Ended, format!("{error:#}"));
             }
+        }
+        for (shard, tokens) in cluster.results()?.iter().filter(|(_, tokens)| tokens.len() > 1) {
+            let message = format!("shard {shard} was done by the deliveries {tokens:?}");
+            self.ledger.breach(Breach::Duplicated, message);
         }
         Ok(())
     }
