@@ -34,9 +34,9 @@ lint: tools ## Check formatting, clippy, dependencies and the contract.
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" cargo-deny --locked check licenses bans sources
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" buf lint
 
-bench: tools ## Time layers beside torch and what steering costs (needs a Python with torch: FAIRLEAD_PYTHON).
+bench: tools ## Time clusters, and layers beside torch (FAIRLEAD_PYTHON has it). ONLY=cluster, cluster-calls, vae, ...
 	$(CARGO) build --release --locked --quiet --package fairlead
-	$(CARGO) run --release --locked --quiet --package fairlead-bench
+	$(CARGO) run --release --locked --quiet --package fairlead-bench -- $(ONLY)
 
 evaluate: tools ## Measure steering in every cell of EVALUATION.md; hours. N=20 CELLS=emojiland-sd-both: minutes.
 	$(CARGO) build --release --locked --quiet --package fairlead
