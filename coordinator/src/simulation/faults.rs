@@ -74,7 +74,7 @@ impl Faults {
         world.note("everything is healed");
     }
 
-    fn pick<'a, T: Copy>(&mut self, from: &'a [T]) -> T {
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         *from.choose(&mut self.rng).expect("there are some")
     }
 

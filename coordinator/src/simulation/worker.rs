@@ -149,17 +149,31 @@ impl Worker {
                 self.held.lock().insert(key, (lease, stop.clone()));
                 tokio::spawn(Arc::clone(self).make(key, assignment, stop));
             }
-            Down::Cancel(cancel) => self.stop(cancel.lease.as_ref()),
-            Down::Renewed(renewed) => renewed.lost.iter().for_each(|lost| self.stop(Some(lost))),
+            Down::Cancel(cancel) => self.cancelled(cancel.lease),
+            Down::Renewed(renewed) => renewed.lost.iter().for_each(|lost| {
+                self.stop(lost);
+            }),
             Down::Commit(reply) => self.replied(&reply),
             Down::Nodes(_) => {}
         }
     }
 
-    fn stop(&self, lease: Option<&LeaseRef>) {
-        let key = LeaseKey::from_proto(lease);
-        if let Some((_, stop)) = key.and_then(|key| self.held.lock().remove(&key)) {
+    /// Stops what is in work for a lease; `false` if nothing is.
+    fn stop(&self, lease: &LeaseRef) -> bool {
+        let key = LeaseKey::from_proto(Some(lease));
+        let held = key.and_then(|key| self.held.lock().remove(&key));
+        held.is_some_and(|(_, stop)| {
             stop.cancel();
+            true
+        })
+    }
+
+    /// Stops, or confirms that nothing is left to stop: the coordinator waits for that.
+    fn cancelled(self: &Arc<Self>, lease: Option<LeaseRef>) {
+        let Some(key) = LeaseKey::from_proto(lease.as_ref()) else { return };
+        if !self.stop(&key.to_proto()) {
+            let worker = Arc::clone(self);
+            tokio::spawn(async move { worker.fail(key, true, false).await });
         }
     }
 
