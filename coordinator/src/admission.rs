@@ -68,7 +68,7 @@ pub(crate) fn admit(
     let model = find_model(&spec.model, cluster)?;
     let width = side("width", spec.width, model.default_width, model)?;
     let height = side("height", spec.height, model.default_height, model)?;
-    let steps = steps(spec.steps.unwrap_or(model.default_steps))?;
+    let steps = steps(spec.steps.unwrap_or(model.default_steps), model)?;
     let guidance = guidance(spec.guidance_scale.unwrap_or(model.default_guidance_scale))?;
     let policy = find_policy(&spec.policy, policies, tenant)?;
     let priority = priority(spec.priority(), tenant)?;
@@ -201,11 +201,16 @@ fn side(
     Err(Error::invalid(field, problem))
 }
 
-fn steps(steps: u32) -> Result<u32> {
-    if (1..=MAX_STEPS).contains(&steps) {
+fn steps(steps: u32, model: &v1::ModelInfo) -> Result<u32> {
+    let most = match model.max_steps {
+        0 => MAX_STEPS,
+        most => most.min(MAX_STEPS),
+    };
+    if (1..=most).contains(&steps) {
         return Ok(steps);
     }
-    Err(Error::invalid("steps", format!("is {steps}; ask for 1 to {MAX_STEPS}")))
+    let name = &model.name;
+    Err(Error::invalid("steps", format!("is {steps}; ask `{name}` for 1 to {most}")))
 }
 
 fn guidance(scale: f32) -> Result<f32> {

@@ -133,6 +133,7 @@ mod tests {
             default_steps: 20,
             default_guidance_scale: 5.0,
             train_timesteps: 1000,
+            max_steps: 0,
             ..Default::default()
         }
     }

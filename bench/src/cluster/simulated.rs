@@ -42,6 +42,7 @@ fn model(name: &str) -> ModelInfo {
         prompt_tokens: 77,
         workers: 0,
         train_timesteps: 1_000,
+        max_steps: 0,
     }
 }
 

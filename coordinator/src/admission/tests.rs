@@ -17,6 +17,7 @@ fn model(name: &str) -> v1::ModelInfo {
         default_steps: 25,
         default_guidance_scale: 5.0,
         max_batch: 8,
+        max_steps: 999,
         ..Default::default()
     }
 }
@@ -180,8 +181,8 @@ fn bad_fields_are_refused_by_name() {
         (|s| s.height = Some(0), "height: is 0, but `sd` needs a multiple of 4; nearest valid: 4"),
         (|s| s.height = Some(68), "height: is 68, but `sd` makes at most 64; nearest valid: 64"),
         (|s| s.width = Some(u32::MAX), "width: is 4294967295, but `sd` makes at most 64"),
-        (|s| s.steps = Some(0), "steps: is 0; ask for 1 to 1000"),
-        (|s| s.steps = Some(1001), "steps: is 1001"),
+        (|s| s.steps = Some(0), "steps: is 0; ask `sd` for 1 to 999"),
+        (|s| s.steps = Some(1000), "steps: is 1000"),
         (|s| s.guidance_scale = Some(f32::NAN), "guidance_scale: is NaN"),
         (|s| s.guidance_scale = Some(0.5), "guidance_scale: is 0.5"),
         (|s| s.model = "sdd".into(), "model: `sdd` is unknown; did you mean `sd`?"),

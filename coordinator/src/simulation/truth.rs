@@ -27,6 +27,7 @@ pub(super) fn model() -> ModelInfo {
         prompt_tokens: 77,
         workers: 0,
         train_timesteps: 1000,
+        max_steps: 0,
     }
 }
 

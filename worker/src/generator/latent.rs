@@ -81,8 +81,15 @@ pub(super) fn assemble(
         prompt_tokens: kind.prompt_tokens as u32,
         workers: 0,
         train_timesteps: chosen.sampler.train_timesteps(),
+        max_steps: most_steps(chosen.sampler.as_ref()),
     };
     Ok(Box::new(LatentGenerator { info, device: device.clone(), vae, chosen, denoiser }))
+}
+
+/// The longest schedule there is, of no more steps than the model was trained in.
+fn most_steps(sampler: &dyn Sampler) -> u32 {
+    let has_schedule = |&steps: &u32| sampler.schedule(steps).is_ok();
+    (1..=sampler.train_timesteps()).rev().find(has_schedule).unwrap_or_default()
 }
 
 impl Generator for LatentGenerator {

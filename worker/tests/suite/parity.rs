@@ -112,6 +112,9 @@ struct Image {
 fn assert_parity(folder: &Path, golden: &Image) {
     let generator = generator::load(folder, &Device::Cpu).expect("the folder loads");
     assert_eq!(generator.info().default_width, golden.side);
+    let most = generator.info().max_steps;
+    assert!(most >= 999 && generator.sampler().schedule(most).is_ok(), "{most}");
+    assert!(most == 1000 || generator.sampler().schedule(most + 1).is_err(), "{most}");
     let spec = JobSpec {
         prompt: golden.prompt.clone(),
         negative_prompt: golden.negative_prompt.clone(),

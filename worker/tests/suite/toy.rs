@@ -72,6 +72,7 @@ impl ToyGenerator {
             default_guidance_scale: 1.5,
             prompt_tokens: WINDOW as u32,
             train_timesteps: chosen.sampler.train_timesteps(),
+            max_steps: 0,
             ..Default::default()
         };
         Self { info, sampler: chosen.sampler, fault: None, permits: None }
