@@ -1,6 +1,7 @@
 //! The scorer on its own thread, behind a bounded queue.
 //!
-//! Async code sends work and waits; the thread computes, and takes what has come meanwhile together.
+//! Async code sends work and waits; the thread computes, and takes what has come meanwhile together, or
+//! comes within a short wait.
 //! Work whose caller is gone (a deadline passed, a connection closed) is dropped before or between
 //! its passes. A panic of the scorer ends the engine for good: what a broken model says next is no
 //! verdict.
@@ -8,10 +9,14 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot, watch},
+    time::timeout_at,
+};
 use tracing::Span;
 
 use crate::{
@@ -141,20 +146,30 @@ pub(crate) struct Engine {
     pub(crate) description: ScorerDescription,
 }
 
-/// Starts the thread and loads the scorer on it; `queue` requests may wait, and `most` images share
-/// a pass.
+/// How requests share the engine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Batching {
+    /// Requests that may wait.
+    pub(crate) queue: usize,
+    /// Images that share a pass.
+    pub(crate) most: usize,
+    /// How long one waits for others to share its pass.
+    pub(crate) wait: Duration,
+}
+
+/// Starts the thread and loads the scorer on it.
 pub(crate) async fn start(
     loader: ScorerLoader,
     concepts: ConceptSet,
-    queue: usize,
-    most: usize,
+    batching: Batching,
 ) -> Result<Engine, Error> {
-    let (sender, inbox) = mpsc::channel(queue);
+    let (sender, inbox) = mpsc::channel(batching.queue);
+    let runtime = Handle::current();
     let (state, state_receiver) = watch::channel(EngineState::Serving);
     let (loaded, description) = oneshot::channel();
     thread::Builder::new()
         .name("energy-engine".to_owned())
-        .spawn(move || run(loader, &concepts, loaded, inbox, &state, most))
+        .spawn(move || run(loader, &concepts, loaded, Inbox { inbox, batching, runtime }, &state))
         .map_err(|source| Error::System {
             what: "cannot start the engine's thread".into(),
             source,
@@ -169,9 +184,8 @@ fn run(
     loader: ScorerLoader,
     concepts: &ConceptSet,
     loaded: oneshot::Sender<Result<ScorerDescription, Error>>,
-    inbox: mpsc::Receiver<Message>,
+    inbox: Inbox,
     state: &watch::Sender<EngineState>,
-    most: usize,
 ) {
     let mut scorer = match catch_unwind(AssertUnwindSafe(|| loader(concepts))) {
         Ok(Ok(scorer)) => scorer,
@@ -189,22 +203,18 @@ fn run(
     if loaded.send(Ok(scorer.describe().clone())).is_err() {
         return;
     }
-    serve(scorer.as_mut(), inbox, state, most);
+    serve(scorer.as_mut(), inbox, state);
 }
 
 /// Answers until there is nobody left to ask, or the scorer panics.
-fn serve(
-    scorer: &mut dyn Scorer,
-    mut inbox: mpsc::Receiver<Message>,
-    state: &watch::Sender<EngineState>,
-    most: usize,
-) {
+fn serve(scorer: &mut dyn Scorer, mut inbox: Inbox, state: &watch::Sender<EngineState>) {
+    let most = inbox.batching.most;
     let mut next = None;
-    while let Some(message) = next.take().or_else(|| inbox.blocking_recv()) {
+    while let Some(message) = next.take().or_else(|| inbox.inbox.blocking_recv()) {
         let ended = match message {
             Message::Learn(lesson) => lesson.give(scorer),
             Message::Evaluate(first) => {
-                let (waiting, other) = gather(first, &mut inbox, most);
+                let (waiting, other) = inbox.gather(first);
                 next = other;
                 answer_all(scorer, waiting, most)
             }
@@ -213,35 +223,50 @@ fn serve(
         tracing::error!(%reason, "the energy model panicked; this node no longer scores");
         state.send_replace(EngineState::Failed(reason.clone()));
         // Refuse what waits, and whatever was sent before the state was seen.
-        inbox.close();
-        while let Some(message) = next.take().or_else(|| inbox.blocking_recv()) {
+        inbox.inbox.close();
+        while let Some(message) = next.take().or_else(|| inbox.inbox.blocking_recv()) {
             message.refuse(&reason);
         }
         return;
     }
 }
 
-/// `first` and what has come meanwhile and shares its pass; what would need another waits for its turn, so
-/// that nobody's answer waits for more than one pass of others. And a message of another kind, if one
-/// came.
-fn gather(
-    first: Work,
-    inbox: &mut mpsc::Receiver<Message>,
-    most: usize,
-) -> (Vec<Work>, Option<Message>) {
-    let mut images = first.batch.samples.len();
-    let mut waiting = vec![first];
-    while images < most {
-        match inbox.try_recv() {
-            Ok(Message::Evaluate(work)) => {
-                images += work.batch.samples.len();
-                waiting.push(work);
+/// What is asked of the engine.
+struct Inbox {
+    inbox: mpsc::Receiver<Message>,
+    batching: Batching,
+    /// Keeps the time of waits.
+    runtime: Handle,
+}
+
+impl Inbox {
+    /// `first` and what has come meanwhile, or comes within the wait, and shares its pass; what would need
+    /// another waits for its turn, so that nobody's answer waits for more than one pass of others. And a
+    /// message of another kind, if one came.
+    fn gather(&mut self, first: Work) -> (Vec<Work>, Option<Message>) {
+        let deadline = tokio::time::Instant::now() + self.batching.wait;
+        let mut images = first.batch.samples.len();
+        let mut waiting = vec![first];
+        while images < self.batching.most {
+            match self.inbox.try_recv().ok().or_else(|| self.receive_until(deadline)) {
+                Some(Message::Evaluate(work)) => {
+                    images += work.batch.samples.len();
+                    waiting.push(work);
+                }
+                Some(other) => return (waiting, Some(other)),
+                None => break,
             }
-            Ok(other) => return (waiting, Some(other)),
-            Err(_) => break,
         }
+        (waiting, None)
     }
-    (waiting, None)
+
+    fn receive_until(&mut self, deadline: tokio::time::Instant) -> Option<Message> {
+        if self.batching.wait.is_zero() {
+            return None;
+        }
+        let inbox = &mut self.inbox;
+        self.runtime.block_on(async { timeout_at(deadline, inbox.recv()).await }).ok().flatten()
+    }
 }
 
 /// Answers requests, those together that ask for the same; the error is the message of a panic, which

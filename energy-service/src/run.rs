@@ -148,8 +148,7 @@ async fn load(
     (first, added): (ConceptSet, Vec<ConceptSet>),
     identity: Identity,
 ) -> Result<Arc<Node>, Error> {
-    let (queue, most) = (options.queue as usize, options.images_of_a_pass());
-    let engine = engine::start(loader, first.clone(), queue, most).await?;
+    let engine = engine::start(loader, first.clone(), options.batching()).await?;
     let mut served = Served::by(&engine.description);
     let now = unix_ms();
     let refused = |error: RequestError| Error::Option {

@@ -21,8 +21,12 @@ async fn engine(queue: usize) -> (EngineHandle, Probe) {
 
 /// An engine that scores up to `most` images in a pass.
 async fn batching(queue: usize, most: usize) -> (EngineHandle, Probe) {
+    waiting(Batching { queue, most, wait: Duration::ZERO }).await
+}
+
+async fn waiting(batching: Batching) -> (EngineHandle, Probe) {
     let (loader, probe) = TestScorer::loader();
-    (start(loader, set(), queue, most).await.expect("started").handle, probe)
+    (start(loader, set(), batching).await.expect("started").handle, probe)
 }
 
 fn batch(images: usize) -> Batch {
@@ -101,6 +105,30 @@ async fn requests_that_wait_together_share_a_pass() {
     assert_eq!(probe.forwards() - before, 3);
 }
 
+/// The wait is longer than any test: it ends because the pass is full.
+#[tokio::test]
+async fn a_request_waits_for_others_to_share_its_pass() {
+    let wait = Duration::from_secs(3_600);
+    let (engine, probe) = waiting(Batching { queue: 8, most: 3, wait }).await;
+    let asked: Vec<_> = (0..3)
+        .map(|_| {
+            let engine = engine.clone();
+            tokio::spawn(async move { engine.evaluate(batch(1)).await })
+        })
+        .collect();
+    for answer in asked {
+        assert_eq!(answer.await.expect("no panic").expect("answered").len(), 1);
+    }
+    assert_eq!(probe.forwards(), 1);
+}
+
+#[tokio::test]
+async fn a_request_that_stays_alone_is_answered_after_the_wait() {
+    let wait = Duration::from_millis(5);
+    let (engine, _) = waiting(Batching { queue: 8, most: 3, wait }).await;
+    assert_eq!(engine.evaluate(batch(1)).await.expect("answered").len(), 1);
+}
+
 #[tokio::test]
 async fn abandoned_work_is_not_computed() {
     let (engine, probe) = engine(4).await;
@@ -148,9 +176,10 @@ async fn a_panic_ends_scoring_for_good_and_says_so() {
 async fn a_loader_that_fails_or_panics_is_an_error() {
     let failing: ScorerLoader =
         Box::new(|_| Err(ScorerError::Features { phrase: "an axe".to_owned() }));
-    let error = start(failing, set(), 1, 1).await.err().expect("failed");
+    let one = Batching { queue: 1, most: 1, wait: Duration::ZERO };
+    let error = start(failing, set(), one).await.err().expect("failed");
     assert!(error.to_string().contains("an axe"), "{error}");
     let panicking: ScorerLoader = Box::new(|_| panic!("no such device"));
-    let error = start(panicking, set(), 1, 1).await.err().expect("failed");
+    let error = start(panicking, set(), one).await.err().expect("failed");
     assert!(error.to_string().contains("no such device"), "{error}");
 }
