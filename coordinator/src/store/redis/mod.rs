@@ -475,4 +475,6 @@ impl Store for RedisStore {
 }
 
 #[cfg(test)]
+mod failover;
+#[cfg(test)]
 mod tests;
