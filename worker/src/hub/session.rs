@@ -63,6 +63,8 @@ struct Held {
     lease: LeaseRef,
     control: Control,
     endpoints: watch::Sender<Vec<EnergyEndpoint>>,
+    /// What makes it.
+    task: tokio::task::Id,
 }
 
 /// One attachment to the coordinator.
@@ -143,7 +145,7 @@ impl<'a> Session<'a> {
                     Some(AttachResponse { message: None }) => {}
                     None => return Err(Status::unavailable("the coordinator ended it").into()),
                 },
-                Some(ended) = self.work.join_next() => self.settle(ended),
+                Some(ended) = self.work.join_next() => self.settle(ended)?,
                 _ = renewal.tick() => self.renew(Instant::now())?,
                 () = shutdown.cancelled(), if !self.draining => {
                     self.drain()?;
@@ -239,18 +241,22 @@ impl<'a> Session<'a> {
             outbox: self.outbox.clone(),
             control: control.clone(),
         };
-        let held = Held { lease: lease.clone(), control, endpoints };
-        if let Some(older) = self.held.insert(lease.shard_id.clone(), held) {
-            older.control.stop(Stop::Lost);
-        }
         let images = work.assignment.images.len() as i64;
         let span = tracing::info_span!("shard", shard = %lease.shard_id, images);
         trace::follow(&span, &work.assignment.traceparent);
-        self.work.spawn(async move { (lease, work.run().await) }.instrument(span));
+        let ended = lease.clone();
+        let task = self.work.spawn(async move { (ended, work.run().await) }.instrument(span)).id();
+        let held = Held { lease: lease.clone(), control, endpoints, task };
+        if let Some(older) = self.held.insert(lease.shard_id, held) {
+            older.control.stop(Stop::Lost);
+        }
     }
 
     /// A shard's task ended: without a commit to wait for the lease is over.
-    fn settle(&mut self, ended: Result<(LeaseRef, bool), tokio::task::JoinError>) {
+    fn settle(
+        &mut self,
+        ended: Result<(LeaseRef, bool), tokio::task::JoinError>,
+    ) -> Result<(), Ended> {
         match ended {
             Ok((_, true)) => {}
             Ok((lease, false)) => {
@@ -258,9 +264,23 @@ impl<'a> Session<'a> {
                     self.held.remove(&lease.shard_id);
                 }
             }
-            // The lease runs out at the coordinator, which gives the shard to somebody else.
-            Err(error) => tracing::error!("a shard's task failed: {error}"),
+            Err(error) => {
+                tracing::error!("a shard's task failed: {error}");
+                let held = self.held.values().find(|held| held.task == error.id());
+                if let Some(lease) = held.map(|held| held.lease.clone()) {
+                    // Renewed no longer, or nobody else would ever get it.
+                    self.held.remove(&lease.shard_id);
+                    self.outbox.control(Message::Failure(ShardFailure {
+                        lease: Some(lease),
+                        reason: format!("the worker is broken: {error}"),
+                        retryable: true,
+                        cancelled: false,
+                        handed_back: false,
+                    }))?;
+                }
+            }
         }
+        Ok(())
     }
 
     /// Renews every lease; if renewals have gone unconfirmed for a whole lease, all are lost.

@@ -61,7 +61,9 @@ impl Server {
     fn ask<T: ::redis::FromRedisValue>(&self, words: &[&str]) -> ::redis::RedisResult<T> {
         let client = ::redis::Client::open(format!("redis://127.0.0.1:{}", self.port))?;
         let mut command = ::redis::cmd(words[0]);
-        words[1..].iter().for_each(|word| drop(command.arg(*word)));
+        for word in &words[1..] {
+            command.arg(*word);
+        }
         command.query(&mut client.get_connection_with_timeout(Duration::from_secs(2))?)
     }
 
@@ -108,7 +110,8 @@ impl World {
         let sentinel = Server::start(dir.path(), &["--sentinel"], &settings);
         let world = Self { master, replica, sentinel, _dir: dir };
         let knows_replica = || {
-            let replicas: Vec<Vec<String>> = world.sentinel.ask(&["SENTINEL", "REPLICAS", "main"])?;
+            let replicas: Vec<Vec<String>> =
+                world.sentinel.ask(&["SENTINEL", "REPLICAS", "main"])?;
             let flags = |replica: &Vec<String>| {
                 let at = replica.iter().position(|field| field == "flags")?;
                 replica.get(at + 1).cloned()
@@ -178,7 +181,8 @@ async fn a_grant_that_a_failover_loses_is_made_again_under_a_newer_token() {
     world.replica.signal("CONT");
 
     let record = once_back(async || store.get(id).await).await.expect("it is read");
-    let lease = record.expect("it had arrived").shard(shards[0]).expect("it is there").lease.clone();
+    let lease =
+        record.expect("it had arrived").shard(shards[0]).expect("it is there").lease.clone();
     assert_eq!((lease.deliveries(), lease.holder()), (0, ""), "the grant is lost");
     let again = grant(&store, id, shards[0], 13).await;
     assert!(again.token > lost.token, "{} after {}", again.token, lost.token);
