@@ -7,10 +7,11 @@
 --   roster  version that is known; answers {version, records, seen, retired}, the last three nil if it is
 --           the same
 local function changed()
-  -- At least the time: a server that has lost its last writes does not give one twice.
+  -- At least the time in microseconds, of which a change takes several: a server that has lost its last
+  -- writes, or all of them, does not give one twice.
   local time = redis.call('TIME')
   local last = tonumber(redis.call('GET', P .. ':roster') or '0')
-  local version = math.max(last + 1, time[1] * 1000 + math.floor(time[2] / 1000))
+  local version = math.max(last + 1, time[1] * 1000000 + time[2])
   redis.call('SET', P .. ':roster', string.format('%.0f', version))
   ring('members', '')
 end
