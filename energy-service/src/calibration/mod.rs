@@ -224,6 +224,10 @@ impl Calibration {
         }
         for concept in &self.concepts {
             let sound = |bin: &Bin| bin.mean.is_finite() && bin.sd.is_finite() && bin.sd > 0.0;
+            let measured = |auroc: &f32| (0.0..=1.0).contains(auroc);
+            if !concept.auroc.iter().flatten().all(measured) {
+                return Err(format!("concept `{}` has an AUROC outside 0 to 1", concept.name));
+            }
             let complete = concept.bins.len() == BINS && concept.auroc.len() == BINS;
             if !complete || !concept.bins.iter().flatten().all(sound) {
                 return Err(format!("concept `{}` lacks {BINS} sound bins", concept.name));
@@ -321,6 +325,8 @@ mod tests {
             ("\"gate\": 3.5", "\"gate\": 9.5", "edited"),
             ("\"format\": 2", "\"format\": 1", "format 1"),
             ("\"gate\"", "\"gatte\"", "gatte"),
+            // Infinity is written as null: the hash of the content is that of none.
+            ("\"auroc\": [\n        null", "\"auroc\": [\n        1e99", "AUROC"),
             ("}", "", "line"),
         ] {
             fs::write(&path, text.replacen(from, to, 1)).expect("written");
