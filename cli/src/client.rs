@@ -143,9 +143,10 @@ impl Client {
         &self,
         concepts: Vec<ConceptDefinition>,
         node_ids: Vec<String>,
+        allow_uncalibrated: bool,
     ) -> Result<Vec<Deployment>> {
         let mut catalog = self.catalog.clone();
-        let request = DeployConceptsRequest { concepts, node_ids };
+        let request = DeployConceptsRequest { concepts, node_ids, allow_uncalibrated };
         let deploy = async move || catalog.deploy_concepts(request.clone()).await;
         Ok(self.call(deploy).await?.deployments)
     }

@@ -123,6 +123,12 @@ pub(crate) struct LocalCluster {
     stop_coordinator: CancellationToken,
 }
 
+/// Where a node of a cluster with a data folder keeps concepts that are added: each has its own.
+fn added_concepts(data: &Path, number: usize, energy: &Path) -> PathBuf {
+    let name = energy.file_name().unwrap_or_default().to_string_lossy();
+    data.join("concepts").join(format!("{number}-{name}"))
+}
+
 impl LocalCluster {
     /// Starts coordinator, energy nodes and workers and waits until a job could run.
     pub(crate) async fn start(options: ClusterOptions) -> Result<Self> {
@@ -158,12 +164,15 @@ impl LocalCluster {
             run.await.context("the coordinator ended")
         });
         let calibrations = options.calibrated.then(|| options.models.calibrations().ok()).flatten();
-        for energy in &energies {
+        for (number, energy) in energies.iter().enumerate() {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let node = EnergyOptions {
                 concepts: options.models.concepts()?,
                 calibrations: calibrations.clone(),
-                added_concepts: options.data_dir.as_ref().map(|data| data.join("concepts")),
+                added_concepts: options
+                    .data_dir
+                    .as_ref()
+                    .map(|data| added_concepts(data, number, energy)),
                 coordinator: Some(address.clone()),
                 device: energy_device,
                 ..EnergyOptions::new(energy.clone())

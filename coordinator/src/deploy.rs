@@ -40,18 +40,19 @@ impl Deployer {
         self.registry.refresh().await?;
         let nodes = chosen(self.registry.live(), &request.node_ids)?;
         let deadline = Instant::now() + DEADLINE;
-        let deployments =
-            nodes.iter().map(|node| self.give(node, request.concepts.clone(), deadline));
+        let v1::DeployConceptsRequest { concepts, allow_uncalibrated, .. } = request;
+        let request = v1::AddConceptsRequest { concepts, allow_uncalibrated };
+        let deployments = nodes.iter().map(|node| self.give(node, request.clone(), deadline));
         Ok(v1::DeployConceptsResponse { deployments: join_all(deployments).await })
     }
 
     async fn give(
         &self,
         node: &LiveNode,
-        concepts: Vec<v1::ConceptDefinition>,
+        request: v1::AddConceptsRequest,
         deadline: Instant,
     ) -> v1::Deployment {
-        let answer = match timeout_at(deadline, self.ask(node, concepts)).await {
+        let answer = match timeout_at(deadline, self.ask(node, request)).await {
             Ok(Ok(answer)) => {
                 let known = timeout_at(deadline, self.announced(node, &answer.concepts)).await;
                 known.map(|()| answer).map_err(|_| {
@@ -59,7 +60,7 @@ impl Deployer {
                         .to_owned()
                 })
             }
-            Ok(Err(status)) => Err(status.message().to_owned()),
+            Ok(Err(status)) => Err(format!("{:?}: {}", status.code(), status.message())),
             Err(_) => Err(format!("no answer within {DEADLINE:?}; repeat the command")),
         };
         let (v1::AddConceptsResponse { concepts, calibrations }, error) = match answer {
@@ -78,11 +79,11 @@ impl Deployer {
     async fn ask(
         &self,
         node: &LiveNode,
-        concepts: Vec<v1::ConceptDefinition>,
+        request: v1::AddConceptsRequest,
     ) -> Result<v1::AddConceptsResponse, tonic::Status> {
         let channel = self.channels.get(&node.info.address);
         let channel = channel.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-        let mut request = tonic::Request::new(v1::AddConceptsRequest { concepts });
+        let mut request = tonic::Request::new(request);
         request.set_timeout(DEADLINE);
         Ok(EnergyServiceClient::new(channel).add_concepts(request).await?.into_inner())
     }

@@ -25,9 +25,11 @@ use sha2::{Digest as _, Sha256};
 /// Longest concept or group name.
 const MAX_NAME: usize = 64;
 
-/// Most concepts of a set that comes over the network, and most phrases of each of their lists.
+/// Most concepts of a set that comes over the network, most phrases of each of their lists, and of all: what
+/// the text model reads while nobody's images are scored.
 const MOST_SENT: usize = 256;
 const MOST_PHRASES: usize = 64;
+const MOST_PHRASES_IN_ALL: usize = 512;
 
 /// Why a concepts file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -228,6 +230,12 @@ impl ConceptSet {
         if let Some(ConceptDefinition { name, .. }) = definitions.iter().find(long) {
             return Err(format!(
                 "concept `{name}` has more than {MOST_PHRASES} targets or anchors"
+            ));
+        }
+        let phrases: usize = definitions.iter().map(|d| d.targets.len() + d.anchors.len()).sum();
+        if phrases > MOST_PHRASES_IN_ALL {
+            return Err(format!(
+                "has {phrases} phrases, must have at most {MOST_PHRASES_IN_ALL}; add it in parts"
             ));
         }
         Self::checked(definitions.into_iter().map(Concept::from).collect())
@@ -449,6 +457,11 @@ mod tests {
         assert!(refused(|d| d[0].name = "A b".into()).contains("kebab-case"));
         assert!(refused(|d| d[1].name = d[0].name.clone()).contains("twice"));
         assert!(refused(|d| d[1].anchors = vec!["x".into(); 65]).contains("`pill`"));
+        let many = refused(|d| {
+            d[0].targets = vec!["x".into(); 64];
+            *d = vec![d[0].clone(); 8];
+        });
+        assert!(many.contains("528 phrases"), "{many}");
         assert!(refused(|d| d[1].anchors.clear()).contains("anchors"));
         assert!(refused(|d| d[0].weight = Some(f32::NAN)).contains("weight"));
     }

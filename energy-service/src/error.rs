@@ -66,10 +66,16 @@ pub(crate) enum RequestError {
     )]
     WrongVersion { concept: String, asked: String, served: String },
     #[error(
-        "concept `{concept}` is served here in other words; give the new one another name, or restart the node \
-         without the old one"
+        "concept `{concept}` is served here already, in other words or in another set; send only new ones, under \
+         names of their own"
     )]
     ServedAlready { concept: String },
+    #[error(
+        "this node has no calibration of these very concepts, without which policies over all concepts would \
+         refuse jobs: make one with `fairlead calibrate --concepts FILE` in the node's --calibrations, or allow \
+         it with --uncalibrated"
+    )]
+    Uncalibrated,
     #[error(
         "{concepts} concepts would be too many: a node serves at most {most}; start another one"
     )]
@@ -121,7 +127,8 @@ impl RequestError {
             Self::NoCalibration { .. }
             | Self::OutsideCalibration { .. }
             | Self::NoThreshold { .. }
-            | Self::Calibrations(_) => Code::FailedPrecondition,
+            | Self::Calibrations(_)
+            | Self::Uncalibrated => Code::FailedPrecondition,
             Self::QueueFull { .. } | Self::TooManyConcepts { .. } => Code::ResourceExhausted,
             Self::Loading | Self::Stopped(_) => Code::Unavailable,
             Self::Late(_) => Code::DeadlineExceeded,

@@ -17,12 +17,18 @@ pub(crate) fn read(folder: &Path) -> Result<Vec<ConceptSet>, ConceptsError> {
     files.into_iter().map(|file| ConceptSet::load(&[file])).collect()
 }
 
-/// Writes `set`, whole or not at all, under the hash that is its name; the folder is made if missing.
+/// Writes `set`, whole or not at all, under the hash that is its name, unless it is there; the folder is made if
+/// missing.
 pub(crate) fn write(folder: &Path, hash: &str, set: &ConceptSet) -> io::Result<()> {
+    let whole = folder.join(format!("{hash}.toml"));
+    if whole.exists() {
+        return Ok(());
+    }
     fs::create_dir_all(folder)?;
     let part = folder.join(format!("{hash}.part"));
     let mut file = fs::File::create(&part)?;
     file.write_all(set.to_toml().as_bytes())?;
     file.sync_all()?;
-    fs::rename(part, folder.join(format!("{hash}.toml")))
+    fs::rename(part, whole)?;
+    fs::File::open(folder)?.sync_all()
 }

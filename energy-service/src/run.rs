@@ -159,7 +159,10 @@ async fn load(
         served = with;
     }
     for set in added {
-        // A set that has meanwhile come to --concepts is there already.
+        if served.has_all(&set) {
+            tracing::info!("concepts that were added before have come to --concepts meanwhile");
+            continue;
+        }
         if let (_, Some(with)) = served.with(&set, now).map_err(refused)? {
             engine.handle.learn(set).await.map_err(refused)?;
             served = with;

@@ -81,6 +81,15 @@ impl Served {
         Ok((self.sets.len(), Some(served)))
     }
 
+    /// Whether all concepts of `set` are served, in whichever sets.
+    pub(crate) fn has_all(&self, set: &ConceptSet) -> bool {
+        let is_served = |info: &Concept| {
+            let version = info.version(self.kind, &self.energy_model, self.preprocessing_version);
+            self.concepts.iter().any(|c| c.info.name == info.name && c.version == version)
+        };
+        set.concepts().iter().all(is_served)
+    }
+
     /// The concepts of one set.
     pub(crate) fn of_set(&self, set: usize) -> impl Iterator<Item = &ServedConcept> {
         self.concepts.iter().filter(move |concept| concept.set == set)
@@ -184,6 +193,8 @@ mod tests {
         );
         assert_eq!((more.concepts[2].set, more.concepts[2].since_unix_ms), (1, 7));
         assert_eq!(more.with(&parsed(hat), 9).expect("it is known"), (1, None));
+        assert!(more.has_all(&parsed(hat)) && !served.has_all(&parsed(hat)));
+        assert!(!more.has_all(&parsed(&hat.replace("a hat", "a cap"))));
         for other in [hat.replace("a hat", "a cap"), hat.replace("clothes", "things")] {
             let refused = more.with(&parsed(&other), 9).expect_err("other words").to_string();
             assert!(refused.contains("`hat`"), "{refused}");

@@ -119,9 +119,27 @@ impl Node {
         let set = ConceptSet::received(request.concepts)
             .map_err(|why| RequestError::Invalid { field: "concepts", why })?;
         let _changing = self.changing.lock().await;
-        let present = self.offer();
-        let (number, served) = present.served.with(&set, now_unix_ms)?;
-        let Some(served) = served else { return Ok(present.set(number)) };
+        let (number, served) = self.offer().served.with(&set, now_unix_ms)?;
+        if let Some(served) = served {
+            self.learn(&set, number, served, request.allow_uncalibrated).await?;
+        }
+        let offer = self.offer();
+        if let (Some(folder), 1..) = (self.folders.added_concepts.clone(), number) {
+            let hash = offer.served.sets[number].clone();
+            let kept = blocking(move || kept::write(&folder, &hash, &set)).await?;
+            kept.map_err(|error| RequestError::NotKept(error.to_string()))?;
+        }
+        Ok(offer.set(number))
+    }
+
+    /// Has the engine learn `set`, and offers `served`, which has it as the set `number`.
+    async fn learn(
+        &self,
+        set: &ConceptSet,
+        number: usize,
+        served: Served,
+        allow_uncalibrated: bool,
+    ) -> Result<(), RequestError> {
         let concepts = served.concepts.len();
         if concepts > MOST_CONCEPTS {
             return Err(RequestError::TooManyConcepts { concepts, most: MOST_CONCEPTS });
@@ -136,18 +154,16 @@ impl Node {
             }
             None => Calibrations::default(),
         };
-        self.engine.learn(set.clone()).await?;
         let offer = Offer { served, calibrations };
-        let answer = offer.set(number);
-        let hash = offer.served.sets[number].clone();
+        let calibrations = offer.set(number).calibrations.len();
+        if calibrations == 0 && !allow_uncalibrated {
+            return Err(RequestError::Uncalibrated);
+        }
+        self.engine.learn(set.clone()).await?;
         self.offer.send_replace(Arc::new(offer));
         let names: Vec<&str> = set.concepts().iter().map(|c| c.name.as_str()).collect();
-        tracing::info!(?names, calibrations = answer.calibrations.len(), "concepts added");
-        if let Some(folder) = self.folders.added_concepts.clone() {
-            let kept = blocking(move || kept::write(&folder, &hash, &set)).await?;
-            kept.map_err(|error| RequestError::NotKept(error.to_string()))?;
-        }
-        Ok(answer)
+        tracing::info!(?names, calibrations, "concepts added");
+        Ok(())
     }
 
     /// The node's full description.

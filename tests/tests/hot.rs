@@ -126,6 +126,9 @@ async fn concepts_are_given_to_running_nodes_and_outlive_them() -> Result<()> {
     };
     let add = ["--add".as_ref(), pack.as_os_str()];
     let (done, text) = concepts_command(&add).await?;
+    assert!(!done && text.contains("no calibration of these very concepts"), "{text}");
+    let add = [add[0], add[1], "--uncalibrated".as_ref()];
+    let (done, text) = concepts_command(&add).await?;
     assert!(done && text.contains("energy (emojiland-clip) serves umbrella"), "{text}");
     assert!(text.contains("fairlead calibrate"), "{text}");
 

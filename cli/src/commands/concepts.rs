@@ -19,9 +19,9 @@ use crate::{client::Client, credentials::CredentialArgs, output::say};
 /// since when; then the nodes, with the calibrations that their gates come from.
 ///
 /// --add gives concepts to nodes that run, without a restart: new jobs can have them at once. The packs
-/// named together are one set with gates of its own, for which `fairlead calibrate --concepts FILE`
-/// makes the calibration; without one, jobs whose policy covers them are refused, unless the policy sets
-/// allow_calibration_fallback. Nodes keep what was added if they have --added-concepts.
+/// named together are one set with gates of its own; make its calibration before, with `fairlead calibrate
+/// --concepts FILE` and the nodes' folder of calibrations as --out. Nodes keep what was added if they have
+/// --added-concepts; to take it away, remove its file there and restart them.
 ///
 /// A concept that was served once stays required by policies over all concepts, so that a node that
 /// is gone is an error and no gap. --retire ends that.
@@ -38,6 +38,10 @@ pub(crate) struct ConceptsArgs {
     /// Nodes that are to serve them. Default: every live one. Repeatable.
     #[arg(long, value_name = "NODE", requires = "add")]
     node: Vec<String>,
+    /// Add them to nodes without a calibration, too: jobs whose policy covers them are refused from then on,
+    /// unless it sets allow_calibration_fallback.
+    #[arg(long, requires = "add")]
+    uncalibrated: bool,
     /// Forget this concept, which no node serves any longer.
     #[arg(long, value_name = "CONCEPT", conflicts_with = "add")]
     retire: Option<String>,
@@ -52,7 +56,7 @@ pub(crate) async fn run(args: ConceptsArgs) -> Result<ExitCode> {
     }
     if !args.add.is_empty() {
         let set = ConceptSet::load(&args.add)?;
-        return add(&client, &set, args.node).await;
+        return add(&client, &set, args.node, args.uncalibrated).await;
     }
     let (served, absent) = client.concepts_and_absent().await?;
     if served.is_empty() && absent.is_empty() {
@@ -64,9 +68,14 @@ pub(crate) async fn run(args: ConceptsArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn add(client: &Client, set: &ConceptSet, nodes: Vec<String>) -> Result<ExitCode> {
+async fn add(
+    client: &Client,
+    set: &ConceptSet,
+    nodes: Vec<String>,
+    uncalibrated: bool,
+) -> Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
-    for deployment in client.deploy(set.definitions(), nodes).await? {
+    for deployment in client.deploy(set.definitions(), nodes, uncalibrated).await? {
         let (node, energy) = (&deployment.node_id, &deployment.model_name);
         if !deployment.error.is_empty() {
             say!("{node} ({energy}): {}", deployment.error);

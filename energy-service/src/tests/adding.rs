@@ -14,7 +14,7 @@ const HAT: &str = r#"
 
 pub(super) fn hat() -> AddConceptsRequest {
     let set = ConceptSet::parse(Path::new("hat.toml"), HAT).expect("it parses");
-    AddConceptsRequest { concepts: set.definitions() }
+    AddConceptsRequest { concepts: set.definitions(), allow_uncalibrated: true }
 }
 
 impl TestNode {
@@ -44,8 +44,11 @@ async fn a_concept_is_served_from_now_on_and_leaves_the_others_as_they_were() {
     let (folder, mut node, _) = TestNode::calibrated().await;
     let old = node.request(&[axe(), TestScorer::image_of(3, 0.02)]).await;
     let before = node.evaluate(old.clone()).await.expect("evaluated");
+    let careful = AddConceptsRequest { allow_uncalibrated: false, ..hat() };
+    let status = node.add(careful.clone()).await.expect_err("no calibration yet");
+    assert_refused(&status, Code::FailedPrecondition, "fairlead calibrate --concepts");
     calibrate_hat(folder.path()).await;
-    let added = node.add(hat()).await.expect("added");
+    let added = node.add(careful).await.expect("added");
     assert_eq!(added.concepts.len(), 1);
     assert_eq!(added.calibrations[0].concepts, ["hat"]);
     assert_eq!(names(&node.describe().await), ["axe", "pill", "skull", "hat"]);
@@ -114,6 +117,15 @@ async fn what_was_added_is_kept_for_the_next_start() {
     let (mut again, _) = TestNode::start(keeping()).await;
     assert_eq!(again.refs().await, refs);
     assert_eq!(again.add(hat()).await.expect("known").concepts.len(), 1);
+    again.shutdown.cancel();
+    again.task.await.expect("no panic").expect("stopped in order");
+
+    // Made permanent: in the file of the others, it is in their set.
+    let hat = HAT.split_once('[').expect("a list").1.rsplit_once(']').expect("a list").0;
+    let all = CONCEPTS.trim_end().strip_suffix(']').expect("a list").to_owned() + hat + "]";
+    fs::write(folder.path().join("concepts.toml"), all).expect("written");
+    let (mut permanent, _) = TestNode::start(keeping()).await;
+    assert_eq!(permanent.refs().await, refs);
 
     fs::write(folder.path().join("concepts.toml"), HAT.replace("a hat", "a cap")).expect("written");
     let refused = TestNode::spawn(keeping(), TestScorer::loader().0).await;
@@ -129,9 +141,14 @@ async fn what_cannot_be_kept_is_served_and_said() {
     let (mut node, _) = TestNode::start(keeping).await;
     // A file where the folder should be.
     fs::write(&added, "").expect("written");
-    let status = node.add(hat()).await.expect_err("not kept");
-    assert_refused(&status, Code::Internal, "served until the node stops");
-    assert_eq!(names(&node.describe().await), ["axe", "pill", "skull", "hat"]);
+    for _ in 0..2 {
+        let status = node.add(hat()).await.expect_err("not kept");
+        assert_refused(&status, Code::Internal, "served until the node stops");
+        assert_eq!(names(&node.describe().await), ["axe", "pill", "skull", "hat"]);
+    }
+    fs::remove_file(&added).expect("removed");
+    node.add(hat()).await.expect("now it is kept");
+    assert_eq!(fs::read_dir(&added).expect("a folder").count(), 1);
 }
 
 #[tokio::test]
