@@ -133,7 +133,14 @@ impl World {
 
     /// Whether all that was written has reached the replica.
     fn replicated(&self) -> bool {
-        self.master.ask::<u32>(&["WAIT", "1", "1000"]).is_ok_and(|replicas| replicas == 1)
+        // A connection waits for what it has written itself, and for what was written before that.
+        let client = ::redis::Client::open(format!("redis://127.0.0.1:{}", self.master.port));
+        let wait = client.and_then(|client| {
+            let mut connection = client.get_connection_with_timeout(Duration::from_secs(2))?;
+            ::redis::cmd("SET").arg("written").arg("last").query::<()>(&mut connection)?;
+            ::redis::cmd("WAIT").arg(1).arg(1_000).query::<u32>(&mut connection)
+        });
+        wait.is_ok_and(|replicas| replicas == 1)
     }
 }
 

@@ -152,10 +152,13 @@ local function shards()
   return all
 end
 
--- Writes a job: record, version, end or '', whether somebody else than its holder may have ended a lease,
--- events, shards that changed, those that ended with queue and tenant.
+-- Writes a job: version that it had, record, end or '', whether somebody else than its holder may have ended a
+-- lease, events, shards that changed, those that ended with queue and tenant. Returns its version, which is at
+-- least the time: a server that has lost its last writes does not give one twice.
 local function write(job)
-  local version, record, ended, told = argument(), argument(), argument(), argument() == '1'
+  local before, record, ended, told = number(), argument(), argument(), argument() == '1'
+  local time = redis.call('TIME')
+  local version = string.format('%.0f', math.max(before + 1, time[1] * 1000000 + time[2]))
   redis.call('HSET', P .. ':job:' .. job, 'v', version, 'r', record)
   if ended ~= '' then
     redis.call('ZADD', P .. ':ended', ended, job)
@@ -177,4 +180,5 @@ local function write(job)
     drop(id, {queue = argument(), tenant = argument()}, told)
   end
   if events > 0 then ring('job', job) end
+  return version
 end

@@ -90,7 +90,7 @@ pub(super) fn add_change(
         true => after.job.updated_unix_ms.to_string(),
         false => String::new(),
     };
-    invocation.arg(version + 1).arg(after.encode_to_vec()).arg(ended);
+    invocation.arg(version).arg(after.encode_to_vec()).arg(ended);
     invocation.arg(u8::from(told)).arg(events.len());
     for event in events {
         invocation.arg(event.sequence).arg(event.encode_to_vec());

@@ -62,7 +62,7 @@ impl Queue {
 pub(super) struct Writers {
     base: Arc<Base>,
     /// The jobs that something is written of now, with what waits for it.
-    busy: Arc<Mutex<HashMap<JobId, Queue>>>,
+    busy: Busy,
 }
 
 impl Writers {
@@ -83,7 +83,8 @@ impl Writers {
             queue.0.push_back((Wanted { transition, now }, reply));
         }
         if is_idle {
-            tokio::spawn(write_all(Arc::clone(&self.base), Arc::clone(&self.busy), job));
+            let claim = Claim { busy: Arc::clone(&self.busy), job, is_over: false };
+            tokio::spawn(write_all(Arc::clone(&self.base), claim));
         }
         answer.await.unwrap_or_else(|_| {
             let problem = "the process stops".to_owned();
@@ -92,26 +93,61 @@ impl Writers {
     }
 }
 
+type Busy = Arc<Mutex<HashMap<JobId, Queue>>>;
+
+/// A job that is written: whatever ends the task, what still waits for it is answered.
+struct Claim {
+    busy: Busy,
+    job: JobId,
+    is_over: bool,
+}
+
+impl Claim {
+    /// What can be written together now; the claim ends where there is nothing.
+    fn next(&mut self) -> Option<(Vec<Wanted>, Vec<oneshot::Sender<Answer>>)> {
+        let mut busy = self.busy.lock();
+        let next = busy.get_mut(&self.job).map(Queue::next).unwrap_or_default();
+        if next.0.is_empty() {
+            busy.remove(&self.job);
+            self.is_over = true;
+            return None;
+        }
+        Some(next)
+    }
+
+    /// Everything that waits.
+    fn all(&self) -> Vec<oneshot::Sender<Answer>> {
+        let mut busy = self.busy.lock();
+        let queue = busy.get_mut(&self.job).map(std::mem::take).unwrap_or_default();
+        queue.0.into_iter().map(|(_, reply)| reply).collect()
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.busy.lock().remove(&self.job);
+        }
+    }
+}
+
 /// Writes until nothing waits.
-async fn write_all(base: Arc<Base>, busy: Arc<Mutex<HashMap<JobId, Queue>>>, job: JobId) {
+async fn write_all(base: Arc<Base>, mut claim: Claim) {
     let mut known = None;
-    loop {
-        let (wanted, replies) = {
-            let mut busy = busy.lock();
-            let next = busy.get_mut(&job).map(Queue::next).unwrap_or_default();
-            if next.0.is_empty() {
-                busy.remove(&job);
-                return;
-            }
-            next
-        };
-        match write(&base, job, &wanted, known.take()).await {
+    while let Some((wanted, mut replies)) = claim.next() {
+        match write(&base, claim.job, &wanted, known.take()).await {
             Ok((written, answers)) => {
                 known = Some(written);
                 // Nobody may want to know any longer.
                 replies.into_iter().zip(answers).for_each(|(to, answer)| drop(to.send(answer)));
             }
-            Err(error) => replies.into_iter().for_each(|to| drop(to.send(Err(error.clone())))),
+            Err(error) => {
+                // Nobody waits for a store that is away once more for each who came before.
+                if matches!(error, StoreError::Away { .. }) {
+                    replies.extend(claim.all());
+                }
+                replies.into_iter().for_each(|to| drop(to.send(Err(error.clone()))));
+            }
         }
     }
 }
@@ -140,14 +176,14 @@ async fn write(
             return Ok((before, answers));
         };
         let (first, is_told) = (&wanted[0], wanted[0].is_told());
-        let is_written: bool = base
+        let written: Option<u64> = base
             .script("write a job", &base.scripts.write, first.now, |invocation| {
                 invocation.arg(job.to_string()).arg(before.version);
                 add_change(invocation, Some(&before), &after, is_told, &events);
             })
             .await?;
-        if is_written {
-            return Ok((Versioned { version: before.version + 1, record: after }, answers));
+        if let Some(version) = written {
+            return Ok((Versioned { version, record: after }, answers));
         }
         had_conflict = true;
     }
