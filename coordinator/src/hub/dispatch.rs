@@ -318,12 +318,12 @@ async fn put_off(
 /// has no live node.
 async fn deliver(shared: &Arc<Shared>, job_id: JobId, shards: Vec<(ShardId, u64)>) -> Result<()> {
     let Some(job) = shared.store.get(job_id).await? else { return Ok(()) };
-    let nodes = assign(shared, &job);
+    let unserved = assign(shared, &job).unserved.into_iter().next();
     let delivering = shards.into_iter().map(|(shard, connection)| {
-        let nodes = nodes.clone();
+        let unserved = unserved.clone();
         async move {
-            match nodes.unserved.first() {
-                None => grant(shared, job_id, shard, connection, nodes).await,
+            match unserved {
+                None => grant(shared, job_id, shard, connection).await,
                 Some(unserved) => {
                     let max_wait = millis(shared.options.max_wait);
                     put_off(shared, job_id, shard, unserved.to_string(), max_wait).await
@@ -335,13 +335,7 @@ async fn deliver(shared: &Arc<Shared>, job_id: JobId, shards: Vec<(ShardId, u64)
 }
 
 /// Leases one shard to the worker of a connection and sends it there.
-async fn grant(
-    shared: &Arc<Shared>,
-    job_id: JobId,
-    shard: ShardId,
-    connection: u64,
-    nodes: routing::Assignment,
-) -> Result<()> {
+async fn grant(shared: &Arc<Shared>, job_id: JobId, shard: ShardId, connection: u64) -> Result<()> {
     let worker = shared.state.lock().workers.get(&connection).map(|w| w.member.id.clone());
     let Some(worker) = worker else { return Ok(()) };
     let ttl_ms = millis(shared.options.lease_ttl);
@@ -351,6 +345,8 @@ async fn grant(
             if let Effect::Granted { lease, attempt } = applied.effect {
                 let job = Arc::new(applied.record);
                 let grant = Grant { job_id, job, lease, attempt, connection };
+                // Chosen now, so that each shard counts when the next one's are.
+                let nodes = assign(shared, &grant.job);
                 grant.open(shared, nodes).await;
             }
             Ok(())
