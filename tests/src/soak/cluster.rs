@@ -86,10 +86,11 @@ impl Service {
     }
 
     pub(super) async fn kill(&self) -> Result<()> {
-        match self.process.lock().await.take() {
-            Some(process) => process.kill().await,
-            None => Ok(()),
+        let Some(mut process) = self.process.lock().await.take() else { return Ok(()) };
+        if let Some(status) = process.has_ended()? {
+            bail!("`{}` had ended by itself with {status}", self.name);
         }
+        process.kill().await
     }
 
     /// Tells it to stop and waits until it has; anything but success is an error.
@@ -201,6 +202,20 @@ impl Cluster {
             }
         };
         timeout(PATIENCE, complete).await.context("not all workers and energy nodes joined")
+    }
+
+    /// Lines of logs that tell of a panic: one inside a task does not end its process.
+    pub(super) fn panics(&self) -> Result<Vec<String>> {
+        let mut panics = Vec::new();
+        for service in self.coordinators.iter().chain(&self.workers).chain(&self.nodes) {
+            for line in BufReader::new(File::open(self.log(&service.name))?).lines() {
+                let line = line?;
+                if line.contains("panicked at") {
+                    panics.push(format!("{}: {line}", service.name));
+                }
+            }
+        }
+        Ok(panics)
     }
 
     /// The tokens of the accepted results of each shard, as the coordinators' logs tell.

@@ -8,7 +8,7 @@ use fairlead_common::{
     signature::{self, PublicKey},
 };
 use fairlead_proto::v1::{
-    GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, SafetyRecord,
+    GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, JobState, SafetyRecord,
 };
 use sha2::{Digest, Sha256};
 use tonic::Code;
@@ -58,6 +58,11 @@ impl Judge {
                     let (now, then) = (told(&outcome), told(calm));
                     let message = format!("{}: {now}, in the calm run {then}", name());
                     self.ledger.breach(Breach::Different, message);
+                }
+                Ok(None) if job.state() == JobState::Completed => {
+                    let status = image.status().as_str_name();
+                    let message = format!("{} is {status} in a job that completed", name());
+                    self.ledger.breach(Breach::Lost, message);
                 }
                 Ok(_) => {}
                 Err(error) => self.ledger.breach(Breach::Lost, format!("{}: {error:#}", name())),

@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 const MESSAGES: u64 = 5;
 /// Reasons of failed jobs that are kept.
 const REASONS: usize = 5;
+/// How failed jobs are counted.
+const FAILED: &str = "failed, nothing unchecked released";
 /// Width of the table's first column.
 const WIDTH: usize = 46;
 
@@ -79,6 +81,13 @@ impl Report {
     /// Images that were compared with those of the calm run.
     pub fn compared(&self) -> u64 {
         ["released", "withheld"].iter().filter_map(|status| self.images.get(status)).sum()
+    }
+
+    /// Jobs that failed, and all that have ended.
+    pub fn failed_jobs(&self) -> (u64, u64) {
+        let of = |state| self.jobs.get(state).copied().unwrap_or_default();
+        let failed = of(FAILED);
+        (failed, failed + of("completed") + of("cancelled"))
     }
 
     /// Faults of the cluster, of all kinds.
@@ -171,7 +180,7 @@ impl Ledger {
         let state = match job.state() {
             JobState::Completed => "completed",
             JobState::Cancelled => "cancelled",
-            _ => "failed, nothing unchecked released",
+            _ => FAILED,
         };
         *report.jobs.entry(state).or_default() += 1;
         if job.state() == JobState::Failed && report.reasons.len() < REASONS {

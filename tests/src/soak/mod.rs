@@ -154,8 +154,10 @@ impl Soak {
 
     fn has_enough(&self) -> bool {
         let report = self.ledger.report();
-        // What is lost would be waited for again and again.
-        let broken = report.breaches.get(&Breach::Lost).is_some_and(|lost| *lost >= AT_ONCE as u64);
+        // What is lost, or fails, would be waited for again and again.
+        let lost = report.breaches.get(&Breach::Lost).is_some_and(|lost| *lost >= AT_ONCE as u64);
+        let (failed, jobs) = report.failed_jobs();
+        let broken = lost || is_too_many(failed, jobs);
         let enough = report.compared() >= self.options.images;
         broken || enough && report.all_faults() >= self.options.faults
     }
@@ -232,10 +234,23 @@ impl Soak {
                 self.ledger.breach(Breach::Ended, format!("{error:#}"));
             }
         }
+        for panic in cluster.panics()? {
+            self.ledger.breach(Breach::Ended, panic);
+        }
+        let (failed, jobs) = self.ledger.report().failed_jobs();
+        if is_too_many(failed, jobs) {
+            // What may be in between: a shard whose every delivery met a fault.
+            self.ledger.breach(Breach::Lost, format!("{failed} of {jobs} jobs failed"));
+        }
         for (shard, tokens) in cluster.results()?.iter().filter(|(_, tokens)| tokens.len() > 1) {
             let message = format!("shard {shard} was done by the deliveries {tokens:?}");
             self.ledger.breach(Breach::Duplicated, message);
         }
         Ok(())
     }
+}
+
+/// Whether more jobs failed than faults can be blamed for: one in twenty, and some at first.
+fn is_too_many(failed: u64, jobs: u64) -> bool {
+    failed > AT_ONCE as u64 && failed * 20 > jobs
 }
