@@ -34,7 +34,7 @@ const UNRELATED: usize = 256;
 /// What a decoder may hold for any input: buffers of fixed size, messages of errors.
 const ALLOWANCE: usize = 1 << 20;
 /// What it may hold for each byte of its input.
-const PER_BYTE: usize = 64;
+const PER_BYTE: usize = 256;
 
 /// An input; its debug form is a byte string to paste.
 #[derive(Clone)]
