@@ -1,8 +1,12 @@
 //! Turns at a device: of the threads that make images with one model one computes at a time, so that the
 //! device does not idle while another waits for an energy node, and is never shared.
+//!
+//! Who is about to ask an energy node comes first: its wait is then filled by the steps of others that ask
+//! none. In the order of arrival all would wait together and compute together.
 
 use std::{
     cell::Cell,
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,41 +14,59 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use tokio_util::sync::CancellationToken;
 
-/// Whose turn it is, first come, first served; clones share it.
+/// Whose turn it is; clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Turns(Arc<Queue>);
 
 #[derive(Debug, Default)]
 struct Queue {
-    numbers: Mutex<Numbers>,
+    line: Mutex<Line>,
     called: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Numbers {
+struct Line {
+    is_taken: bool,
     /// The next number to draw.
     next: u64,
-    /// The number whose turn it is.
-    current: u64,
+    waiting: BTreeSet<(Haste, u64)>,
+}
+
+/// What a thread will do with its turn. The first comes first, among equals who came first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Haste {
+    /// A step at whose end an energy node is asked.
+    Asks,
+    /// A step without.
+    Alone,
 }
 
 impl Turns {
     /// Waits for a turn of this thread, to make what `cancel` cancels.
     pub fn take<'a>(&'a self, cancel: &'a CancellationToken) -> Turn<'a> {
-        self.wait();
+        self.wait(Haste::Asks);
         Turn { turns: self, cancel, waited: Cell::default() }
     }
 
-    fn wait(&self) {
-        let mut numbers = self.0.numbers.lock();
-        let mine = numbers.next;
-        numbers.next += 1;
-        self.0.called.wait_while(&mut numbers, |numbers| numbers.current != mine);
+    fn wait(&self, haste: Haste) {
+        let mut line = self.0.line.lock();
+        let mine = (haste, line.next);
+        line.next += 1;
+        line.waiting.insert(mine);
+        self.0
+            .called
+            .wait_while(&mut line, |line| line.is_taken || line.waiting.first() != Some(&mine));
+        line.waiting.remove(&mine);
+        line.is_taken = true;
     }
 
     fn pass(&self) {
-        self.0.numbers.lock().current += 1;
+        self.0.line.lock().is_taken = false;
         self.0.called.notify_all();
+    }
+
+    fn somebody_asks(&self) -> bool {
+        self.0.line.lock().waiting.first().is_some_and(|(haste, _)| *haste == Haste::Asks)
     }
 }
 
@@ -65,8 +87,17 @@ impl Turn<'_> {
     /// Lets others compute while `wait` waits for something, then waits for the next turn.
     pub fn aside<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.turns.pass();
-        let _back = Back(self);
+        let _back = Back(self, Haste::Asks);
         wait()
+    }
+
+    /// To be called before a step at whose end no energy node is asked: lets those first who wait for a
+    /// turn to come to their question.
+    pub fn give_way(&self) {
+        if self.turns.somebody_asks() {
+            self.turns.pass();
+            drop(Back(self, Haste::Alone));
+        }
     }
 
     /// Time spent waiting for further turns, when others computed.
@@ -82,12 +113,12 @@ impl Drop for Turn<'_> {
 }
 
 /// Takes the turn back, after a panic too: dropping it passes it on.
-struct Back<'a>(&'a Turn<'a>);
+struct Back<'a>(&'a Turn<'a>, Haste);
 
 impl Drop for Back<'_> {
     fn drop(&mut self) {
         let begun = Instant::now();
-        self.0.turns.wait();
+        self.0.turns.wait(self.1);
         self.0.waited.set(self.0.waited.get() + begun.elapsed());
     }
 }
@@ -148,7 +179,31 @@ mod tests {
             }));
             assert!(panicked.is_err());
         }
-        let numbers = turns.0.numbers.lock();
-        assert_eq!(numbers.next, numbers.current, "the next one is let in at once");
+        let line = turns.0.line.lock();
+        assert!(!line.is_taken && line.waiting.is_empty(), "the next one is let in at once");
+    }
+
+    #[test]
+    fn who_asks_comes_before_who_does_not() {
+        let (turns, cancel) = (Turns::default(), CancellationToken::new());
+        let order = Mutex::new(Vec::new());
+        thread::scope(|scope| {
+            let turn = turns.take(&cancel);
+            turn.give_way();
+            order.lock().push("alone");
+            let other = scope.spawn(|| {
+                let turn = turns.take(&cancel);
+                order.lock().push("asks");
+                turn.aside(|| ());
+            });
+            while !turns.somebody_asks() {
+                thread::yield_now();
+            }
+            turn.give_way();
+            order.lock().push("alone again");
+            drop(turn);
+            other.join().expect("no panic");
+        });
+        assert_eq!(*order.lock(), ["alone", "asks", "alone again"]);
     }
 }

@@ -42,13 +42,17 @@ impl Run<'_> {
         for index in 0..self.schedule.len() {
             self.alive()?;
             let step = self.schedule[index];
+            let asks = !self.concepts().is_empty() && self.shard.knobs.window.contains(step.time);
+            if !asks {
+                self.turn.give_way();
+            }
             let (number, time) = (index as i64, step.time);
             let span = tracing::info_span!("step", number, time, attempt = i64::from(attempt));
             let _step = span.entered();
             let begun = Instant::now();
             let mut moments = self.denoise(tracks, &step, index as u32, attempt)?;
             metrics::denoised(begun.elapsed());
-            if !self.concepts().is_empty() && self.shard.knobs.window.contains(step.time) {
+            if asks {
                 let begun = Instant::now();
                 self.steer(tracks, &mut moments, &step, in_window)?;
                 metrics::steered(begun.elapsed());
