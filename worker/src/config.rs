@@ -43,9 +43,9 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_MICRO_BATCHES", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub micro_batches: u32,
 
-    /// Shards held at once: --micro-batches of each model are made, the others wait, so that the device
-    /// never idles between two.
-    #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_CAPACITY", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Shards held at once: --micro-batches of each model are made, the others wait or are being checked, so
+    /// that the device never idles between two.
+    #[arg(long, value_name = "N", env = "FAIRLEAD_WORKER_CAPACITY", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub capacity: u32,
 
     /// Device of the networks: cpu, or cuda:N in a build with that feature.
@@ -79,7 +79,7 @@ impl WorkerArgs {
             worker_id: None,
             max_batch: 4,
             micro_batches: 2,
-            capacity: 2,
+            capacity: 3,
             device: DeviceName::Cpu,
             threads: 0,
             energy_timeout: Duration::from_secs(30),

@@ -18,7 +18,7 @@ use super::service::{LISTENING, Service, asset, fairlead, policies};
 use crate::report::{self, median};
 
 /// Images of one job, and of one shard.
-const IMAGES: u32 = 8;
+const IMAGES: u32 = 16;
 const SHARD: u32 = 2;
 
 /// Times of one kind of job, seconds.
@@ -59,7 +59,8 @@ pub(super) async fn run(rounds: usize) -> Result<()> {
             ready(&channel, 0, true).await?;
             let mut command = fairlead(core(0))?;
             command.args(["worker", "--coordinator", &coordinator.address, "--threads", "1"]);
-            command.args(["--micro-batches", micro_batches, "--capacity", "2"]);
+            // One more than it makes at once: the coordinator still checks the last one.
+            command.args(["--micro-batches", micro_batches, "--capacity", "3"]);
             command.arg("--model").arg(asset("emojiland-sd"));
             let worker = Service::start_silent(command).await?;
             ready(&channel, 1, true).await?;
