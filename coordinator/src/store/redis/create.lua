@@ -35,5 +35,5 @@ end
 for _, lookup in ipairs(lookups) do redis.call('SET', P .. ':lookup:' .. lookup[1], lookup[2]) end
 file(job, tenant)
 redis.call('SADD', P .. ':open', job)
-write(job)
+write(job, 0)
 return {'new'}

@@ -152,11 +152,11 @@ local function shards()
   return all
 end
 
--- Writes a job: version that it had, record, end or '', whether somebody else than its holder may have ended a
+-- Writes a job in place of the version `before`: record, end or '', whether somebody else than its holder may have ended a
 -- lease, events, shards that changed, those that ended with queue and tenant. Returns its version, which is at
 -- least the time: a server that has lost its last writes does not give one twice.
-local function write(job)
-  local before, record, ended, told = number(), argument(), argument(), argument() == '1'
+local function write(job, before)
+  local record, ended, told = argument(), argument(), argument() == '1'
   local time = redis.call('TIME')
   local version = string.format('%.0f', math.max(before + 1, time[1] * 1000000 + time[2]))
   redis.call('HSET', P .. ':job:' .. job, 'v', version, 'r', record)

@@ -84,13 +84,12 @@ pub(super) fn add_change(
     told: bool,
     events: &[WatchJobResponse],
 ) {
-    let version = before.map_or(0, |before| before.version);
     let was_open = before.is_none_or(|before| !before.record.is_terminal());
     let ended = match was_open && after.is_terminal() {
         true => after.job.updated_unix_ms.to_string(),
         false => String::new(),
     };
-    invocation.arg(version).arg(after.encode_to_vec()).arg(ended);
+    invocation.arg(after.encode_to_vec()).arg(ended);
     invocation.arg(u8::from(told)).arg(events.len());
     for event in events {
         invocation.arg(event.sequence).arg(event.encode_to_vec());

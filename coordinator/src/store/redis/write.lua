@@ -2,4 +2,4 @@
 -- was read, then what `write` reads. Answers the version that it has now, or nothing if it has changed.
 local job, expected = argument(), argument()
 if redis.call('HGET', P .. ':job:' .. job, 'v') ~= expected then return false end
-return write(job)
+return write(job, tonumber(expected))
