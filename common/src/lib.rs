@@ -1,6 +1,7 @@
 //! Process plumbing used by two crates or more.
 
 pub mod backoff;
+pub mod clock;
 pub mod grpc;
 pub mod ids;
 pub mod metrics;

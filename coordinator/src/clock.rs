@@ -1,10 +1,8 @@
 //! Time, read at the edge only: decisions take `now` as an argument.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Duration};
 
+pub(crate) use fairlead_common::clock::unix_ms;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -56,11 +54,6 @@ async fn look(store: &dyn Store) -> Result<(i64, Instant), StoreError> {
     let time = store.clock().await?;
     // The store looked at its clock about half-way.
     Ok((time, asked + asked.elapsed() / 2))
-}
-
-/// The machine's time, milliseconds since the Unix epoch.
-pub(crate) fn unix_ms() -> i64 {
-    millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
 /// A duration as whole milliseconds, saturating.

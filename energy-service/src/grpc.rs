@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use fairlead_common::trace;
+use fairlead_common::{clock::unix_ms, trace};
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
@@ -15,7 +15,7 @@ use tonic::{Code, Request, Response, Status};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::Instrument;
 
-use crate::{error::RequestError, metrics, run::unix_ms, service::Node};
+use crate::{error::RequestError, metrics, service::Node};
 
 /// The node, once its model is loaded.
 pub(crate) type NodeCell = Arc<OnceLock<Arc<Node>>>;

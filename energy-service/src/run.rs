@@ -1,12 +1,9 @@
 //! Starts, runs and stops a node.
 
-use std::{
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use fairlead_common::{
+    clock::unix_ms,
     grpc::{Replicas, channel, incoming, replicas, server},
     tls::Peers,
 };
@@ -15,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
 
 use crate::{
-    calibration::store::Calibrations,
     concepts::ConceptSet,
     config::EnergyOptions,
     crops::MAX_CROPS,
@@ -172,10 +168,7 @@ async fn load(
         calibrations: options.calibrations.clone(),
         added_concepts: options.added_concepts.clone(),
     };
-    let calibrations = match &folders.calibrations {
-        Some(directory) => Calibrations::load(directory, &served)?,
-        None => Calibrations::default(),
-    };
+    let calibrations = folders.calibrations_of(&served)?;
     let offer = Offer { served, calibrations };
     Ok(Arc::new(Node::new(engine.handle, engine.description, offer, folders, identity)))
 }
@@ -185,12 +178,6 @@ fn concept_sets(options: &EnergyOptions) -> Result<(ConceptSet, Vec<ConceptSet>)
     let first = ConceptSet::load(&options.concepts)?;
     let added = options.added_concepts.as_deref().map(kept::read).transpose()?;
     Ok((first, added.unwrap_or_default()))
-}
-
-/// This machine's time, milliseconds since the Unix epoch.
-pub(crate) fn unix_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Checks the options and says who the node is.

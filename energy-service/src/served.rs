@@ -58,7 +58,7 @@ impl Served {
         since_unix_ms: i64,
     ) -> Result<(usize, Option<Self>), RequestError> {
         let bind = |info: &Concept| ServedConcept {
-            version: info.version(self.kind, &self.energy_model, self.preprocessing_version),
+            version: self.version(info),
             info: info.clone(),
             set: self.sets.len(),
             since_unix_ms,
@@ -81,10 +81,14 @@ impl Served {
         Ok((self.sets.len(), Some(served)))
     }
 
+    fn version(&self, concept: &Concept) -> String {
+        concept.version(self.kind, &self.energy_model, self.preprocessing_version)
+    }
+
     /// Whether all concepts of `set` are served, in whichever sets.
     pub(crate) fn has_all(&self, set: &ConceptSet) -> bool {
         let is_served = |info: &Concept| {
-            let version = info.version(self.kind, &self.energy_model, self.preprocessing_version);
+            let version = self.version(info);
             self.concepts.iter().any(|c| c.info.name == info.name && c.version == version)
         };
         set.concepts().iter().all(is_served)

@@ -54,6 +54,14 @@ pub(crate) struct Folders {
     pub(crate) added_concepts: Option<PathBuf>,
 }
 
+impl Folders {
+    /// The calibrations at hand for what is served. It blocks.
+    pub(crate) fn calibrations_of(&self, served: &Served) -> Result<Calibrations, FileError> {
+        let load = |folder: &PathBuf| Calibrations::load(folder, served);
+        self.calibrations.as_ref().map_or_else(|| Ok(Calibrations::default()), load)
+    }
+}
+
 /// A node whose model is loaded.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -144,17 +152,9 @@ impl Node {
         if concepts > MOST_CONCEPTS {
             return Err(RequestError::TooManyConcepts { concepts, most: MOST_CONCEPTS });
         }
-        let calibrations = match self.folders.calibrations.clone() {
-            Some(folder) => {
-                blocking({
-                    let served = served.clone();
-                    move || Calibrations::load(&folder, &served)
-                })
-                .await??
-            }
-            None => Calibrations::default(),
-        };
-        let offer = Offer { served, calibrations };
+        let folders = self.folders.clone();
+        let load = move || Ok(Offer { calibrations: folders.calibrations_of(&served)?, served });
+        let offer = blocking(load).await?.map_err(RequestError::Calibrations)?;
         let calibrations = offer.set(number).calibrations.len();
         if calibrations == 0 && !allow_uncalibrated {
             return Err(RequestError::Uncalibrated);

@@ -54,8 +54,11 @@ impl Calibrations {
 
     /// Those of the set with this hash, for others to see.
     pub(crate) fn infos(&self, concept_set: &str) -> Vec<CalibrationInfo> {
-        let of_set = self.list.iter().filter(|c| c.setup.concept_set == concept_set);
-        of_set.map(|calibration| calibration.info()).collect()
+        self.of_set(concept_set).map(|calibration| calibration.info()).collect()
+    }
+
+    fn of_set(&self, concept_set: &str) -> impl Iterator<Item = &Arc<Calibration>> {
+        self.list.iter().filter(move |c| c.setup.concept_set == concept_set)
     }
 
     /// The calibration of the concept set with this hash for `key` and `crops`, or with `allow_fallback` the
@@ -68,9 +71,8 @@ impl Calibrations {
         crops: u32,
         allow_fallback: bool,
     ) -> Result<Choice, RequestError> {
-        let similar = self.list.iter().filter(|c| {
-            c.setup.concept_set == concept_set
-                && c.setup.generator == key.generator
+        let similar = self.of_set(concept_set).filter(|c| {
+            c.setup.generator == key.generator
                 && c.setup.sampler == key.sampler
                 && c.setup.crops == crops
         });
@@ -104,8 +106,7 @@ impl Calibrations {
                 setup.generator_name, setup.sampler, setup.steps, setup.crops
             )
         };
-        let of_set = self.list.iter().filter(|c| c.setup.concept_set == concept_set);
-        let setups: Vec<String> = of_set.map(setup).collect();
+        let setups: Vec<String> = self.of_set(concept_set).map(setup).collect();
         if setups.is_empty() { "none".to_owned() } else { setups.join("; ") }
     }
 }

@@ -1,7 +1,6 @@
 //! The safety record of one image.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
+use fairlead_common::clock::unix_ms;
 use fairlead_proto::v1::{ImageStatus, SafetyRecord};
 
 use super::{Run, Track};
@@ -22,7 +21,6 @@ impl Run<'_> {
     pub(super) fn record(&self, track: Track, ending: Ending) -> SafetyRecord {
         let info = self.engine.info();
         let sources = self.energy.sources();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         SafetyRecord {
             record_id: track.task.record_id,
             job_id: self.shard.job_id.clone(),
@@ -48,7 +46,7 @@ impl Run<'_> {
             calibrations: sources.calibrations.iter().cloned().collect(),
             steered: track.steered,
             worker_id: self.engine.worker_id.clone(),
-            finished_unix_ms: now.as_millis() as i64,
+            finished_unix_ms: unix_ms(),
             engine_ms: u32::try_from(track.spent_time.as_millis()).unwrap_or(u32::MAX),
             signature: None,
         }
