@@ -20,7 +20,7 @@ use child::Child;
 use cluster::{Measurement, Sizes};
 use report::Row;
 
-/// With [`fairlead_models::keep_freed_memory`]: activations come and go at every layer.
+/// With [`fairlead_models::prepare_process`]: activations come and go at every layer.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -156,7 +156,11 @@ fn write(python: &Path, name: &str, models: &Path) -> Result<()> {
 
 /// Builds a case, then answers every line of input with the seconds that one run took.
 fn serve(name: &str, models: &Path, threads: usize) -> Result<()> {
-    fairlead_models::keep_freed_memory();
+    // SAFETY: a child that serves a case has no other thread yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        fairlead_models::prepare_process();
+    }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()

@@ -100,9 +100,17 @@ impl Command {
     }
 }
 
+fn main() -> ExitCode {
+    // SAFETY: no other thread runs before the runtime starts.
+    #[allow(unsafe_code)]
+    unsafe {
+        fairlead_models::prepare_process();
+    }
+    start()
+}
+
 #[tokio::main]
-async fn main() -> ExitCode {
-    fairlead_models::keep_freed_memory();
+async fn start() -> ExitCode {
     let cli = Cli::parse();
     let options = telemetry::Options {
         format: cli.log_format,

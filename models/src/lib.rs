@@ -80,7 +80,7 @@ pub use device::DeviceName;
 pub use error::{Error, KeyProblems, Result};
 pub use folder::{PipelineFolder, content_hash};
 pub use judge::Judge;
-pub use kernels::keep_freed_memory;
+pub use kernels::prepare_process;
 pub use mmdit::{Sd3Transformer, Sd3TransformerConfig, TextConditions};
 pub use siglip::{SiglipConfig, SiglipModel};
 pub use t5::T5EncoderModel;

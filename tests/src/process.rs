@@ -60,6 +60,17 @@ impl Process {
         Ok(())
     }
 
+    /// Names of its threads, as Linux tells them.
+    pub fn threads(&self) -> Result<Vec<String>> {
+        let id = self.child.id().with_context(|| format!("`{}` has ended", self.name))?;
+        let tasks = std::fs::read_dir(format!("/proc/{id}/task"))?;
+        // A thread may end while this looks.
+        let names = tasks
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        Ok(names.map(|name| name.trim_end().to_owned()).collect())
+    }
+
     /// Kills it with SIGKILL and waits for its end.
     pub async fn kill(mut self) -> Result<()> {
         Ok(self.child.kill().await?)

@@ -225,8 +225,13 @@ impl Sandbox {
 
     /// Sends a process a signal: STOP, CONT, TERM.
     pub async fn signal(&self, name: &str, signal: &str) -> Result<()> {
+        self.process(name)?.signal(signal).await
+    }
+
+    /// A process.
+    pub fn process(&self, name: &str) -> Result<&Process> {
         let process = self.processes.iter().find(|process| process.name() == name);
-        process.with_context(|| format!("no process `{name}`"))?.signal(signal).await
+        process.with_context(|| format!("no process `{name}`"))
     }
 
     /// Takes a process out, for who wants to see its end.

@@ -89,6 +89,20 @@ async fn a_target_is_steered_and_images_do_not_depend_on_sharding() -> Result<()
     Ok(())
 }
 
+/// The pool that candle has beside rayon's spins while it waits, on cores that the kernels need.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn only_rayon_computes() -> Result<()> {
+    let sandbox = sandbox().await?;
+    sandbox.images(spec("a kitchen knife on a white background", 1)).await?;
+    for name in ["worker", "energy"] {
+        let threads = sandbox.process(name)?.threads()?;
+        assert!(threads.iter().any(|thread| thread.contains(name)), "{threads:?}");
+        assert!(!threads.iter().any(|thread| thread.contains("candle")), "{threads:?}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn an_energy_node_gone_mid_job_releases_nothing() -> Result<()> {
     // No other node will come: there is nothing to wait for.

@@ -8,8 +8,8 @@
 pub(crate) mod attention;
 pub(crate) mod elementwise;
 mod gemm;
-mod memory;
 pub(crate) mod norm;
+mod process;
 pub(crate) mod product;
 pub(crate) mod resize;
 mod scratch;
@@ -17,4 +17,4 @@ mod simd;
 pub(crate) mod winograd;
 
 pub(crate) use gemm::Lhs;
-pub use memory::keep_freed_memory;
+pub use process::prepare_process;
