@@ -8,15 +8,12 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
 
-use tokio::{
-    runtime::Handle,
-    sync::{mpsc, oneshot, watch},
-    time::timeout_at,
-};
+use tokio::sync::{oneshot, watch};
 use tracing::Span;
 
 use crate::{
@@ -95,7 +92,9 @@ impl Work {
 /// Hands work to the engine; cheap to clone. The thread ends with the last handle.
 #[derive(Debug, Clone)]
 pub(crate) struct EngineHandle {
-    inbox: mpsc::Sender<Message>,
+    inbox: mpsc::SyncSender<Message>,
+    /// Requests that the inbox holds at most.
+    queue: usize,
     state: watch::Receiver<EngineState>,
 }
 
@@ -120,10 +119,8 @@ impl EngineHandle {
             return Err(RequestError::Stopped(reason.clone()));
         }
         self.inbox.try_send(message).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => {
-                RequestError::QueueFull { queue: self.inbox.max_capacity() }
-            }
-            mpsc::error::TrySendError::Closed(_) => self.stopped(),
+            mpsc::TrySendError::Full(_) => RequestError::QueueFull { queue: self.queue },
+            mpsc::TrySendError::Disconnected(_) => self.stopped(),
         })
     }
 
@@ -163,13 +160,12 @@ pub(crate) async fn start(
     concepts: ConceptSet,
     batching: Batching,
 ) -> Result<Engine, Error> {
-    let (sender, inbox) = mpsc::channel(batching.queue);
-    let runtime = Handle::current();
+    let (sender, inbox) = mpsc::sync_channel(batching.queue);
     let (state, state_receiver) = watch::channel(EngineState::Serving);
     let (loaded, description) = oneshot::channel();
     thread::Builder::new()
         .name("energy-engine".to_owned())
-        .spawn(move || run(loader, &concepts, loaded, Inbox { inbox, batching, runtime }, &state))
+        .spawn(move || run(loader, &concepts, loaded, Inbox { inbox, batching }, &state))
         .map_err(|source| Error::System {
             what: "cannot start the engine's thread".into(),
             source,
@@ -177,7 +173,8 @@ pub(crate) async fn start(
     let description = description
         .await
         .unwrap_or_else(|_| Err(Error::LoaderPanicked("its thread ended".to_owned())))?;
-    Ok(Engine { handle: EngineHandle { inbox: sender, state: state_receiver }, description })
+    let handle = EngineHandle { inbox: sender, queue: batching.queue, state: state_receiver };
+    Ok(Engine { handle, description })
 }
 
 fn run(
@@ -207,10 +204,10 @@ fn run(
 }
 
 /// Answers until there is nobody left to ask, or the scorer panics.
-fn serve(scorer: &mut dyn Scorer, mut inbox: Inbox, state: &watch::Sender<EngineState>) {
+fn serve(scorer: &mut dyn Scorer, inbox: Inbox, state: &watch::Sender<EngineState>) {
     let most = inbox.batching.most;
     let mut next = None;
-    while let Some(message) = next.take().or_else(|| inbox.inbox.blocking_recv()) {
+    while let Some(message) = next.take().or_else(|| inbox.inbox.recv().ok()) {
         let ended = match message {
             Message::Learn(lesson) => lesson.give(scorer),
             Message::Evaluate(first) => {
@@ -222,11 +219,8 @@ fn serve(scorer: &mut dyn Scorer, mut inbox: Inbox, state: &watch::Sender<Engine
         let Err(reason) = ended else { continue };
         tracing::error!(%reason, "the energy model panicked; this node no longer scores");
         state.send_replace(EngineState::Failed(reason.clone()));
-        // Refuse what waits, and whatever was sent before the state was seen.
-        inbox.inbox.close();
-        while let Some(message) = next.take().or_else(|| inbox.inbox.blocking_recv()) {
-            message.refuse(&reason);
-        }
+        // What is sent before the state is seen finds nobody here, and says the same.
+        next.into_iter().chain(inbox.inbox.try_iter()).for_each(|message| message.refuse(&reason));
         return;
     }
 }
@@ -235,37 +229,28 @@ fn serve(scorer: &mut dyn Scorer, mut inbox: Inbox, state: &watch::Sender<Engine
 struct Inbox {
     inbox: mpsc::Receiver<Message>,
     batching: Batching,
-    /// Keeps the time of waits.
-    runtime: Handle,
 }
 
 impl Inbox {
     /// `first` and what has come meanwhile, or comes within the wait, and shares its pass; what would need
     /// another waits for its turn, so that nobody's answer waits for more than one pass of others. And a
     /// message of another kind, if one came.
-    fn gather(&mut self, first: Work) -> (Vec<Work>, Option<Message>) {
-        let deadline = tokio::time::Instant::now() + self.batching.wait;
+    fn gather(&self, first: Work) -> (Vec<Work>, Option<Message>) {
+        let deadline = Instant::now() + self.batching.wait;
         let mut images = first.batch.samples.len();
         let mut waiting = vec![first];
         while images < self.batching.most {
-            match self.inbox.try_recv().ok().or_else(|| self.receive_until(deadline)) {
-                Some(Message::Evaluate(work)) => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left) {
+                Ok(Message::Evaluate(work)) => {
                     images += work.batch.samples.len();
                     waiting.push(work);
                 }
-                Some(other) => return (waiting, Some(other)),
-                None => break,
+                Ok(other) => return (waiting, Some(other)),
+                Err(_) => break,
             }
         }
         (waiting, None)
-    }
-
-    fn receive_until(&mut self, deadline: tokio::time::Instant) -> Option<Message> {
-        if self.batching.wait.is_zero() {
-            return None;
-        }
-        let inbox = &mut self.inbox;
-        self.runtime.block_on(async { timeout_at(deadline, inbox.recv()).await }).ok().flatten()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Tests of the engine's thread: bounds, abandoned work, panics.
 
-use std::path::Path;
+use std::{future::poll_fn, path::Path, pin::Pin, task::Poll};
 
 use super::*;
 use crate::{
@@ -46,6 +46,17 @@ async fn until_forwards(probe: &Probe, count: usize) {
     }
 }
 
+type Answer = Pin<Box<dyn Future<Output = Result<Vec<Evaluation>, RequestError>>>>;
+
+/// Asks, and comes back when the question is in the queue.
+async fn ask(engine: &EngineHandle, batch: Batch) -> Answer {
+    let engine = engine.clone();
+    let mut answer: Answer = Box::pin(async move { engine.evaluate(batch).await });
+    let first = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
+    assert!(first.is_pending(), "{first:?}");
+    answer
+}
+
 #[tokio::test]
 async fn work_in_answers_out() {
     let (engine, _) = engine(4).await;
@@ -56,20 +67,13 @@ async fn work_in_answers_out() {
 async fn a_full_queue_refuses_at_once_and_recovers() {
     let (engine, probe) = engine(1).await;
     probe.set(Fault::Hang);
-    let spawn = |engine: &EngineHandle| {
-        let engine = engine.clone();
-        tokio::spawn(async move { engine.evaluate(batch(1)).await })
-    };
-    let computing = spawn(&engine);
+    let computing = ask(&engine, batch(1)).await;
     until_forwards(&probe, 1).await;
-    let waiting = spawn(&engine);
-    while engine.inbox.capacity() > 0 {
-        tokio::task::yield_now().await;
-    }
+    let waiting = ask(&engine, batch(1)).await;
     let error = engine.evaluate(batch(1)).await.expect_err("refused");
     assert_eq!(error.code(), tonic::Code::ResourceExhausted);
     probe.set(Fault::None);
-    assert!(computing.await.expect("no panic").is_ok() && waiting.await.expect("no panic").is_ok());
+    assert!(computing.await.is_ok() && waiting.await.is_ok());
     assert!(engine.evaluate(batch(1)).await.is_ok());
 }
 
@@ -84,23 +88,19 @@ async fn requests_that_wait_together_share_a_pass() {
     }
     let before = probe.forwards();
     probe.set(Fault::Hang);
-    let spawn = |batch: Batch| {
-        let engine = engine.clone();
-        tokio::spawn(async move { engine.evaluate(batch).await })
-    };
-    let computing = spawn(batch(1));
+    let computing = ask(&engine, batch(1)).await;
     until_forwards(&probe, before + 1).await;
-    let together = values.map(|value| spawn(of(value)));
-    let other = spawn(Batch { crops: 2, ..of(0.5) });
-    while engine.inbox.capacity() > 4 {
-        tokio::task::yield_now().await;
+    let mut together = Vec::new();
+    for value in values {
+        together.push(ask(&engine, of(value)).await);
     }
+    let other = ask(&engine, Batch { crops: 2, ..of(0.5) }).await;
     probe.set(Fault::None);
-    for (task, alone) in together.into_iter().zip(alone) {
-        let answer = task.await.expect("no panic").expect("answered");
+    for (together, alone) in together.into_iter().zip(alone) {
+        let answer = together.await.expect("answered");
         assert_eq!(answer, alone, "each has the answer to its own question");
     }
-    assert!(computing.await.expect("no panic").is_ok() && other.await.expect("no panic").is_ok());
+    assert!(computing.await.is_ok() && other.await.is_ok());
     // What was computing, the three together, and the one that asked for something else.
     assert_eq!(probe.forwards() - before, 3);
 }
@@ -110,14 +110,12 @@ async fn requests_that_wait_together_share_a_pass() {
 async fn a_request_waits_for_others_to_share_its_pass() {
     let wait = Duration::from_secs(3_600);
     let (engine, probe) = waiting(Batching { queue: 8, most: 3, wait }).await;
-    let asked: Vec<_> = (0..3)
-        .map(|_| {
-            let engine = engine.clone();
-            tokio::spawn(async move { engine.evaluate(batch(1)).await })
-        })
-        .collect();
+    let mut asked = Vec::new();
+    for _ in 0..3 {
+        asked.push(ask(&engine, batch(1)).await);
+    }
     for answer in asked {
-        assert_eq!(answer.await.expect("no panic").expect("answered").len(), 1);
+        assert_eq!(answer.await.expect("answered").len(), 1);
     }
     assert_eq!(probe.forwards(), 1);
 }
@@ -133,22 +131,10 @@ async fn a_request_that_stays_alone_is_answered_after_the_wait() {
 async fn abandoned_work_is_not_computed() {
     let (engine, probe) = engine(4).await;
     probe.set(Fault::Hang);
-    let computing = tokio::spawn({
-        let engine = engine.clone();
-        async move { engine.evaluate(batch(3)).await }
-    });
+    let computing = ask(&engine, batch(3)).await;
     until_forwards(&probe, 1).await;
-    let waiting = tokio::spawn({
-        let engine = engine.clone();
-        async move { engine.evaluate(batch(5)).await }
-    });
-    while engine.inbox.capacity() == 4 {
-        tokio::task::yield_now().await;
-    }
-    for abandoned in [computing, waiting] {
-        abandoned.abort();
-        assert!(abandoned.await.expect_err("aborted").is_cancelled());
-    }
+    let waiting = ask(&engine, batch(5)).await;
+    drop([computing, waiting]);
     probe.set(Fault::None);
     assert!(engine.evaluate(batch(1)).await.is_ok());
     // The first image of the first request, none of the second, and the last request's.
