@@ -1,7 +1,7 @@
 //! Tensors on the wire: `fairlead.v1.Tensor` to and from `f32` values.
 
 use fairlead_proto::v1::{Datatype, Tensor};
-use half::f16;
+use half::{f16, slice::HalfFloatSliceExt};
 
 /// A tensor that does not hold what it says.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -42,9 +42,11 @@ pub enum TensorError {
 pub fn encode(name: &str, shape: &[usize], values: &[f32], datatype: Datatype) -> Tensor {
     debug_assert_eq!(shape.iter().product::<usize>(), values.len());
     let (datatype, data) = match datatype {
-        Datatype::F32 => (Datatype::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        Datatype::F32 => (Datatype::F32, bytes(values, f32::to_le_bytes)),
         Datatype::F16 | Datatype::Unspecified => {
-            (Datatype::F16, values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect())
+            let mut halves = vec![f16::ZERO; values.len()];
+            halves.convert_from_f32_slice(values);
+            (Datatype::F16, bytes(&halves, f16::to_le_bytes))
         }
     };
     Tensor {
@@ -53,6 +55,16 @@ pub fn encode(name: &str, shape: &[usize], values: &[f32], datatype: Datatype) -
         shape: shape.iter().map(|&side| side as i64).collect(),
         data,
     }
+}
+
+/// One after the other. Filling a buffer becomes a copy of memory, which collecting an iterator of bytes
+/// does not.
+fn bytes<T: Copy, const N: usize>(values: &[T], to_bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    let mut bytes = vec![0; N * values.len()];
+    for (bytes, &value) in bytes.chunks_exact_mut(N).zip(values) {
+        bytes.copy_from_slice(&to_bytes(value));
+    }
+    bytes
 }
 
 /// Decodes `tensor` into its shape and row-major values.
@@ -91,7 +103,8 @@ pub fn decode(tensor: &Tensor) -> Result<(Vec<usize>, Vec<f32>), TensorError> {
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect(),
         _ => {
-            tensor.data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+            let halves = tensor.data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]));
+            halves.collect::<Vec<_>>().to_f32_vec()
         }
     };
     Ok((shape, values))
