@@ -84,7 +84,21 @@ impl Offer {
         let row = |time: usize| columns.values().map(|column| column[time]).collect();
         Ok(Levels { levels: (0..times.len()).map(row).collect(), calibration_ids, fallbacks })
     }
+
+    /// The same for every concept by itself: none where its set has no level in this run.
+    pub(crate) fn standing(&self, indices: &[usize], times: &[f32], run: &Run<'_>) -> Standing {
+        let column = |&index: &usize| self.levels(&[index], times, run).ok();
+        let columns: Vec<Option<Levels>> = indices.iter().map(column).collect();
+        let level = |column: &Option<Levels>, time: usize| {
+            column.as_ref().map(|levels| levels.levels[time][0])
+        };
+        let row = |time| columns.iter().map(|column| level(column, time)).collect();
+        (0..times.len()).map(row).collect()
+    }
 }
+
+/// Levels `[times][concepts]` that scores are set beside, where there are some.
+pub(crate) type Standing = Vec<Vec<Option<Level>>>;
 
 /// What levels are asked for.
 #[derive(Debug, Clone, Copy)]

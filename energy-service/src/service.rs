@@ -22,7 +22,7 @@ use crate::{
     evaluate::{AskedConcept, Batch, Evaluation, Gate, Sample, Scored},
     gate::{Before, Level},
     kept,
-    offer::{Offer, Run},
+    offer::{Offer, Run, Standing},
     preprocess,
     scorer::ScorerDescription,
     served::Served,
@@ -211,8 +211,9 @@ impl Node {
         let times = request.samples.iter().map(|sample| sample.time).collect::<Vec<_>>();
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
-        let levels = self.levels(&offer, &indices, &times, key, crops, fallback);
-        let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
+        let run = self.run(key, crops, fallback);
+        let (levels, standing) =
+            gating_or_standing(&offer, &indices, &times, run, request.scores_only)?;
         let concepts = asked(&offer.served, &indices);
         let samples = request.samples.iter().enumerate().map(|(image, context)| {
             let before = |k: usize| before(context, &concepts[k].name);
@@ -227,7 +228,7 @@ impl Node {
             gradient: !request.scores_only,
         };
         let mut evaluations = self.score(batch).await?;
-        stand(&mut evaluations, standing);
+        stand(&mut evaluations, &standing);
         let gradient = gradient(&evaluations, height, width);
         let (calibration_ids, calibration_fallbacks) = origin(levels);
         Ok(v1::EvaluateResponse {
@@ -247,8 +248,9 @@ impl Node {
         let crops = self.crops(request.crops)?;
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
-        let levels = self.levels(&offer, &indices, &[0.0], key, crops, fallback);
-        let (levels, standing) = gating_or_standing(levels, request.scores_only)?;
+        let run = self.run(key, crops, fallback);
+        let (levels, standing) =
+            gating_or_standing(&offer, &indices, &[0.0], run, request.scores_only)?;
         let (height, width) = (self.scorer.height, self.scorer.width);
         // Decoding a large image takes a while: not on the async threads.
         let png = std::mem::take(&mut request.png);
@@ -269,7 +271,7 @@ impl Node {
             gradient: false,
         };
         let mut evaluations = self.score(batch).await?;
-        stand(&mut evaluations, standing);
+        stand(&mut evaluations, &standing);
         let [evaluation] = evaluations.as_slice() else {
             return Err(RequestError::Stopped("one image went in, others came out".to_owned()));
         };
@@ -320,21 +322,17 @@ impl Node {
         }
     }
 
-    fn levels(
+    fn run<'a>(
         &self,
-        offer: &Offer,
-        indices: &[usize],
-        times: &[f32],
-        key: Option<&v1::CalibrationKey>,
+        key: Option<&'a v1::CalibrationKey>,
         crops: u32,
         allow_fallback: bool,
-    ) -> Result<Levels, RequestError> {
+    ) -> Result<Run<'a>, RequestError> {
         let missing = || "is missing; name generator, sampler and steps of the run".to_owned();
         let key = key
             .filter(|key| !key.generator.is_empty() && key.steps > 0)
             .ok_or_else(|| RequestError::Invalid { field: "calibration", why: missing() })?;
-        let run = Run { key, crops, allow_fallback, steepness: self.scorer.steepness };
-        offer.levels(indices, times, &run)
+        Ok(Run { key, crops, allow_fallback, steepness: self.scorer.steepness })
     }
 
     fn sample_evaluation(
@@ -398,18 +396,25 @@ fn gates(levels: &[Level], before: impl Fn(usize) -> Before) -> Vec<Gate> {
 /// The levels that gates go by, or those that raw scores are only set beside: who only observes
 /// needs no calibration, and sees z and gate where there is one.
 fn gating_or_standing(
-    levels: Result<Levels, RequestError>,
+    offer: &Offer,
+    indices: &[usize],
+    times: &[f32],
+    run: Result<Run<'_>, RequestError>,
     scores_only: bool,
-) -> Result<(Option<Levels>, Option<Levels>), RequestError> {
-    Ok(if scores_only { (None, levels.ok()) } else { (Some(levels?), None) })
+) -> Result<(Option<Levels>, Standing), RequestError> {
+    if !scores_only {
+        return Ok((Some(offer.levels(indices, times, &run?)?), Standing::new()));
+    }
+    Ok((None, run.map(|run| offer.standing(indices, times, &run)).unwrap_or_default()))
 }
 
-/// Fills in where raw scores stand under `levels`; no gate opens by it.
-fn stand(evaluations: &mut [Evaluation], levels: Option<Levels>) {
-    let levels = levels.into_iter().flat_map(|levels| levels.levels);
-    for (evaluation, levels) in evaluations.iter_mut().zip(levels) {
+/// Fills in where raw scores stand; no gate opens by it.
+fn stand(evaluations: &mut [Evaluation], standing: &Standing) {
+    for (evaluation, levels) in evaluations.iter_mut().zip(standing) {
         for (scored, level) in evaluation.concepts.iter_mut().zip(levels) {
-            (scored.z, scored.gate) = (level.z(scored.score), level.gate);
+            if let Some(level) = level {
+                (scored.z, scored.gate) = (level.z(scored.score), level.gate);
+            }
         }
     }
 }

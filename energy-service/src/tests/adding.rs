@@ -79,6 +79,21 @@ async fn without_a_calibration_of_its_own_set_it_needs_the_policys_leave() {
 }
 
 #[tokio::test]
+async fn who_observes_sees_where_the_calibrated_ones_stand_beside_another() {
+    let (_folder, mut node, _) = TestNode::calibrated().await;
+    let gated = node.request(&[axe()]).await;
+    let before = node.evaluate(gated.clone()).await.expect("evaluated").samples.remove(0).scores;
+    node.add(hat()).await.expect("added");
+    let raw = EvaluateRequest { scores_only: true, concepts: node.refs().await, ..gated };
+    let raw = node.evaluate(raw).await.expect("no calibration is needed").samples.remove(0).scores;
+    for (raw, gated) in raw.iter().zip(&before) {
+        assert_eq!((raw.z, raw.gate), (gated.z, gated.gate));
+    }
+    assert_eq!((raw[3].z, raw[3].gate), (0.0, 0.0));
+    assert!(before[0].z != 0.0 && raw.iter().all(|score| !score.open));
+}
+
+#[tokio::test]
 async fn adding_twice_is_adding_once_and_nonsense_changes_nothing() {
     let folder = folder();
     let (mut node, _) = TestNode::start(options(folder.path())).await;
