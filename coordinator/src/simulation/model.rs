@@ -36,8 +36,8 @@ pub(super) struct Model {
     shards: BTreeMap<String, Shard>,
     /// Concepts that nodes serve, and since when.
     served: BTreeMap<String, Duration>,
-    /// Concepts that a node, asked by a coordinator, did not see in the bytes with this hash.
-    cleared: BTreeSet<(String, String)>,
+    /// When a node, asked by a coordinator, last did not see a concept in the bytes with this hash.
+    cleared: BTreeMap<(String, String), Duration>,
     /// The job of each idempotency key.
     keys: BTreeMap<String, String>,
     /// Events by job and number: all watchers see the same.
@@ -58,6 +58,8 @@ struct Shard {
     newest: u64,
     /// The token of the delivery that may commit.
     current: Option<u64>,
+    /// When the newest delivery began.
+    granted: Duration,
     accepted: Option<u64>,
     /// Deliveries that count.
     deliveries: u32,
@@ -87,7 +89,7 @@ impl Model {
             jobs: BTreeMap::new(),
             shards: BTreeMap::new(),
             served: BTreeMap::new(),
-            cleared: BTreeSet::new(),
+            cleared: BTreeMap::new(),
             keys: BTreeMap::new(),
             events: BTreeMap::new(),
             unsure: BTreeSet::new(),

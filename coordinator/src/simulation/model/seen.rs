@@ -29,7 +29,7 @@ impl Model {
         let verdict = if flagged { "sees" } else { "does not see" };
         self.note(format!("{node}: {verdict} `{concept}` in {}", short(&hash)));
         if !flagged {
-            self.cleared.insert((hash, concept.to_owned()));
+            self.cleared.insert((hash, concept.to_owned()), self.time.elapsed());
         }
     }
 

@@ -101,7 +101,9 @@ impl Model {
     fn granted(&mut self, lease: LeaseKey, worker: &str, attempt: u32) {
         let id = lease.shard.to_string();
         self.note(format!("store: {} to {worker}, attempt {attempt}", label(lease)));
+        let now = self.time.elapsed();
         let shard = self.shard(&id);
+        shard.granted = now;
         let (grows, free) = (lease.token > shard.newest, shard.current.is_none());
         let open = shard.accepted.is_none();
         (shard.newest, shard.current) = (lease.token, Some(lease.token));
@@ -139,9 +141,10 @@ impl Model {
         self.check(earlier.is_none(), || {
             format!("{lease} was accepted after token {earlier:?} of the same shard")
         });
+        let granted = self.shard(&lease.shard.to_string()).granted;
         for image in images {
             if image.status() == ImageStatus::Released {
-                self.released(job, lease.token, image);
+                self.released(job, lease.token, granted, image);
             } else {
                 let record = self.stored_record(&job.job_id, image.index, lease.token);
                 self.check(record.is_some(), || {
@@ -151,8 +154,8 @@ impl Model {
         }
     }
 
-    /// An image is about to be released: all that must be true before.
-    fn released(&mut self, job: &v1::Job, token: u64, image: &ImageInfo) {
+    /// An image of a delivery since `granted` is about to be released: all that must be true before.
+    fn released(&mut self, job: &v1::Job, token: u64, granted: Duration, image: &ImageInfo) {
         let name = format!("image {} of job {}", image.index, job.job_id);
         let png = self.object(&format!("jobs/{}/{}-{token}.png", job.job_id, image.index));
         let Some(png) = png else {
@@ -165,9 +168,12 @@ impl Model {
         }
         for concept in job.policy.iter().flat_map(|policy| &policy.concepts) {
             let asked = (sha256_hex(&png), concept.name.clone());
-            let cleared = self.cleared.contains(&asked);
+            let cleared = self.cleared.get(&asked).is_some_and(|&when| when >= granted);
             self.check(cleared, || {
-                format!("{name} is released, but no node cleared it of `{}`", concept.name)
+                format!(
+                    "{name} is released, but no node cleared it of `{}` in this delivery",
+                    concept.name
+                )
             });
         }
     }
