@@ -1,12 +1,13 @@
 //! The scorer on its own thread, behind a bounded queue.
 //!
 //! Async code sends work and waits; the thread computes, and takes what has come meanwhile together, or
-//! comes within a short wait.
+//! comes within a short wait. Between two passes it learns a part of the concepts that are to be learned.
 //! Work whose caller is gone (a deadline passed, a connection closed) is dropped before or between
 //! its passes. A panic of the scorer ends the engine for good: what a broken model says next is no
 //! verdict.
 
 use std::{
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::mpsc,
     thread,
@@ -21,7 +22,7 @@ use crate::{
     error::{Error, RequestError},
     evaluate::{Batch, Evaluation, evaluate},
     metrics,
-    scorer::{Scorer, ScorerDescription, ScorerLoader},
+    scorer::{Learned, Scorer, ScorerDescription, ScorerLoader},
 };
 
 /// Whether the engine can score.
@@ -65,13 +66,14 @@ impl Lesson {
         let _ = self.reply.send(Err(RequestError::Stopped(reason.to_owned())));
     }
 
-    /// Has `scorer` learn; the error is the message of a panic.
-    fn give(self, scorer: &mut dyn Scorer) -> Result<(), String> {
+    /// Has `scorer` learn a part; returns the lesson if there is more. The error is the message of a panic.
+    fn give(self, scorer: &mut dyn Scorer) -> Result<Option<Self>, String> {
         match catch_unwind(AssertUnwindSafe(|| scorer.learn(&self.set))) {
+            Ok(Ok(Learned::Part)) => Ok(Some(self)),
             Ok(learned) => {
                 // Whoever asked waits to the end.
-                let _ = self.reply.send(learned.map_err(RequestError::from));
-                Ok(())
+                let _ = self.reply.send(learned.map(drop).map_err(RequestError::from));
+                Ok(None)
             }
             Err(panic) => {
                 let reason = format!("the energy model panicked: {}", panic_message(&*panic));
@@ -205,24 +207,44 @@ fn run(
 
 /// Answers until there is nobody left to ask, or the scorer panics.
 fn serve(scorer: &mut dyn Scorer, inbox: Inbox, state: &watch::Sender<EngineState>) {
-    let most = inbox.batching.most;
-    let mut next = None;
-    while let Some(message) = next.take().or_else(|| inbox.inbox.recv().ok()) {
-        let ended = match message {
-            Message::Learn(lesson) => lesson.give(scorer),
-            Message::Evaluate(first) => {
-                let (waiting, other) = inbox.gather(first);
-                next = other;
-                answer_all(scorer, waiting, most)
-            }
+    let mut lessons = VecDeque::new();
+    loop {
+        let message = if lessons.is_empty() {
+            let Ok(message) = inbox.inbox.recv() else { return };
+            Some(message)
+        } else {
+            inbox.inbox.try_recv().ok()
         };
-        let Err(reason) = ended else { continue };
+        let ended = match message {
+            Some(Message::Learn(lesson)) => {
+                lessons.push_back(lesson);
+                Ok(())
+            }
+            Some(Message::Evaluate(first)) => {
+                let (waiting, lesson) = inbox.gather(first);
+                lessons.extend(lesson);
+                answer_all(scorer, waiting, inbox.batching.most)
+            }
+            None => Ok(()),
+        };
+        let Err(reason) = ended.and_then(|()| study(scorer, &mut lessons)) else { continue };
         tracing::error!(%reason, "the energy model panicked; this node no longer scores");
         state.send_replace(EngineState::Failed(reason.clone()));
         // What is sent before the state is seen finds nobody here, and says the same.
-        next.into_iter().chain(inbox.inbox.try_iter()).for_each(|message| message.refuse(&reason));
+        let waiting = lessons.into_iter().map(Message::Learn).chain(inbox.inbox.try_iter());
+        waiting.for_each(|message| message.refuse(&reason));
         return;
     }
+}
+
+/// Learns a part of the first lesson; the error is the message of a panic.
+fn study(scorer: &mut dyn Scorer, lessons: &mut VecDeque<Lesson>) -> Result<(), String> {
+    if let Some(lesson) = lessons.pop_front() {
+        if let Some(more) = lesson.give(scorer)? {
+            lessons.push_front(more);
+        }
+    }
+    Ok(())
 }
 
 /// What is asked of the engine.
@@ -234,8 +256,8 @@ struct Inbox {
 impl Inbox {
     /// `first` and what has come meanwhile, or comes within the wait, and shares its pass; what would need
     /// another waits for its turn, so that nobody's answer waits for more than one pass of others. And a
-    /// message of another kind, if one came.
-    fn gather(&self, first: Work) -> (Vec<Work>, Option<Message>) {
+    /// lesson, if one came.
+    fn gather(&self, first: Work) -> (Vec<Work>, Option<Lesson>) {
         let deadline = Instant::now() + self.batching.wait;
         let mut images = first.batch.samples.len();
         let mut waiting = vec![first];
@@ -246,7 +268,7 @@ impl Inbox {
                     images += work.batch.samples.len();
                     waiting.push(work);
                 }
-                Ok(other) => return (waiting, Some(other)),
+                Ok(Message::Learn(lesson)) => return (waiting, Some(lesson)),
                 Err(_) => break,
             }
         }

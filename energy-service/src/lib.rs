@@ -33,4 +33,4 @@ pub use concepts::{Concept, ConceptSet, ConceptsError};
 pub use config::{EnergyArgs, EnergyOptions};
 pub use error::Error;
 pub use run::{run, run_with_scorer};
-pub use scorer::{Pass, Scorer, ScorerDescription, ScorerError, ScorerLoader};
+pub use scorer::{Learned, Pass, Scorer, ScorerDescription, ScorerError, ScorerLoader};

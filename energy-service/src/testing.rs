@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 use crate::{
     concepts::ConceptSet,
     random::SplitMix64,
-    scorer::{Pass, Scorer, ScorerDescription, ScorerError, ScorerLoader},
+    scorer::{Learned, Pass, Scorer, ScorerDescription, ScorerError, ScorerLoader},
 };
 
 /// Nothing panics while it holds the lock on the fault.
@@ -51,6 +51,7 @@ struct Shared {
     changed: Condvar,
     forwards: AtomicUsize,
     backwards: AtomicUsize,
+    parts: Mutex<Vec<usize>>,
 }
 
 impl Probe {
@@ -63,6 +64,11 @@ impl Probe {
     /// Forward passes begun.
     pub fn forwards(&self) -> usize {
         self.0.forwards.load(Ordering::SeqCst)
+    }
+
+    /// Of each concept that was learned later, the forward passes begun before.
+    pub fn parts(&self) -> Vec<usize> {
+        self.0.parts.lock().expect(UNPOISONED).clone()
     }
 
     /// Backward passes begun.
@@ -78,6 +84,8 @@ pub struct TestScorer {
     description: ScorerDescription,
     /// `[concepts][3 h w]`.
     weights: Vec<Vec<f32>>,
+    /// How many concepts of the present lesson it has seen.
+    seen: usize,
     probe: Probe,
 }
 
@@ -103,7 +111,7 @@ impl TestScorer {
             width: SIDE,
             steepness: 50.0,
         };
-        Self { description, weights: weights(concepts), probe }
+        Self { description, weights: weights(concepts), seen: 0, probe }
     }
 
     /// An image `[3, SIDE, SIDE]` that shows the concept of this index: its score without crops is
@@ -141,11 +149,17 @@ impl Scorer for TestScorer {
         &Device::Cpu
     }
 
-    fn learn(&mut self, set: &ConceptSet) -> Result<(), ScorerError> {
+    /// One concept at a time.
+    fn learn(&mut self, set: &ConceptSet) -> Result<Learned, ScorerError> {
         let fault = self.fault();
         assert!(fault != Fault::Panic, "the test asked for a panic");
-        self.weights = weights(self.weights.len() + set.concepts().len());
-        Ok(())
+        self.probe.0.parts.lock().expect(UNPOISONED).push(self.probe.forwards());
+        self.seen += 1;
+        if self.seen < set.concepts().len() {
+            return Ok(Learned::Part);
+        }
+        self.weights = weights(self.weights.len() + std::mem::take(&mut self.seen));
+        Ok(Learned::All)
     }
 
     fn forward<'a>(

@@ -1,6 +1,6 @@
 //! Tests of the engine's thread: bounds, abandoned work, panics.
 
-use std::{future::poll_fn, path::Path, pin::Pin, task::Poll};
+use std::{fmt::Debug, future::poll_fn, path::Path, pin::Pin, task::Poll};
 
 use super::*;
 use crate::{
@@ -46,15 +46,20 @@ async fn until_forwards(probe: &Probe, count: usize) {
     }
 }
 
-type Answer = Pin<Box<dyn Future<Output = Result<Vec<Evaluation>, RequestError>>>>;
+type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, RequestError>> + 'a>>;
 
-/// Asks, and comes back when the question is in the queue.
-async fn ask(engine: &EngineHandle, batch: Batch) -> Answer {
-    let engine = engine.clone();
-    let mut answer: Answer = Box::pin(async move { engine.evaluate(batch).await });
+/// Comes back when the question is in the queue.
+async fn queued<'a, T: Debug>(
+    question: impl Future<Output = Result<T, RequestError>> + 'a,
+) -> Answer<'a, T> {
+    let mut answer: Answer<'a, T> = Box::pin(question);
     let first = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
     assert!(first.is_pending(), "{first:?}");
     answer
+}
+
+async fn ask(engine: &EngineHandle, batch: Batch) -> Answer<'_, Vec<Evaluation>> {
+    queued(engine.evaluate(batch)).await
 }
 
 #[tokio::test]
@@ -139,6 +144,31 @@ async fn abandoned_work_is_not_computed() {
     assert!(engine.evaluate(batch(1)).await.is_ok());
     // The first image of the first request, none of the second, and the last request's.
     assert_eq!(probe.forwards(), 2);
+}
+
+#[tokio::test]
+async fn an_energy_waits_for_a_part_of_a_lesson_only() {
+    let (engine, probe) = engine(4).await;
+    let text = r#"
+        anchors = ["x"]
+        concept = [
+            { name = "bow", group = "g", targets = ["a"] },
+            { name = "cap", group = "g", targets = ["b"] },
+            { name = "dog", group = "g", targets = ["c"] },
+        ]
+    "#;
+    let set = ConceptSet::parse(Path::new("more.toml"), text).expect("it parses");
+    probe.set(Fault::Hang);
+    let computing = ask(&engine, batch(1)).await;
+    until_forwards(&probe, 1).await;
+    let lesson = queued(engine.learn(set)).await;
+    let waiting = ask(&engine, batch(1)).await;
+    probe.set(Fault::None);
+    lesson.await.expect("learned");
+    assert!(computing.await.is_ok() && waiting.await.is_ok());
+    assert_eq!(probe.parts(), [1, 2, 2]);
+    let concepts = vec![AskedConcept { index: 3, name: "dog".into(), weight: 1.0 }];
+    assert!(engine.evaluate(Batch { concepts, ..batch(1) }).await.is_ok());
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{Device, Tensor};
 use fairlead_models::{ContrastiveModel, DeviceName, Error, Tape, content_hash, load_contrastive};
 
-use super::{Pass, Scorer, ScorerDescription, ScorerError};
+use super::{Learned, Pass, Scorer, ScorerDescription, ScorerError};
 use crate::concepts::{Concept, ConceptSet};
 
 /// Sharpness K of the log-sum-exp over phrases.
@@ -42,7 +42,7 @@ impl Contrastive {
         let device = device.open()?;
         let model = load_contrastive(dir, &device)?;
         let mut texts = Texts::default();
-        texts.learn(set.concepts(), model.as_ref())?;
+        while texts.learn(set.concepts(), model.as_ref())? == Learned::Part {}
         let side = model.image_size();
         let name = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let description = ScorerDescription {
@@ -62,7 +62,7 @@ impl Scorer for Contrastive {
         &self.description
     }
 
-    fn learn(&mut self, set: &ConceptSet) -> Result<(), ScorerError> {
+    fn learn(&mut self, set: &ConceptSet) -> Result<Learned, ScorerError> {
         self.texts.learn(set.concepts(), self.model.as_ref())
     }
 
@@ -127,32 +127,38 @@ struct Texts {
 }
 
 impl Texts {
-    /// Encodes the phrases of further concepts that are not known yet.
+    /// Encodes a batch of those phrases of further concepts that are not known yet; the concepts are known
+    /// with the last.
     fn learn(
         &mut self,
         concepts: &[Concept],
         model: &dyn ContrastiveModel,
-    ) -> Result<(), ScorerError> {
+    ) -> Result<Learned, ScorerError> {
         let (phrases, indices) = new_phrases(&self.known, concepts);
         let ids = phrases
             .iter()
             .map(|(concept, phrase)| token_ids(model, concept, phrase))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut features = Vec::new();
-        for batch in ids.chunks(TEXT_BATCH) {
-            features.extend(model.text_features(batch)?.to_vec2::<f32>()?);
-        }
+        let batch = &ids[..ids.len().min(TEXT_BATCH)];
+        let features = if batch.is_empty() {
+            Vec::new()
+        } else {
+            model.text_features(batch)?.to_vec2::<f32>()?
+        };
         let broken = features.iter().position(|row| row.iter().any(|value| !value.is_finite()));
         if let Some(row) = broken {
             return Err(ScorerError::Features { phrase: phrases[row].1.to_owned() });
         }
         self.width = features.first().map_or(self.width, Vec::len);
         self.features.extend(features.concat());
-        for (_, phrase) in phrases {
-            self.known.insert(phrase.to_owned(), self.known.len());
+        for (_, phrase) in &phrases[..batch.len()] {
+            self.known.insert((*phrase).to_owned(), self.known.len());
+        }
+        if batch.len() < phrases.len() {
+            return Ok(Learned::Part);
         }
         self.concepts.extend(indices);
-        Ok(())
+        Ok(Learned::All)
     }
 
     fn row(&self, phrase: usize) -> &[f32] {

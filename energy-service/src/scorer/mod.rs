@@ -37,9 +37,10 @@ pub trait Scorer {
     /// Where its tensors live.
     fn device(&self) -> &Device;
 
-    /// Learns further concepts, whose indices follow those of the ones it knows. After an error it is as
-    /// before.
-    fn learn(&mut self, set: &ConceptSet) -> Result<(), ScorerError>;
+    /// Learns a part of further concepts, so that others are not kept waiting for all; ask again until it
+    /// knows them. Their indices then follow those of the ones it knew. After an error it knows no more
+    /// concepts than before.
+    fn learn(&mut self, set: &ConceptSet) -> Result<Learned, ScorerError>;
 
     /// Scores `images` `[n, 3, h, w]`, RGB, black 0 and white 1 (values may lie somewhat outside),
     /// for `concepts`, given as indices into those it knows. Each image's numbers must
@@ -50,6 +51,15 @@ pub trait Scorer {
         concepts: &[usize],
         gradient: bool,
     ) -> Result<Box<dyn Pass + 'a>, ScorerError>;
+}
+
+/// How much of a set a scorer has learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learned {
+    /// Some of it; the concepts can't be asked for yet.
+    Part,
+    /// All.
+    All,
 }
 
 /// One forward pass, ready for at most one backward pass.
