@@ -1,8 +1,9 @@
 //! CPU kernels on plain `f32` slices.
 //!
 //! Rules of this room: every sample is computed with arithmetic that does not depend on the batch, on its
-//! place in it, or on the number of threads; sums have one fixed order. It is the only room of the
-//! project with `unsafe` code: vector instructions, and outputs that several threads fill at once.
+//! place in it, or on the number of threads; sums have one fixed order. It is the room of the project
+//! with `unsafe` code: vector instructions, outputs that several threads fill at once, and what the whole
+//! process shares.
 #![allow(unsafe_code)]
 
 pub(crate) mod attention;
