@@ -87,7 +87,8 @@ impl Writers {
             tokio::spawn(write_all(Arc::clone(&self.base), claim));
         }
         answer.await.unwrap_or_else(|_| {
-            let problem = "the process stops".to_owned();
+            let problem = "its writer ended before: this coordinator stops, or the writer panicked";
+            let problem = problem.to_owned();
             Err(StoreError::Away { what: "write a job", problem })
         })
     }
