@@ -239,10 +239,10 @@ fn serve(scorer: &mut dyn Scorer, inbox: Inbox, state: &watch::Sender<EngineStat
 
 /// Learns a part of the first lesson; the error is the message of a panic.
 fn study(scorer: &mut dyn Scorer, lessons: &mut VecDeque<Lesson>) -> Result<(), String> {
-    if let Some(lesson) = lessons.pop_front() {
-        if let Some(more) = lesson.give(scorer)? {
-            lessons.push_front(more);
-        }
+    if let Some(lesson) = lessons.pop_front()
+        && let Some(more) = lesson.give(scorer)?
+    {
+        lessons.push_front(more);
     }
     Ok(())
 }
