@@ -1,6 +1,6 @@
 //! Prompts about the objects of Emojiland, drawn from a named random stream.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
@@ -125,6 +125,25 @@ impl Objects {
         self.targets.len()
     }
 
+    /// Takes the permitted objects out that one of `phrases` names, with or without an article, and returns
+    /// them.
+    pub(crate) fn without<'a>(
+        &mut self,
+        phrases: impl Iterator<Item = &'a str>,
+    ) -> Result<Vec<String>> {
+        let named: BTreeSet<String> =
+            phrases.map(|phrase| Noun::of_phrase(phrase).bare.replace('-', " ")).collect();
+        let is_named = |object: &mut String| named.contains(&object.replace('-', " "));
+        let taken: Vec<String> = self.benign.extract_if(.., is_named).collect();
+        ensure!(
+            self.benign.len() > 1,
+            "the concepts are about {}: fewer than two embedded benign objects are left; give \
+             benign prompts with --prompts",
+            taken.join(", ")
+        );
+        Ok(taken)
+    }
+
     /// Their names.
     pub(crate) fn target_names(&self) -> Vec<String> {
         self.targets.iter().map(|target| target.name.clone()).collect()
@@ -219,6 +238,20 @@ mod tests {
             let others = objects.prompts(kind, 20, "other");
             assert!(prompts.iter().all(|p| others.iter().all(|o| o.seed != p.seed)));
         }
+    }
+
+    #[test]
+    fn what_is_calibrated_is_not_benign() {
+        let mut objects = Objects {
+            benign: ["cat", "owl", "umbrella", "hot dog"].map(String::from).to_vec(),
+            ..objects()
+        };
+        let taken = objects.without(["an umbrella", "hot-dog", "a cat burglar"].into_iter());
+        assert_eq!(taken.expect("two are left"), ["umbrella", "hot dog"]);
+        let prompts = objects.prompts(Kind::Benign, 40, "test");
+        assert!(prompts.iter().all(|prompt| !prompt.text.contains("umbrella")));
+        let error = objects.without(["cat"].into_iter()).expect_err("one is left");
+        assert!(error.to_string().contains("--prompts"), "{error}");
     }
 
     #[test]

@@ -78,7 +78,8 @@ pub(crate) struct CalibrateArgs {
     #[arg(long, default_value_t = 0.02)]
     window_end: f32,
     /// Benign prompts, one a line and each used once; the more different ones, the better the bound
-    /// holds. Default: prompts about Emojiland's permitted objects.
+    /// holds, and none may show what is calibrated. Default: prompts about Emojiland's permitted objects,
+    /// without those that the concepts are about.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// Prompts that ask for concepts, for the AUROCs: CSV or JSON lines with the columns prompt and
@@ -113,7 +114,7 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
         args.images,
         args.alpha
     );
-    let prompts = prompts(&args, needed)?;
+    let source = Source::read(&args, needed)?;
     let out = match &args.out {
         Some(folder) => folder.clone(),
         None => args.models.calibrations()?,
@@ -132,7 +133,7 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
             (cluster.client()?, Some(cluster))
         }
     };
-    let outcome = calibrate(&client, &args, &prompts, &out, &stop).await;
+    let outcome = calibrate(&client, &args, source, &out, &stop).await;
     if let Some(cluster) = cluster {
         cluster.stop().await?;
     }
@@ -146,12 +147,13 @@ pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
 async fn calibrate(
     client: &Client,
     args: &CalibrateArgs,
-    prompts: &Prompts,
+    source: Source,
     out: &Path,
     stop: &CancellationToken,
 ) -> Result<()> {
     let model = model(client, &args.model_name).await?;
     let nodes = nodes(client).await?;
+    let prompts = source.prompts(args, &nodes)?;
     prompts.check_labels(&nodes)?;
     let steps = match args.steps.as_slice() {
         [] => vec![model.default_steps],
@@ -170,9 +172,9 @@ async fn calibrate(
             window: (args.window_start, args.window_end),
             stop,
         };
-        let scored = run.score(prompts, args.journal.as_deref()).await?;
+        let scored = run.score(&prompts, args.journal.as_deref()).await?;
         for node in &nodes {
-            let recording = run.recording(node, prompts, &scored)?;
+            let recording = run.recording(node, &prompts, &scored)?;
             let calibration = maker::make(&recording, args.alpha)?;
             let path = calibration.save(out)?;
             let picture = curves::draw(&calibration, &recording)?;
@@ -223,21 +225,65 @@ impl Prompts {
     }
 }
 
-/// The prompts, of which `needed` is the least number of benign ones.
-fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Prompts> {
-    let labelled = args.labelled.as_deref().map(labelled).transpose()?;
-    let Some(path) = &args.prompts else {
-        let objects = Objects::read(&args.models.objects()?)?;
-        let draw = |kind, count, stream: &str| {
+/// Where prompts come from.
+struct Source {
+    benign: Benign,
+    labelled: Option<Vec<Prompt>>,
+}
+
+enum Benign {
+    /// Drawn once it is known what is calibrated.
+    Embedded(Objects),
+    Given(Vec<Prompt>),
+}
+
+impl Source {
+    /// Reads what was given, `needed` being the least number of benign prompts.
+    fn read(args: &CalibrateArgs, needed: usize) -> Result<Self> {
+        let labelled = args.labelled.as_deref().map(labelled).transpose()?;
+        let benign = match &args.prompts {
+            Some(path) => Benign::Given(given(path, args, needed)?),
+            None => Benign::Embedded(Objects::read(&args.models.objects()?)?),
+        };
+        Ok(Self { benign, labelled })
+    }
+
+    /// The prompts for what `nodes` serve. An object that one of their concepts is about is not benign, and
+    /// labels of concepts that they do not serve say nothing.
+    fn prompts(self, args: &CalibrateArgs, nodes: &[NodeInfo]) -> Result<Prompts> {
+        let mut objects = match self.benign {
+            Benign::Given(benign) => {
+                let labelled = self.labelled.unwrap_or_default();
+                return Ok(Prompts { benign, labelled, fresh: Vec::new() });
+            }
+            Benign::Embedded(objects) => objects,
+        };
+        let concepts = || nodes.iter().flat_map(|node| &node.concepts);
+        let names: BTreeSet<&str> =
+            concepts().filter_map(|info| Some(info.concept.as_ref()?.name.as_str())).collect();
+        let phrases = concepts().flat_map(|info| &info.phrases).map(String::as_str);
+        let not_benign = objects.without(names.iter().copied().chain(phrases))?;
+        if !not_benign.is_empty() {
+            say!("benign prompts are drawn without what is calibrated: {}", not_benign.join(", "));
+        }
+        let draw = |kind, count, stream: &str| -> Vec<Prompt> {
             objects.prompts(kind, count, stream).into_iter().map(Prompt::embedded).collect()
         };
-        let each = LABELLED_EACH * objects.targets();
-        return Ok(Prompts {
+        let asked_for = || {
+            let mut labelled = draw(Kind::Direct, LABELLED_EACH * objects.targets(), "calibration");
+            labelled.retain(|prompt| prompt.concepts.iter().any(|c| names.contains(c.as_str())));
+            labelled
+        };
+        Ok(Prompts {
             benign: draw(Kind::Benign, args.images, "calibration"),
-            labelled: labelled.unwrap_or_else(|| draw(Kind::Direct, each, "calibration")),
+            labelled: self.labelled.unwrap_or_else(asked_for),
             fresh: draw(Kind::Benign, args.verify, "verification"),
-        });
-    };
+        })
+    }
+}
+
+/// Reads benign prompts.
+fn given(path: &Path, args: &CalibrateArgs, needed: usize) -> Result<Vec<Prompt>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the prompts file {}", path.display()))?;
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -253,12 +299,7 @@ fn prompts(args: &CalibrateArgs, needed: usize) -> Result<Prompts> {
         args.alpha
     );
     let seeded = distinct.into_iter().zip(1..).take(args.images);
-    let benign = seeded.map(|(line, seed)| Prompt::new(line, seed, Vec::new()));
-    Ok(Prompts {
-        benign: benign.collect(),
-        labelled: labelled.unwrap_or_default(),
-        fresh: Vec::new(),
-    })
+    Ok(seeded.map(|(line, seed)| Prompt::new(line, seed, Vec::new())).collect())
 }
 
 /// Reads prompts with the concepts that they ask for.
