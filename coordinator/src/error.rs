@@ -70,7 +70,8 @@ pub enum Error {
     /// No live node has a concept calibrated for the generator.
     #[error(
         "concept `{concept}` has no calibration for model `{model}` ({run}) at any live energy node; \
-         make one with `fairlead calibrate {flags}`, or use a policy with \
+         make one with `fairlead calibrate {flags}` (and --concepts FILE where the concept comes from a \
+         file of yours) in the folder of its node's --calibrations, or use a policy with \
          allow_calibration_fallback = true"
     )]
     NotCalibrated {
