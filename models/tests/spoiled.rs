@@ -137,6 +137,22 @@ fn spoiled_tokenizers_load_or_are_refused_by_name() {
     fuzz_files(&models, &names, spoiled);
 }
 
+/// `tokenizers` panics over it.
+#[test]
+fn a_decoder_that_is_no_json_is_refused_by_name() {
+    let load = |dir: &Path| FileTokenizer::load(dir, 12).map(drop);
+    let copy = Copy::of(&("tokenizers/siglip", load));
+    load(copy.path()).unwrap();
+    let path = copy.path().join("tokenizer.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let (before, after) = text.split_once("\"decoder\":").unwrap();
+    for nonsense in ["x", "1e999", "[[1]"] {
+        fs::write(&path, format!("{before}\"decoder\": {nonsense}, \"other\":{after}")).unwrap();
+        let error = load(copy.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+}
+
 #[test]
 fn spoiled_pipelines_open_or_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,8 @@
 //! A tokenizer that its `tokenizer.json` describes whole: SigLIP's, T5's.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
+use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use super::EncodedPrompt;
@@ -18,6 +19,13 @@ pub struct FileTokenizer {
     pad: u32,
 }
 
+/// What tokenizers 0.22 panics over if it is no JSON.
+#[derive(Deserialize)]
+struct Delicate {
+    #[serde(rename = "decoder")]
+    _decoder: Option<serde_json::Value>,
+}
+
 impl FileTokenizer {
     /// Reads `tokenizer.json` and, for the padding token, `tokenizer_config.json` or
     /// `special_tokens_map.json`. Windows get `length` ids.
@@ -32,7 +40,9 @@ impl FileTokenizer {
             return Err(Error::MissingFile { path, hint });
         }
         let malformed = |what: String| Error::malformed(&path, what);
-        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| malformed(e.to_string()))?;
+        let bytes = fs::read(&path).map_err(|e| Error::unreadable(&path, e))?;
+        serde_json::from_slice::<Delicate>(&bytes).map_err(|e| malformed(e.to_string()))?;
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| malformed(e.to_string()))?;
         // Windows are cut and filled here, where nothing is dropped in silence.
         tokenizer.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
         tokenizer.with_padding(None);
