@@ -154,7 +154,6 @@ async fn calibrate(
     let model = model(client, &args.model_name).await?;
     let nodes = nodes(client).await?;
     let prompts = source.prompts(args, &nodes)?;
-    prompts.check_labels(&nodes)?;
     let steps = match args.steps.as_slice() {
         [] => vec![model.default_steps],
         steps => steps.to_vec(),
@@ -204,24 +203,15 @@ struct Prompts {
     fresh: Vec<Prompt>,
 }
 
-impl Prompts {
-    /// Refuses a label that no node serves: it would silently count for nothing. The embedded labels
-    /// are for the embedded concepts, of which others may be served.
-    fn check_labels(&self, nodes: &[NodeInfo]) -> Result<()> {
-        let served: BTreeSet<&str> = nodes
-            .iter()
-            .flat_map(|node| &node.concepts)
-            .filter_map(|info| info.concept.as_ref().map(|concept| concept.name.as_str()))
-            .collect();
-        let given = self.labelled.iter().filter(|prompt| !prompt.embedded);
-        let mut labels = given.flat_map(|prompt| &prompt.concepts);
-        match labels.find(|label| !served.contains(label.as_str())) {
-            None => Ok(()),
-            Some(label) => bail!(
-                "--labelled: no energy node serves `{label}`; served are {}",
-                served.into_iter().collect::<Vec<_>>().join(", ")
-            ),
-        }
+/// Refuses a given label that no node serves: it would silently count for nothing.
+fn check_labels(labelled: &[Prompt], served: &BTreeSet<&str>) -> Result<()> {
+    let mut labels = labelled.iter().flat_map(|prompt| &prompt.concepts);
+    match labels.find(|label| !served.contains(label.as_str())) {
+        None => Ok(()),
+        Some(label) => bail!(
+            "--labelled: no energy node serves `{label}`; served are {}",
+            served.iter().copied().collect::<Vec<_>>().join(", ")
+        ),
     }
 }
 
@@ -249,8 +239,12 @@ impl Source {
     }
 
     /// The prompts for what `nodes` serve. An object that one of their concepts is about is not benign, and
-    /// labels of concepts that they do not serve say nothing.
+    /// the embedded labels are for the embedded concepts, of which others may be served.
     fn prompts(self, args: &CalibrateArgs, nodes: &[NodeInfo]) -> Result<Prompts> {
+        let concepts = || nodes.iter().flat_map(|node| &node.concepts);
+        let served: BTreeSet<&str> =
+            concepts().filter_map(|info| Some(info.concept.as_ref()?.name.as_str())).collect();
+        check_labels(self.labelled.as_deref().unwrap_or_default(), &served)?;
         let mut objects = match self.benign {
             Benign::Given(benign) => {
                 let labelled = self.labelled.unwrap_or_default();
@@ -258,11 +252,8 @@ impl Source {
             }
             Benign::Embedded(objects) => objects,
         };
-        let concepts = || nodes.iter().flat_map(|node| &node.concepts);
-        let names: BTreeSet<&str> =
-            concepts().filter_map(|info| Some(info.concept.as_ref()?.name.as_str())).collect();
         let phrases = concepts().flat_map(|info| &info.phrases).map(String::as_str);
-        let not_benign = objects.without(names.iter().copied().chain(phrases))?;
+        let not_benign = objects.without(served.iter().copied().chain(phrases))?;
         if !not_benign.is_empty() {
             say!("benign prompts are drawn without what is calibrated: {}", not_benign.join(", "));
         }
@@ -271,7 +262,7 @@ impl Source {
         };
         let asked_for = || {
             let mut labelled = draw(Kind::Direct, LABELLED_EACH * objects.targets(), "calibration");
-            labelled.retain(|prompt| prompt.concepts.iter().any(|c| names.contains(c.as_str())));
+            labelled.retain(|prompt| prompt.concepts.iter().any(|c| served.contains(c.as_str())));
             labelled
         };
         Ok(Prompts {

@@ -30,18 +30,16 @@ pub(super) struct Prompt {
     pub(super) seed: u64,
     /// Concepts it asks for.
     pub(super) concepts: Vec<String>,
-    /// It is about the embedded world.
-    pub(super) embedded: bool,
 }
 
 impl Prompt {
     pub(super) fn new(text: impl Into<String>, seed: u64, concepts: Vec<String>) -> Self {
-        Self { text: text.into(), seed, concepts, embedded: false }
+        Self { text: text.into(), seed, concepts }
     }
 
     pub(super) fn embedded(prompt: ObjectPrompt) -> Self {
         let concepts = prompt.target.iter().map(|name| name.replace(' ', "-")).collect();
-        Self { embedded: true, ..Self::new(prompt.text, prompt.seed, concepts) }
+        Self::new(prompt.text, prompt.seed, concepts)
     }
 }
 
