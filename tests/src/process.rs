@@ -52,9 +52,13 @@ impl Process {
         &self.name
     }
 
+    fn id(&self) -> Result<u32> {
+        self.child.id().with_context(|| format!("`{}` has ended", self.name))
+    }
+
     /// Sends it a signal: STOP, CONT, TERM.
     pub async fn signal(&self, signal: &str) -> Result<()> {
-        let id = self.child.id().with_context(|| format!("`{}` has ended", self.name))?;
+        let id = self.id()?;
         let kill = Command::new("kill").args(["-s", signal, &id.to_string()]).status().await?;
         ensure!(kill.success(), "kill -s {signal} {id}: {kill}");
         Ok(())
@@ -62,8 +66,7 @@ impl Process {
 
     /// Names of its threads, as Linux tells them.
     pub fn threads(&self) -> Result<Vec<String>> {
-        let id = self.child.id().with_context(|| format!("`{}` has ended", self.name))?;
-        let tasks = std::fs::read_dir(format!("/proc/{id}/task"))?;
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.id()?))?;
         // A thread may end while this looks.
         let names = tasks
             .flatten()

@@ -135,13 +135,13 @@ impl Model {
         let shard = self.shard(&lease.shard.to_string());
         let current = shard.current.take();
         let earlier = shard.accepted.replace(lease.token);
+        let granted = shard.granted;
         self.check(current == Some(lease.token), || {
             format!("{lease} was accepted, but the current lease is {current:?}")
         });
         self.check(earlier.is_none(), || {
             format!("{lease} was accepted after token {earlier:?} of the same shard")
         });
-        let granted = self.shard(&lease.shard.to_string()).granted;
         for image in images {
             if image.status() == ImageStatus::Released {
                 self.released(job, lease.token, granted, image);

@@ -88,8 +88,7 @@ impl Writers {
         }
         answer.await.unwrap_or_else(|_| {
             let problem = "its writer ended before: this coordinator stops, or the writer panicked";
-            let problem = problem.to_owned();
-            Err(StoreError::Away { what: "write a job", problem })
+            Err(StoreError::Away { what: "write a job", problem: problem.to_owned() })
         })
     }
 }
