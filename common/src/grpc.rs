@@ -42,8 +42,12 @@ pub fn channel(address: &str, timeout: Duration, tls: &Tls) -> Result<Channel, A
 
 /// Where [`channel`] connects to, with the project's settings.
 pub fn endpoint(address: &str, timeout: Duration, tls: &Tls) -> Result<Endpoint, AddressError> {
-    let failed = |source| AddressError { address: address.to_owned(), source };
+    let failed = |source| AddressError { address: address.to_owned(), source: Some(source) };
     let endpoint = Endpoint::from_shared(address.to_owned()).map_err(failed)?;
+    // "host:port" is a URI as well, that nothing can connect to.
+    if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) {
+        return Err(AddressError { address: address.to_owned(), source: None });
+    }
     Ok(tls
         .connect(endpoint)
         .map_err(failed)?
@@ -105,19 +109,28 @@ impl Channels {
 /// whether it may be. Clones move on together.
 #[derive(Debug, Clone)]
 pub struct Replicas {
-    channels: Arc<[Channel]>,
+    /// Each with its address.
+    channels: Arc<[(String, Channel)]>,
     current: Arc<AtomicUsize>,
 }
 
 /// Lazily connected channels to `addresses`, separated by commas, as [`channel`] makes them.
 pub fn replicas(addresses: &str, timeout: Duration, tls: &Tls) -> Result<Replicas, AddressError> {
-    let channels: Vec<Channel> = addresses
-        .split(',')
-        .map(|address| channel(address.trim(), timeout, tls))
-        .collect::<Result<_, _>>()?;
+    let connect = |address: &str| Ok((address.to_owned(), channel(address, timeout, tls)?));
+    let channels: Vec<_> =
+        addresses.split(',').map(str::trim).map(connect).collect::<Result<_, _>>()?;
     // Not all clients of a cluster begin with the first.
     let first = rand::rng().random_range(0..channels.len());
     Ok(Replicas { channels: channels.into(), current: Arc::new(AtomicUsize::new(first)) })
+}
+
+impl Replicas {
+    /// The coordinator that calls go to now.
+    pub fn address(&self) -> &str {
+        let (address, _) =
+            &self.channels[self.current.load(Ordering::Relaxed) % self.channels.len()];
+        address
+    }
 }
 
 impl Service<http::Request<Body>> for Replicas {
@@ -133,7 +146,7 @@ impl Service<http::Request<Body>> for Replicas {
         let Self { channels, current } = self.clone();
         Box::pin(async move {
             let number = current.load(Ordering::Relaxed);
-            let mut channel = channels[number % channels.len()].clone();
+            let (_, mut channel) = channels[number % channels.len()].clone();
             let answer = async {
                 poll_fn(|context| channel.poll_ready(context)).await?;
                 channel.call(request).await
@@ -174,10 +187,26 @@ pub fn incoming(listener: TcpListener) -> TcpIncoming {
     TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
-/// An address that is no URI.
+/// An address that is no URL.
 #[derive(Debug, thiserror::Error)]
 #[error("`{address}` is not an address; write it as http://host:port, or https:// with TLS")]
 pub struct AddressError {
     address: String,
-    source: tonic::transport::Error,
+    source: Option<tonic::transport::Error>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_has_a_scheme_that_can_be_connected_to() {
+        let get = |addresses| replicas(addresses, REQUEST_TIMEOUT, &Tls::default());
+        let both = get("http://127.0.0.1:7100, http://[::1]:7200").expect("both are addresses");
+        assert!(["http://127.0.0.1:7100", "http://[::1]:7200"].contains(&both.address()));
+        for wrong in ["127.0.0.1:7100", "localhost:7100", "ftp://host:1", "http://a,b", ""] {
+            let error = get(wrong).expect_err(wrong).to_string();
+            assert!(error.contains("write it as http://host:port"), "{wrong}: {error}");
+        }
+    }
 }

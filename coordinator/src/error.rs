@@ -30,13 +30,27 @@ pub enum Error {
     NotFound(String),
     /// A concept that is to be retired and has a node.
     #[error(
-        "concept `{concept}` cannot be retired: node `{node}` serves it; stop it or take the concept from it"
+        "concept `{concept}` cannot be retired: node `{node}` serves it; stop it, or start it \
+         again without the concept"
     )]
     StillServed {
         /// The concept.
         concept: String,
         /// A live node that serves it.
         node: String,
+    },
+    /// Another node has the name.
+    #[error(
+        "node `{node_id}` is live at {address}: give each node a --node-id of its own; one that was killed and \
+         came back elsewhere is let in {ttl:?} after its last renewal"
+    )]
+    NodeIdTaken {
+        /// The name.
+        node_id: String,
+        /// Where the node is that has it.
+        address: String,
+        /// How long it keeps it without renewing.
+        ttl: Duration,
     },
     /// A registration that has ended or was replaced.
     #[error("node `{node_id}` is not registered under this registration; register again")]
@@ -186,7 +200,7 @@ impl Error {
             | Self::NotCalibrated { .. }
             | Self::Incompatible(_)
             | Self::StillServed { .. } => Code::FailedPrecondition,
-            Self::KeyReused { .. } => Code::AlreadyExists,
+            Self::KeyReused { .. } | Self::NodeIdTaken { .. } => Code::AlreadyExists,
             Self::Unavailable(_) | Self::Stopping => Code::Unavailable,
             Self::QueueFull { .. } | Self::TenantFull { .. } | Self::TooFast { .. } => {
                 Code::ResourceExhausted
@@ -241,6 +255,14 @@ mod tests {
                 Code::FailedPrecondition,
             ),
             (Error::KeyReused { key: "k".into(), job_id: "j".into() }, Code::AlreadyExists),
+            (
+                Error::NodeIdTaken {
+                    node_id: "n".into(),
+                    address: "a".into(),
+                    ttl: Duration::from_secs(10),
+                },
+                Code::AlreadyExists,
+            ),
             (
                 Error::NotCalibrated {
                     concept: "axe".into(),

@@ -173,9 +173,18 @@ impl Registry {
         Ok(left)
     }
 
-    /// Registers an energy node and returns the registration's id.
+    /// Registers an energy node and returns the registration's id. One that registers again replaces its
+    /// registration; another of the same name would take it from the first, which would take it back.
     pub(crate) async fn register(&self, info: v1::NodeInfo) -> Result<String> {
         validate(&info)?;
+        self.refresh().await?;
+        let is_other = |node: &LiveNode| {
+            node.info.node_id == info.node_id && node.info.address != info.address
+        };
+        if let Some(other) = self.live().into_iter().find(is_other) {
+            let (node_id, address) = (info.node_id, other.info.address.clone());
+            return Err(Error::NodeIdTaken { node_id, address, ttl: self.shared.ttl });
+        }
         let registration = uuid::Uuid::new_v4().to_string();
         tracing::info!(
             node = info.node_id,
@@ -463,6 +472,21 @@ mod tests {
         assert!(registry.live().is_empty());
         assert!(registry.seen().probes.iter().any(|probe| probe.concept == "axe"));
         assert_eq!(registry.absent()[0].name, "axe");
+    }
+
+    #[tokio::test]
+    async fn a_name_belongs_to_one_node_at_a_time() {
+        let registry = alone().await;
+        let registration = registry.register(node("a")).await.expect("it is valid");
+        let elsewhere = v1::NodeInfo { address: "http://127.0.0.1:7102".into(), ..node("a") };
+        let refused = registry.register(elsewhere.clone()).await.expect_err("it is taken");
+        let message = refused.to_string();
+        assert!(message.contains("live at http://127.0.0.1:7101: give each node"), "{message}");
+        assert!(message.contains("60s after its last renewal"), "{message}");
+        registry.register(node("b")).await.expect("nobody has that name");
+        // Its registration ends.
+        registry.leave(&node_key("a", &registration)).await.expect("it is there");
+        registry.register(elsewhere).await.expect("nobody has that name any longer");
     }
 
     #[tokio::test]

@@ -22,6 +22,12 @@ pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Shortest time between two renewals, whatever the coordinator says.
 const SHORTEST_RENEWAL: Duration = Duration::from_millis(10);
 
+/// The registry, at one of several coordinators.
+struct Registry {
+    coordinators: Replicas,
+    client: RegistryServiceClient<Replicas>,
+}
+
 /// A registration that is alive.
 struct Registration {
     node_id: String,
@@ -47,9 +53,10 @@ pub(crate) async fn keep_registered(
     node: Arc<Node>,
     shutdown: CancellationToken,
 ) {
-    let mut client = RegistryServiceClient::new(coordinators)
+    let client = RegistryServiceClient::new(coordinators.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let mut registry = Registry { coordinators, client };
     let mut offers = node.offers();
     let mut engine = node.engine().state();
     loop {
@@ -58,14 +65,14 @@ pub(crate) async fn keep_registered(
             biased;
             () = shutdown.cancelled() => return,
             () = failed(&mut engine) => return,
-            registration = register(&mut client, node.describe()) => registration,
+            registration = register(&mut registry, node.describe()) => registration,
         };
         let mut registration = registered;
         let ended =
-            renew(&mut client, &mut registration, &mut offers, &mut engine, &shutdown).await;
+            renew(&mut registry, &mut registration, &mut offers, &mut engine, &shutdown).await;
         match ended {
             Ended::Shutdown | Ended::EngineFailed => {
-                return deregister(&mut client, registration).await;
+                return deregister(&mut registry, registration).await;
             }
             Ended::Changed => {
                 tracing::info!("concepts or calibrations changed, registering anew")
@@ -86,24 +93,33 @@ async fn failed(engine: &mut watch::Receiver<EngineState>) {
 }
 
 /// Tries until it is registered.
-async fn register(client: &mut RegistryServiceClient<Replicas>, node: NodeInfo) -> Registration {
+async fn register(registry: &mut Registry, node: NodeInfo) -> Registration {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     loop {
+        let coordinator = registry.coordinators.address().to_owned();
         let request = RegisterNodeRequest { node: Some(node.clone()) };
-        match bounded(client.register_node(request)).await {
+        match bounded(registry.client.register_node(request)).await {
             Ok(answer) => {
                 let node_id = node.node_id;
                 let ttl = Duration::from_millis(answer.ttl_ms.into());
-                tracing::info!(%node_id, ?ttl, concepts = node.concepts.len(), "registered");
+                let concepts = node.concepts.len();
+                tracing::info!(coordinator, %node_id, ?ttl, concepts, "registered");
                 return Registration { node_id, id: answer.registration_id, ttl };
             }
             Err(status) => {
                 let delay = backoff.next_delay();
                 let (code, message) = (status.code(), status.message());
-                if matches!(code, Code::Unavailable | Code::DeadlineExceeded) {
-                    tracing::info!(message, ?delay, "the coordinator cannot be reached yet");
-                } else {
-                    tracing::error!(?code, message, ?delay, "the coordinator refused this node");
+                match code {
+                    Code::Unavailable | Code::DeadlineExceeded => {
+                        tracing::warn!(coordinator, ?delay, "cannot be reached yet: {message}");
+                    }
+                    // It may be this node's own registration, from before it was killed.
+                    Code::AlreadyExists => {
+                        tracing::warn!(coordinator, ?delay, "not registered yet: {message}");
+                    }
+                    _ => {
+                        tracing::error!(coordinator, ?code, ?delay, "refused this node: {message}");
+                    }
                 }
                 tokio::time::sleep(delay).await;
             }
@@ -114,7 +130,7 @@ async fn register(client: &mut RegistryServiceClient<Replicas>, node: NodeInfo) 
 /// Renews at a third of the registration's length until it ends. A failed renewal is tried again;
 /// the coordinator says when it is too late.
 async fn renew(
-    client: &mut RegistryServiceClient<Replicas>,
+    registry: &mut Registry,
     registration: &mut Registration,
     offers: &mut watch::Receiver<Arc<Offer>>,
     engine: &mut watch::Receiver<EngineState>,
@@ -130,11 +146,12 @@ async fn renew(
             Ok(()) = offers.changed() => return Ended::Changed,
             () = tokio::time::sleep(wait) => {}
         }
+        let coordinator = registry.coordinators.address().to_owned();
         let request = RenewNodeRequest {
             node_id: registration.node_id.clone(),
             registration_id: registration.id.clone(),
         };
-        match bounded(client.renew_node(request)).await {
+        match bounded(registry.client.renew_node(request)).await {
             Ok(answer) => {
                 backoff.reset();
                 registration.ttl = Duration::from_millis(answer.ttl_ms.into());
@@ -143,18 +160,22 @@ async fn renew(
             Err(status) if status.code() == Code::NotFound => return Ended::Forgotten,
             Err(status) => {
                 wait = backoff.next_delay().min((registration.ttl / 3).max(SHORTEST_RENEWAL));
-                tracing::warn!(%status, ?wait, "the registration was not renewed");
+                let (code, message) = (status.code(), status.message());
+                tracing::warn!(coordinator, ?code, ?wait, "registration not renewed: {message}");
             }
         }
     }
 }
 
-async fn deregister(client: &mut RegistryServiceClient<Replicas>, registration: Registration) {
+async fn deregister(registry: &mut Registry, registration: Registration) {
     let Registration { node_id, id, .. } = registration;
     let request = DeregisterNodeRequest { node_id, registration_id: id };
-    match bounded(client.deregister_node(request)).await {
+    match bounded(registry.client.deregister_node(request)).await {
         Ok(_) => tracing::info!("deregistered"),
-        Err(status) => tracing::warn!(%status, "not deregistered; the registration will expire"),
+        Err(status) => {
+            let (code, message) = (status.code(), status.message());
+            tracing::warn!(?code, "not deregistered, the registration will expire: {message}");
+        }
     }
 }
 

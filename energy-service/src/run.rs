@@ -113,10 +113,21 @@ async fn live(
     set_health(health, Some(&node), true).await;
     tracing::info!(concepts = node.offer().served.concepts.len(), "energy node serving");
     let mut tasks = JoinSet::new();
-    if let Some(registry) = registry {
-        tasks.spawn(keep_registered(registry, node.clone(), shutdown.clone()));
+    match registry {
+        Some(registry) => {
+            tasks.spawn(keep_registered(registry, node.clone(), shutdown.clone()));
+        }
+        None => {
+            tracing::warn!("registered nowhere: no --coordinator, so only who knows it will ask")
+        }
     }
     if let Some(directory) = node.folders().calibrations.clone() {
+        if !directory.is_dir() {
+            let folder = directory.display();
+            tracing::warn!(
+                "--calibrations: there is no folder {folder} yet; without calibrations jobs are refused"
+            );
+        }
         tasks.spawn(reload_calibrations(node.clone(), directory, shutdown.clone()));
     }
     let mut engine = node.engine().state();

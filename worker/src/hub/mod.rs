@@ -72,11 +72,13 @@ impl Hub {
             .map_err(|error| self.refused(error.to_string()))?;
         let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
         while !shutdown.is_cancelled() {
+            // A call that fails moves on to the next.
+            let coordinator = coordinators.address().to_owned();
             let session = Session::open(&self, client(coordinators.clone()), &shutdown);
             let ended = match session.await {
                 Ok(session) => {
                     backoff.reset();
-                    tracing::info!(coordinator = %self.options.coordinator, "attached");
+                    tracing::info!(coordinator, "attached");
                     session.serve(&shutdown).await
                 }
                 Err(ended) => ended,
@@ -89,7 +91,7 @@ impl Hub {
                 Ended::Broken(status) => {
                     let delay = backoff.next_delay();
                     tracing::warn!(
-                        coordinator = %self.options.coordinator, code = ?status.code(), ?delay,
+                        coordinator, code = ?status.code(), ?delay,
                         "stream ended, attaching again: {}", status.message()
                     );
                     tokio::select! {
