@@ -325,8 +325,9 @@ fn newest(
 /// The error for an energy whose last node for a concept is gone.
 fn gone(Probe { concept, energy }: &Probe) -> Error {
     Error::Unavailable(format!(
-        "no live energy node serves concept `{concept}` with `{energy}`; start one with `fairlead \
-         energy` or retry later"
+        "no live energy node serves concept `{concept}` with `{energy}` any longer; start one with \
+         `fairlead energy` or give it to one with `fairlead concepts --add`, or if it is not wanted any more, \
+         `fairlead concepts --retire {concept}`"
     ))
 }
 
@@ -340,8 +341,8 @@ fn unserved(name: &str, policy: &Policy, tenant: &Tenant, cluster: &Cluster<'_>)
             false => format!(" with an energy of policy `{}`", policy.name),
         };
         return Error::Unavailable(format!(
-            "no live energy node serves concept `{name}`{whose}; start one with `fairlead energy` \
-             or retry later"
+            "no live energy node serves concept `{name}`{whose}; start one with `fairlead energy` or \
+             give it to one with `fairlead concepts --add`"
         ));
     }
     let hint = suggest::hint(name, served.keys().map(|probe| probe.concept.as_str()));

@@ -11,6 +11,7 @@ use crate::{
     error::{Error, Result},
     registry::Registry,
     routing::LiveNode,
+    suggest,
 };
 
 /// Time for a node to learn a set: its text model reads every phrase. Within a client's patience.
@@ -109,12 +110,14 @@ impl Deployer {
 /// The live nodes of these names, or all.
 fn chosen(mut live: Vec<LiveNode>, names: &[String]) -> Result<Vec<LiveNode>> {
     let known: BTreeSet<&str> = live.iter().map(|node| node.info.node_id.as_str()).collect();
-    if let Some(missing) = names.iter().find(|name| !known.contains(name.as_str())) {
-        return Err(Error::NotFound(format!("a live energy node `{missing}`")));
-    }
     if live.is_empty() {
         let what = "no energy node is registered; start one with `fairlead energy`";
         return Err(Error::Unavailable(what.to_owned()));
+    }
+    if let Some(missing) = names.iter().find(|name| !known.contains(name.as_str())) {
+        let hint = suggest::hint(missing, known.iter().copied());
+        let problem = format!("no live energy node is called `{missing}`{hint}");
+        return Err(Error::invalid("node_ids", problem));
     }
     if !names.is_empty() {
         live.retain(|node| names.contains(&node.info.node_id));

@@ -173,7 +173,11 @@ async fn only_an_admin_gives_concepts_to_nodes_and_hears_what_each_says() {
     };
     assert_status(deploy(ACME, &[]).await, Code::PermissionDenied, "tenant `acme` is no admin");
     let unknown = deploy(ADMIN, &["nobody"]).await;
-    assert_status(unknown, Code::NotFound, "a live energy node `nobody`");
+    assert_status(
+        unknown,
+        Code::InvalidArgument,
+        "no live energy node is called `nobody`; known: `node`",
+    );
     let answer = deploy(ADMIN, &[]).await.expect("asked").into_inner();
     let [deployment] = answer.deployments.as_slice() else { panic!("one node: {answer:?}") };
     assert_eq!(deployment.error, "Unimplemented: not needed here");
