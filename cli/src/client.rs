@@ -219,7 +219,13 @@ impl Client {
         };
         let delay = trouble.backoff.next_delay().max(hint.unwrap_or_default());
         if !transient || trouble.since.elapsed() + hint.unwrap_or_default() >= patience {
-            return Err(status).with_context(|| format!("the coordinator at {}", self.address));
+            // What a coordinator says has no cause on this side.
+            let hint = match std::error::Error::source(&status) {
+                Some(_) => " cannot be reached (does it run there?)",
+                None => "",
+            };
+            return Err(status)
+                .with_context(|| format!("the coordinator at {}{hint}", self.address));
         }
         tokio::time::sleep(delay).await;
         Ok(())
@@ -275,6 +281,32 @@ impl Client {
                 }
             }
         }
+    }
+
+    /// What keeps `job` from being made now, as far as the catalog tells.
+    pub(crate) async fn obstacle(&self, job: &Job) -> Result<Option<String>> {
+        let model = job.spec.as_ref().map_or("", |spec| &spec.model);
+        if self.models().await?.iter().all(|attached| attached.name != model) {
+            return Ok(Some(format!("no worker has the generator `{model}`")));
+        }
+        let served = self.concepts().await?;
+        let served: Vec<&ConceptRef> = served
+            .iter()
+            .filter(|served| !served.nodes.is_empty())
+            .filter_map(|served| served.concept.as_ref()?.concept.as_ref())
+            .collect();
+        let pinned = job.policy.iter().flat_map(|policy| &policy.concepts);
+        let gone: Vec<&str> = pinned
+            .filter(|pinned| !served.contains(pinned))
+            .map(|pinned| pinned.name.as_str())
+            .collect();
+        Ok(match gone.as_slice() {
+            [] => None,
+            [one] => Some(format!("no live energy node serves `{one}`")),
+            [first, more @ ..] => {
+                Some(format!("no live energy node serves `{first}` and {} more", more.len()))
+            }
+        })
     }
 
     /// Fetches everything a finished job left: records of all images, PNGs of the released.

@@ -1,15 +1,20 @@
 //! `fairlead generate`: prompts in, steered images out.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
+    convert::Infallible,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use fairlead_common::shutdown;
-use fairlead_proto::v1::{ImageStatus, JobSpec, JobState, Priority, SteeringMode, SteeringParams};
+use fairlead_proto::v1::{
+    ImageStatus, Job, JobSpec, JobState, Priority, SafetyRecord, SteeringMode, SteeringParams,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -25,6 +30,9 @@ use crate::{
 /// Exit status when every job ended but some image was withheld.
 const WITHHELD: u8 = 3;
 
+/// Nothing heard of a job for so long asks for a reason.
+const QUIET: Duration = Duration::from_secs(5);
+
 /// Makes images from prompts and steers each one away from the policy's concepts while it is
 /// being sampled.
 ///
@@ -38,23 +46,23 @@ pub(crate) struct GenerateArgs {
     /// What to draw; several prompts are several jobs.
     #[arg(required = true, value_name = "PROMPT")]
     prompts: Vec<String>,
-    #[command(flatten)]
-    models: ModelArgs,
+    /// Folder for images and records.
+    #[arg(long, short, value_name = "DIR", default_value = "out")]
+    out: PathBuf,
+    /// Coordinator to send the jobs to, e.g. http://127.0.0.1:7100.
+    #[arg(long, value_name = "URL", env = "FAIRLEAD_SERVER")]
+    server: Option<String>,
+    /// Generator by name, where the coordinator has several.
+    #[arg(long, value_name = "NAME", requires = "server")]
+    model_name: Option<String>,
     #[command(flatten)]
     request: RequestArgs,
     #[command(flatten)]
     steering: SteeringArgs,
-    /// Coordinator to send the jobs to, e.g. http://127.0.0.1:7100.
-    #[arg(long, env = "FAIRLEAD_SERVER")]
-    server: Option<String>,
+    #[command(flatten)]
+    models: ModelArgs,
     #[command(flatten)]
     credentials: CredentialArgs,
-    /// Generator by name, where the coordinator has several.
-    #[arg(long, value_name = "NAME", requires = "server")]
-    model_name: Option<String>,
-    /// Folder for images and records.
-    #[arg(long, short, default_value = "out")]
-    out: PathBuf,
 }
 
 /// What of a job is the client's to choose.
@@ -247,8 +255,17 @@ async fn generate_all(
         spec.model = args.model_name.clone().unwrap_or_default();
         let job = client.submit(spec).await?;
         let mut progress = JobProgress::new();
-        let job = client.follow(&job, stop, |step| progress.step(step)).await?;
+        let heard = Cell::new(None);
+        let follow = client.follow(&job, stop, |step| {
+            heard.set(Some(Instant::now()));
+            progress.step(step);
+        });
+        let ended = tokio::select! {
+            ended = follow => ended,
+            never = tell_why_it_waits(client, &job, &heard) => match never {},
+        };
         progress.finish();
+        let job = ended?;
         match job.state() {
             JobState::Completed => {}
             JobState::Cancelled if stop.is_cancelled() => {
@@ -261,6 +278,33 @@ async fn generate_all(
         withheld += report(&client.collect(job).await?, prompt, folder, &mut names)?;
     }
     Ok(if withheld > 0 { ExitCode::from(WITHHELD) } else { ExitCode::SUCCESS })
+}
+
+/// Says why `job` waits whenever nothing was heard of it for a while and there is something new to say.
+async fn tell_why_it_waits(
+    client: &Client,
+    job: &Job,
+    heard: &Cell<Option<Instant>>,
+) -> Infallible {
+    let mut told = String::new();
+    loop {
+        tokio::time::sleep(QUIET).await;
+        if heard.get().is_some_and(|at| at.elapsed() < QUIET) {
+            continue;
+        }
+        // Who cannot be asked now is told of by whoever follows the job.
+        let Ok(obstacle) = client.obstacle(job).await else { continue };
+        let reason = match (obstacle, heard.get()) {
+            (Some(obstacle), _) => obstacle,
+            (None, None) => "other shards come first".to_owned(),
+            // It is being made, and a step may take long.
+            (None, Some(_)) => String::new(),
+        };
+        if reason != told && !reason.is_empty() {
+            eprintln!("job {} waits: {reason}", job.job_id);
+        }
+        told = reason;
+    }
 }
 
 /// Saves and prints what a job left; returns how many images were withheld. `names` are those taken
@@ -281,10 +325,11 @@ fn report(
         let top = output::top_score(&image.info.final_scores)
             .map(|top| format!("{} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))
             .unwrap_or_default();
-        let steered = if image.info.steered { "steered" } else { "untouched" };
+        let steered = steered(&image.record);
         match image.info.status() {
             ImageStatus::Released => {
-                say!("{}  {steered}  {top}", folder.join(format!("{name}.png")).display());
+                let picture = folder.join(format!("{name}.png"));
+                say!("{}  {steered}  closest now: {top}", picture.display());
             }
             ImageStatus::Withheld => {
                 withheld += 1;
@@ -303,9 +348,42 @@ fn report(
     Ok(withheld)
 }
 
+/// "steered away from kitchen-knife", or "untouched".
+fn steered(record: &SafetyRecord) -> String {
+    if !record.steered {
+        return "untouched".to_owned();
+    }
+    let scores = record.trajectory.iter().flat_map(|step| &step.scores);
+    let opened: BTreeSet<&str> =
+        scores.filter(|score| score.open).map(|score| score.concept.as_str()).collect();
+    format!("steered away from {}", opened.into_iter().collect::<Vec<_>>().join(", "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_proto::v1::{ConceptScore, StepRecord};
+
+    #[test]
+    fn who_was_steered_is_told_from_what() {
+        let score = |concept: &str, open| ConceptScore {
+            concept: concept.into(),
+            open,
+            ..Default::default()
+        };
+        let step = |scores| StepRecord { scores, ..Default::default() };
+        let mut record = SafetyRecord {
+            steered: true,
+            trajectory: vec![
+                step(vec![score("bomb", false), score("axe", true)]),
+                step(vec![score("bomb", true), score("axe", true), score("pill", false)]),
+            ],
+            ..Default::default()
+        };
+        assert_eq!(steered(&record), "steered away from axe, bomb");
+        record.steered = false;
+        assert_eq!(steered(&record), "untouched");
+    }
 
     #[test]
     fn sizes_are_one_side_or_two() {
