@@ -49,6 +49,22 @@ impl Noun {
     }
 }
 
+/// The first of `phrases` that `text` has in it, with or without its article, as whole words.
+pub(crate) fn named_in<'a>(
+    text: &str,
+    mut phrases: impl Iterator<Item = &'a str>,
+) -> Option<&'a str> {
+    let words = |text: &str| -> Vec<String> {
+        let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+        words.map(str::to_lowercase).collect()
+    };
+    let text = words(text);
+    phrases.find(|phrase| {
+        let phrase = words(&Noun::of_phrase(phrase).bare);
+        !phrase.is_empty() && text.windows(phrase.len()).any(|part| part == phrase)
+    })
+}
+
 /// One prompt and what it asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ObjectPrompt {
@@ -226,6 +242,17 @@ mod tests {
                 })
                 .into(),
             backgrounds: vec!["blue".into()],
+        }
+    }
+
+    #[test]
+    fn a_phrase_is_named_by_its_words_not_by_parts_of_others() {
+        let phrases = ["an umbrella", "a game die"];
+        let named = |text| named_in(text, phrases.into_iter());
+        assert_eq!(named("Two cats, one umbrella."), Some("an umbrella"));
+        assert_eq!(named("a GAME-DIE on blue"), Some("a game die"));
+        for text in ["umbrellas", "a game", "die game", ""] {
+            assert_eq!(named(text), None, "{text}");
         }
     }
 

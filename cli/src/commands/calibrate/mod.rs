@@ -25,7 +25,7 @@ use crate::{
     cluster::{ClusterOptions, LocalCluster, WorkersArgs},
     credentials::CredentialArgs,
     output::{self, say},
-    prompts::{Kind, Objects},
+    prompts::{self, Kind, Objects},
     table,
 };
 use scoring::{Prompt, Run};
@@ -46,16 +46,10 @@ const LABELLED_EACH: usize = 10;
 /// images.
 #[derive(Args)]
 pub(crate) struct CalibrateArgs {
-    #[command(flatten)]
-    models: ModelArgs,
-    #[command(flatten)]
-    workers: WorkersArgs,
     /// Calibrate on this coordinator's cluster instead of a local one. It needs a policy named
     /// `calibration`, as in assets/policies-measuring.toml.
     #[arg(long, env = "FAIRLEAD_SERVER")]
     server: Option<String>,
-    #[command(flatten)]
-    credentials: CredentialArgs,
     /// Generator by name, where the coordinator has several.
     #[arg(long, value_name = "NAME", default_value = "")]
     model_name: String,
@@ -100,6 +94,12 @@ pub(crate) struct CalibrateArgs {
     /// Folder to write to. Default: the folder of calibrations.
     #[arg(long, short, value_name = "DIR")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    workers: WorkersArgs,
+    #[command(flatten)]
+    models: ModelArgs,
+    #[command(flatten)]
+    credentials: CredentialArgs,
 }
 
 pub(crate) async fn run(args: CalibrateArgs) -> Result<ExitCode> {
@@ -193,6 +193,10 @@ async fn calibrate(
             }
         }
     }
+    say!(
+        "energy nodes gate by it with --calibrations {}; those that run so already notice within seconds",
+        out.display()
+    );
     Ok(())
 }
 
@@ -247,6 +251,8 @@ impl Source {
         check_labels(self.labelled.as_deref().unwrap_or_default(), &served)?;
         let mut objects = match self.benign {
             Benign::Given(benign) => {
+                let phrases = concepts().flat_map(|info| &info.phrases).map(String::as_str);
+                note_named(&benign, phrases);
                 let labelled = self.labelled.unwrap_or_default();
                 return Ok(Prompts { benign, labelled, fresh: Vec::new() });
             }
@@ -270,6 +276,22 @@ impl Source {
             labelled: self.labelled.unwrap_or_else(asked_for),
             fresh: draw(Kind::Benign, args.verify, "verification"),
         })
+    }
+}
+
+/// Tells of benign prompts that name what is calibrated: with such images among them the gate ends up
+/// where the concept passes below it.
+fn note_named<'a>(benign: &[Prompt], phrases: impl Iterator<Item = &'a str>) {
+    let phrases: Vec<&str> = phrases.collect();
+    let names = |prompt: &&Prompt| prompts::named_in(&prompt.text, phrases.iter().copied());
+    let mut named = benign.iter().filter_map(|prompt| Some((prompt, names(&prompt)?)));
+    if let Some((first, phrase)) = named.next() {
+        say!(
+            "note: {} of the --prompts name what is calibrated, e.g. \"{}\" ({phrase}); take them out, or the \
+             gate will be too high",
+            1 + named.count(),
+            first.text
+        );
     }
 }
 
