@@ -153,3 +153,34 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Evaluate(args) => commands::evaluate::run(args).await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn help_lists_options_under_headings_of_their_own() {
+        let cli = Cli::command();
+        for (command, option, heading) in [
+            ("generate", "out", None),
+            ("generate", "server", None),
+            ("generate", "seed", Some("Request")),
+            ("generate", "key_file", Some("Access to --server")),
+            ("calibrate", "out", None),
+            ("calibrate", "workers", None),
+            ("evaluate", "out", None),
+            ("demo", "out", None),
+            ("up", "listen", None),
+            ("up", "metrics_listen", Some("Metrics")),
+            ("worker", "metrics_listen", Some("Metrics")),
+            ("energy", "model", None),
+        ] {
+            let of = cli.find_subcommand(command).expect(command);
+            let mut options = of.get_arguments();
+            let found = options.find(|argument| argument.get_id() == option).expect(option);
+            assert_eq!(found.get_help_heading(), heading, "{command} --{option}");
+        }
+    }
+}

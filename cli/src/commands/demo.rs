@@ -48,8 +48,6 @@ const GATE: Rgb888 = Rgb888::new(210, 50, 40);
 pub(crate) struct DemoArgs {
     /// Prompts to show instead of the built-in ones.
     prompts: Vec<String>,
-    #[command(flatten)]
-    models: ModelArgs,
     /// The sheet to write.
     #[arg(long, short, default_value = "out/demo.png")]
     out: PathBuf,
@@ -59,6 +57,8 @@ pub(crate) struct DemoArgs {
     /// Sampling steps. Default: the model's.
     #[arg(long)]
     steps: Option<u32>,
+    #[command(flatten)]
+    models: ModelArgs,
 }
 
 pub(crate) async fn run(args: DemoArgs) -> Result<ExitCode> {

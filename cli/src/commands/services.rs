@@ -31,7 +31,7 @@ pub(crate) struct ServiceArgs<T: Args> {
 pub(crate) struct MetricsArgs {
     /// Serve Prometheus metrics at http://ADDR/metrics; port 0 takes a free one. Default: not at
     /// all. There is no authentication: keep it inside.
-    #[arg(long, value_name = "ADDR", env = "FAIRLEAD_METRICS_LISTEN")]
+    #[arg(long, value_name = "ADDR", env = "FAIRLEAD_METRICS_LISTEN", help_heading = "Metrics")]
     metrics_listen: Option<SocketAddr>,
 }
 

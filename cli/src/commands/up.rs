@@ -18,10 +18,6 @@ use crate::{
 /// Then, in another terminal: `fairlead generate --server http://127.0.0.1:7100 "a cat"`.
 #[derive(Args)]
 pub(crate) struct UpArgs {
-    #[command(flatten)]
-    models: ModelArgs,
-    #[command(flatten)]
-    workers: WorkersArgs,
     /// Address of the coordinator, on loopback: this mode speaks no TLS. With `[tenants.NAME]` in --policies,
     /// clients need a key.
     #[arg(long, default_value = "127.0.0.1:7100", env = "FAIRLEAD_LISTEN")]
@@ -35,6 +31,10 @@ pub(crate) struct UpArgs {
     /// Most images the worker makes at once.
     #[arg(long, value_name = "N")]
     max_batch: Option<u32>,
+    #[command(flatten)]
+    workers: WorkersArgs,
+    #[command(flatten)]
+    models: ModelArgs,
     #[command(flatten)]
     metrics: MetricsArgs,
 }

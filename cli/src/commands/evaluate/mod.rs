@@ -44,12 +44,6 @@ use sets::Item;
 /// goes on where it stopped.
 #[derive(Args)]
 pub(crate) struct EvaluateArgs {
-    #[command(flatten)]
-    models: ModelArgs,
-    #[command(flatten)]
-    workers: WorkersArgs,
-    #[command(flatten)]
-    steering: SteeringArgs,
     /// Embedded prompts of each kind.
     #[arg(short, long, default_value_t = 200, conflicts_with_all = ["prompts", "benign"])]
     n: usize,
@@ -112,6 +106,12 @@ pub(crate) struct EvaluateArgs {
     /// Folder for evaluation.md, .json and .html, the images and the journals.
     #[arg(long, short, default_value = "out/evaluation")]
     out: PathBuf,
+    #[command(flatten)]
+    workers: WorkersArgs,
+    #[command(flatten)]
+    steering: SteeringArgs,
+    #[command(flatten)]
+    models: ModelArgs,
 }
 
 fn probability(text: &str) -> Result<f32, String> {
