@@ -295,13 +295,13 @@ async fn tell_why_it_waits(
         // Who cannot be asked now is told of by whoever follows the job.
         let Ok(obstacle) = client.obstacle(job).await else { continue };
         let reason = match (obstacle, heard.get()) {
-            (Some(obstacle), _) => obstacle,
-            (None, None) => "other shards come first".to_owned(),
+            (Some(obstacle), _) => format!("waits: {obstacle}"),
+            (None, None) => "is queued, or at its first step".to_owned(),
             // It is being made, and a step may take long.
             (None, Some(_)) => String::new(),
         };
         if reason != told && !reason.is_empty() {
-            eprintln!("job {} waits: {reason}", job.job_id);
+            eprintln!("job {} {reason}", job.job_id);
         }
         told = reason;
     }
