@@ -107,14 +107,15 @@ async fn a_worker_that_stands_still_past_its_lease_worked_in_vain() -> Result<()
 /// It finishes the shard while it is cut off, so that its result arrives when another's has been accepted.
 #[tokio::test]
 async fn the_late_result_of_a_worker_that_was_cut_off_is_refused() -> Result<()> {
-    let mut sandbox = sandbox(&["--lease-ttl", "4s"]).await?;
+    let mut sandbox = sandbox(&["--lease-ttl", "8s"]).await?;
     let undisturbed = calm(&sandbox, spec(25)).await?;
     sandbox.kill("worker").await?;
     let line = Proxy::start(Some(Target::url(sandbox.address()))).await?;
     sandbox.worker_at("far", &line.url(), &[]).await?;
     sandbox.ready().await?;
     let job = sandbox.submit(spec(25)).await?;
-    sandbox.until_step(&job, |_| true).await?;
+    // It ends the shard before it gives up its stream, but not before the silence.
+    sandbox.until_step(&job, |step| step.step >= 12).await?;
     line.set(Flow::Silent);
     sandbox.worker("near").await?;
     let job = sandbox.finish(&job).await?;
