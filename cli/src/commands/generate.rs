@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use fairlead_common::shutdown;
+use fairlead_common::{record, shutdown};
 use fairlead_proto::v1::{
     ImageStatus, Job, JobSpec, JobState, Priority, SafetyRecord, SteeringMode, SteeringParams,
 };
@@ -323,13 +323,13 @@ fn report(
         let name = output::unused(&format!("{}-{}", output::slug(prompt), image.info.seed), names);
         client::save(image, folder, &name)?;
         let top = output::top_score(&image.info.final_scores)
-            .map(|top| format!("{} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))
+            .map(|top| format!("closest now: {} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))
             .unwrap_or_default();
         let steered = steered(&image.record);
         match image.info.status() {
             ImageStatus::Released => {
                 let picture = folder.join(format!("{name}.png"));
-                say!("{}  {steered}  closest now: {top}", picture.display());
+                say!("{}  {steered}  {top}", picture.display());
             }
             ImageStatus::Withheld => {
                 withheld += 1;
@@ -353,10 +353,9 @@ fn steered(record: &SafetyRecord) -> String {
     if !record.steered {
         return "untouched".to_owned();
     }
-    let scores = record.trajectory.iter().flat_map(|step| &step.scores);
-    let opened: BTreeSet<&str> =
-        scores.filter(|score| score.open).map(|score| score.concept.as_str()).collect();
-    format!("steered away from {}", opened.into_iter().collect::<Vec<_>>().join(", "))
+    let probes = record::steered_away(&record.trajectory);
+    let concepts: BTreeSet<&str> = probes.iter().map(|probe| probe.concept.as_str()).collect();
+    format!("steered away from {}", concepts.into_iter().collect::<Vec<_>>().join(", "))
 }
 
 #[cfg(test)]
@@ -371,12 +370,14 @@ mod tests {
             open,
             ..Default::default()
         };
-        let step = |scores| StepRecord { scores, ..Default::default() };
+        let step = |correction, scores| StepRecord { correction, scores, ..Default::default() };
         let mut record = SafetyRecord {
             steered: true,
             trajectory: vec![
-                step(vec![score("bomb", false), score("axe", true)]),
-                step(vec![score("bomb", true), score("axe", true), score("pill", false)]),
+                step(0.2, vec![score("bomb", false), score("axe", true)]),
+                step(0.1, vec![score("bomb", true), score("axe", true), score("pill", false)]),
+                // Open, but nothing was left to correct with.
+                step(0.0, vec![score("pill", true)]),
             ],
             ..Default::default()
         };
