@@ -276,16 +276,33 @@ impl Sandbox {
         job: &Job,
         wanted: impl Fn(&StepProgress) -> bool,
     ) -> Result<()> {
+        let is_wanted = |event: &Event| matches!(event, Event::Progress(step) if wanted(step));
+        self.until_event(job, "such a step", is_wanted).await
+    }
+
+    /// Waits until a worker holds a shard of the job.
+    pub async fn until_running(&self, job: &Job) -> Result<()> {
+        let runs =
+            |event: &Event| matches!(event, Event::Job(job) if job.state() == JobState::Running);
+        self.until_event(job, "it ran", runs).await
+    }
+
+    async fn until_event(
+        &self,
+        job: &Job,
+        what: &str,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<()> {
         let mut events = self.watch(job).await?;
-        let step = async {
+        let came = async {
             while let Some(response) = events.message().await? {
-                if matches!(&response.event, Some(Event::Progress(step)) if wanted(step)) {
+                if response.event.as_ref().is_some_and(&wanted) {
                     return Ok(());
                 }
             }
-            bail!("the job ended before such a step")
+            bail!("the job ended before {what}")
         };
-        timeout(PATIENCE, step).await.context("no such step came")?
+        timeout(PATIENCE, came).await.with_context(|| format!("waited too long for: {what}"))?
     }
 
     /// Waits for the job's end.

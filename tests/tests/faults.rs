@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use fairlead_common::grpc::Replicas;
 use fairlead_proto::v1::{
     GetJobRequest, GetRecordRequest, Job, JobSpec, JobState, ListConceptsRequest, Priority,
     SubmitJobRequest, catalog_service_client::CatalogServiceClient,
-    generation_service_client::GenerationServiceClient, watch_job_response::Event,
+    generation_service_client::GenerationServiceClient,
 };
 use fairlead_tests::{
     LENIENT, PATIENCE, Sandbox, asset, command, metrics,
@@ -231,21 +231,6 @@ async fn a_second_signal_ends_a_service_at_once() -> Result<()> {
 /// Shards that a worker holds at once unless it is told otherwise.
 const CAPACITY: usize = 3;
 
-/// Waits until a worker holds a shard of `job`.
-async fn until_running(sandbox: &Sandbox, job: &Job) -> Result<()> {
-    let mut events = sandbox.watch(job).await?;
-    let running = async {
-        while let Some(response) = events.message().await? {
-            if matches!(&response.event, Some(Event::Job(job)) if job.state() == JobState::Running)
-            {
-                return Ok(());
-            }
-        }
-        bail!("the job ended before it ran")
-    };
-    timeout(PATIENCE, running).await.context("the job does not run")?
-}
-
 #[tokio::test]
 async fn a_full_queue_says_when_to_come_back() -> Result<()> {
     let sandbox = sandbox(&["--max-queued", "2"]).await?;
@@ -254,7 +239,7 @@ async fn a_full_queue_says_when_to_come_back() -> Result<()> {
     let mut accepted = Vec::new();
     for _ in 0..CAPACITY {
         let job = sandbox.submit(spec(25)).await?;
-        until_running(&sandbox, &job).await?;
+        sandbox.until_running(&job).await?;
         accepted.push(job);
     }
     let refused = loop {
