@@ -248,17 +248,17 @@ impl Source {
         let concepts = || nodes.iter().flat_map(|node| &node.concepts);
         let served: BTreeSet<&str> =
             concepts().filter_map(|info| Some(info.concept.as_ref()?.name.as_str())).collect();
+        let phrases: Vec<&str> =
+            concepts().flat_map(|info| &info.phrases).map(String::as_str).collect();
         check_labels(self.labelled.as_deref().unwrap_or_default(), &served)?;
         let mut objects = match self.benign {
             Benign::Given(benign) => {
-                let phrases = concepts().flat_map(|info| &info.phrases).map(String::as_str);
-                note_named(&benign, phrases);
+                note_named(&benign, &phrases);
                 let labelled = self.labelled.unwrap_or_default();
                 return Ok(Prompts { benign, labelled, fresh: Vec::new() });
             }
             Benign::Embedded(objects) => objects,
         };
-        let phrases = concepts().flat_map(|info| &info.phrases).map(String::as_str);
         let not_benign = objects.without(served.iter().copied().chain(phrases))?;
         if !not_benign.is_empty() {
             say!("benign prompts are drawn without what is calibrated: {}", not_benign.join(", "));
@@ -281,8 +281,7 @@ impl Source {
 
 /// Tells of benign prompts that name what is calibrated: with such images among them the gate ends up
 /// where the concept passes below it.
-fn note_named<'a>(benign: &[Prompt], phrases: impl Iterator<Item = &'a str>) {
-    let phrases: Vec<&str> = phrases.collect();
+fn note_named(benign: &[Prompt], phrases: &[&str]) {
     let names = |prompt: &&Prompt| prompts::named_in(&prompt.text, phrases.iter().copied());
     let mut named = benign.iter().filter_map(|prompt| Some((prompt, names(&prompt)?)));
     if let Some((first, phrase)) = named.next() {
