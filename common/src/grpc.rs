@@ -127,9 +127,13 @@ pub fn replicas(addresses: &str, timeout: Duration, tls: &Tls) -> Result<Replica
 impl Replicas {
     /// The coordinator that calls go to now.
     pub fn address(&self) -> &str {
-        let (address, _) =
-            &self.channels[self.current.load(Ordering::Relaxed) % self.channels.len()];
+        let (address, _) = self.at(self.current.load(Ordering::Relaxed));
         address
+    }
+
+    /// The one that the `number`th move led to.
+    fn at(&self, number: usize) -> &(String, Channel) {
+        &self.channels[number % self.channels.len()]
     }
 }
 
@@ -143,10 +147,10 @@ impl Service<http::Request<Body>> for Replicas {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let Self { channels, current } = self.clone();
+        let current = Arc::clone(&self.current);
+        let number = current.load(Ordering::Relaxed);
+        let (_, mut channel) = self.at(number).clone();
         Box::pin(async move {
-            let number = current.load(Ordering::Relaxed);
-            let (_, mut channel) = channels[number % channels.len()].clone();
             let answer = async {
                 poll_fn(|context| channel.poll_ready(context)).await?;
                 channel.call(request).await
