@@ -220,12 +220,12 @@ impl Client {
         let delay = trouble.backoff.next_delay().max(hint.unwrap_or_default());
         if !transient || trouble.since.elapsed() + hint.unwrap_or_default() >= patience {
             // What a coordinator says has no cause on this side.
-            let hint = match std::error::Error::source(&status) {
+            let advice = match std::error::Error::source(&status) {
                 Some(_) => " cannot be reached (does it run there?)",
                 None => "",
             };
             return Err(status)
-                .with_context(|| format!("the coordinator at {}{hint}", self.address));
+                .with_context(|| format!("the coordinator at {}{advice}", self.address));
         }
         tokio::time::sleep(delay).await;
         Ok(())
