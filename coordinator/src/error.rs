@@ -41,16 +41,13 @@ pub enum Error {
     },
     /// Another node has the name.
     #[error(
-        "node `{node_id}` is live at {address}: give each node a --node-id of its own; one that was killed and \
-         came back elsewhere is let in {ttl:?} after its last renewal"
+        "node `{node_id}` runs at {address} already; give each node a --node-id of its own, or stop that one"
     )]
     NodeIdTaken {
         /// The name.
         node_id: String,
         /// Where the node is that has it.
         address: String,
-        /// How long it keeps it without renewing.
-        ttl: Duration,
     },
     /// A registration that has ended or was replaced.
     #[error("node `{node_id}` is not registered under this registration; register again")]
@@ -255,14 +252,7 @@ mod tests {
                 Code::FailedPrecondition,
             ),
             (Error::KeyReused { key: "k".into(), job_id: "j".into() }, Code::AlreadyExists),
-            (
-                Error::NodeIdTaken {
-                    node_id: "n".into(),
-                    address: "a".into(),
-                    ttl: Duration::from_secs(10),
-                },
-                Code::AlreadyExists,
-            ),
+            (Error::NodeIdTaken { node_id: "n".into(), address: "a".into() }, Code::AlreadyExists),
             (
                 Error::NotCalibrated {
                     concept: "axe".into(),

@@ -155,7 +155,7 @@ impl RegistryService for Grpc {
         self.coordinator.access().service(&request)?;
         let node = request.into_inner().node;
         let node = node.ok_or_else(|| Error::invalid("node", "is missing"))?;
-        let registration_id = self.coordinator.registry().register(node).await?;
+        let registration_id = self.coordinator.registrar().register(node).await?;
         Ok(Response::new(v1::RegisterNodeResponse { registration_id, ttl_ms: self.ttl_ms() }))
     }
 

@@ -20,6 +20,7 @@ mod metrics;
 mod outputs;
 mod placement;
 mod policy;
+mod registrar;
 mod registry;
 mod release;
 mod routing;

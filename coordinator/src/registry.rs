@@ -8,7 +8,7 @@ use std::{
 };
 
 use fairlead_common::probe::Probe;
-use fairlead_proto::{PREPROCESSING_VERSION, PROTOCOL_VERSION, v1};
+use fairlead_proto::v1;
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
@@ -173,18 +173,8 @@ impl Registry {
         Ok(left)
     }
 
-    /// Registers an energy node and returns the registration's id. One that registers again replaces its
-    /// registration; another of the same name would take it from the first, which would take it back.
+    /// Registers an energy node and returns the registration's id. It replaces the one of that name.
     pub(crate) async fn register(&self, info: v1::NodeInfo) -> Result<String> {
-        validate(&info)?;
-        self.refresh().await?;
-        let is_other = |node: &LiveNode| {
-            node.info.node_id == info.node_id && node.info.address != info.address
-        };
-        if let Some(other) = self.live().into_iter().find(is_other) {
-            let (node_id, address) = (info.node_id, other.info.address.clone());
-            return Err(Error::NodeIdTaken { node_id, address, ttl: self.shared.ttl });
-        }
         let registration = uuid::Uuid::new_v4().to_string();
         tracing::info!(
             node = info.node_id,
@@ -363,78 +353,10 @@ impl Drop for Reservation {
     }
 }
 
-fn validate(info: &v1::NodeInfo) -> Result<()> {
-    if info.protocol_version != PROTOCOL_VERSION {
-        return Err(Error::Incompatible(format!(
-            "energy node `{}` speaks protocol {}, this coordinator {PROTOCOL_VERSION}; run the \
-             same release on both",
-            info.node_id, info.protocol_version
-        )));
-    }
-    if info.preprocessing_version != PREPROCESSING_VERSION {
-        return Err(Error::Incompatible(format!(
-            "energy node `{}` has preprocessing {}, this coordinator {PREPROCESSING_VERSION}; run \
-             the same release on both",
-            info.node_id, info.preprocessing_version
-        )));
-    }
-    let id = info.node_id.as_str();
-    if id.is_empty() || id.len() > 128 || id.contains(char::is_whitespace) {
-        return Err(Error::invalid(
-            "node.node_id",
-            format!("`{id}` must have 1 to 128 characters and no white space"),
-        ));
-    }
-    check_address(&info.address)?;
-    if info.concepts.is_empty() {
-        return Err(Error::invalid("node.concepts", "is empty; a node serves one at least"));
-    }
-    let mut names = BTreeSet::new();
-    for concept in info.concepts.iter().map(|info| info.concept.clone().unwrap_or_default()) {
-        if concept.name.is_empty() || concept.version.is_empty() {
-            return Err(Error::invalid("node.concepts", "a concept has no name or no version"));
-        }
-        if concept.energy != info.model_name {
-            return Err(Error::invalid(
-                "node.concepts",
-                format!(
-                    "`{}` names the energy `{}`, the node's model is `{}`",
-                    concept.name, concept.energy, info.model_name
-                ),
-            ));
-        }
-        if !names.insert(concept.name.clone()) {
-            return Err(Error::invalid("node.concepts", format!("`{}` twice", concept.name)));
-        }
-    }
-    Ok(())
-}
-
-fn check_address(address: &str) -> Result<()> {
-    let problem = |text: &str| {
-        Err(Error::invalid(
-            "node.address",
-            format!("`{address}` {text}, e.g. http://10.0.0.7:7101"),
-        ))
-    };
-    let uri = match address.parse::<tonic::transport::Uri>() {
-        Ok(uri) if uri.scheme().is_some() => uri,
-        _ => return problem("must be a URI that other services reach the node at"),
-    };
-    match uri.host() {
-        None | Some("" | "0.0.0.0" | "[::]") => {
-            problem("names no host; announce an address that others can connect to")
-        }
-        Some(_) => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::store::MemoryStore;
-    use fairlead_fuzz::{bounded, fuzz, spoiled};
-    use prost::Message;
 
     fn node(id: &str) -> v1::NodeInfo {
         let concept =
@@ -442,8 +364,6 @@ mod tests {
         v1::NodeInfo {
             node_id: id.into(),
             address: "http://127.0.0.1:7101".into(),
-            protocol_version: PROTOCOL_VERSION,
-            preprocessing_version: PREPROCESSING_VERSION,
             concepts: vec![v1::ConceptInfo { concept: Some(concept), ..Default::default() }],
             ..Default::default()
         }
@@ -472,21 +392,6 @@ mod tests {
         assert!(registry.live().is_empty());
         assert!(registry.seen().probes.iter().any(|probe| probe.concept == "axe"));
         assert_eq!(registry.absent()[0].name, "axe");
-    }
-
-    #[tokio::test]
-    async fn a_name_belongs_to_one_node_at_a_time() {
-        let registry = alone().await;
-        let registration = registry.register(node("a")).await.expect("it is valid");
-        let elsewhere = v1::NodeInfo { address: "http://127.0.0.1:7102".into(), ..node("a") };
-        let refused = registry.register(elsewhere.clone()).await.expect_err("it is taken");
-        let message = refused.to_string();
-        assert!(message.contains("live at http://127.0.0.1:7101: give each node"), "{message}");
-        assert!(message.contains("60s after its last renewal"), "{message}");
-        registry.register(node("b")).await.expect("nobody has that name");
-        // Its registration ends.
-        registry.leave(&node_key("a", &registration)).await.expect("it is there");
-        registry.register(elsewhere).await.expect("nobody has that name any longer");
     }
 
     #[tokio::test]
@@ -521,48 +426,5 @@ mod tests {
         assert_eq!(registry.live()[0].load, 1);
         drop(reservation);
         assert_eq!(registry.live()[0].load, 0);
-    }
-
-    #[tokio::test]
-    async fn bad_registrations_are_refused_with_the_reason() {
-        let registry = alone().await;
-        type Spoil = fn(&mut v1::NodeInfo);
-        let cases: [(Spoil, &str); 9] = [
-            (|n| n.protocol_version = 9, "speaks protocol 9"),
-            (|n| n.preprocessing_version = 9, "has preprocessing 9"),
-            (|n| n.node_id.clear(), "node.node_id"),
-            (|n| n.address = "kitchen".into(), "must be a URI"),
-            (|n| n.address = "http://0.0.0.0:7101".into(), "names no host"),
-            (|n| n.concepts.clear(), "serves one at least"),
-            (|n| n.concepts.push(n.concepts[0].clone()), "`axe` twice"),
-            (|n| n.concepts[0].concept = None, "no name"),
-            (|n| n.model_name = "clip".into(), "names the energy ``, the node's model is `clip`"),
-        ];
-        for (spoil, expected) in cases {
-            let mut info = node("a");
-            spoil(&mut info);
-            let error = registry.register(info).await.expect_err(expected).to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-        assert!(registry.live().is_empty());
-    }
-
-    #[test]
-    fn spoiled_nodes_are_sound_or_refused_by_field() {
-        fuzz(spoiled(node("n").encode_to_vec()), |bytes| {
-            let Ok(info) = v1::NodeInfo::decode(&*bytes) else { return };
-            match bounded(bytes.len(), || validate(&info)) {
-                Ok(()) => {
-                    assert!(!info.concepts.is_empty() && !info.node_id.is_empty());
-                    let view = View::new(Roster {
-                        members: vec![Arc::new(Member { node: Some(info), ..Member::default() })],
-                        ..Roster::default()
-                    });
-                    assert_eq!(view.nodes.len(), 1);
-                }
-                Err(Error::Invalid { field, .. }) => assert!(field.starts_with("node."), "{field}"),
-                Err(error) => assert!(matches!(error, Error::Incompatible(_)), "{error}"),
-            }
-        });
     }
 }

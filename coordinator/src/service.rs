@@ -24,6 +24,7 @@ use crate::{
     lease::Phase,
     metrics,
     outputs::{OutputError, Outputs, sha256_hex},
+    registrar::Registrar,
     registry::Registry,
     release::Gate,
     state::JobRecord,
@@ -52,6 +53,7 @@ pub(crate) struct Coordinator {
     clock: Clock,
     outputs: Outputs,
     registry: Registry,
+    registrar: Registrar,
     deployer: Deployer,
     events: Events,
     hub: Hub,
@@ -89,6 +91,7 @@ impl Coordinator {
         let events = Events::new(Arc::clone(&store));
         let access = Access::new(options.policies.clone(), options.tls.is_on());
         let timeout = options.check_timeout;
+        let registrar = Registrar::new(registry.clone(), channels.clone());
         let deployer = Deployer::new(registry.clone(), channels.clone());
         let gate = Gate::new(registry.clone(), outputs.clone(), channels, timeout, signer);
         let hub_options = HubOptions {
@@ -111,6 +114,7 @@ impl Coordinator {
             clock,
             outputs,
             registry,
+            registrar,
             deployer,
             events,
             hub,
@@ -126,6 +130,10 @@ impl Coordinator {
 
     pub(crate) fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    pub(crate) fn registrar(&self) -> &Registrar {
+        &self.registrar
     }
 
     pub(crate) fn deployer(&self) -> &Deployer {

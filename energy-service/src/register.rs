@@ -59,28 +59,30 @@ pub(crate) async fn keep_registered(
     let mut registry = Registry { coordinators, client };
     let mut offers = node.offers();
     let mut engine = node.engine().state();
+    let mut registration = None;
     loop {
         offers.borrow_and_update();
         let registered = tokio::select! {
             biased;
-            () = shutdown.cancelled() => return,
-            () = failed(&mut engine) => return,
-            registration = register(&mut registry, node.describe()) => registration,
+            () = shutdown.cancelled() => break,
+            () = failed(&mut engine) => break,
+            registered = register(&mut registry, node.describe()) => registered,
         };
-        let mut registration = registered;
-        let ended =
-            renew(&mut registry, &mut registration, &mut offers, &mut engine, &shutdown).await;
-        match ended {
-            Ended::Shutdown | Ended::EngineFailed => {
-                return deregister(&mut registry, registration).await;
-            }
+        let current = registration.insert(registered);
+        match renew(&mut registry, current, &mut offers, &mut engine, &shutdown).await {
+            Ended::Shutdown | Ended::EngineFailed => break,
+            // Until the next one is there, this one is alive.
             Ended::Changed => {
-                tracing::info!("concepts or calibrations changed, registering anew")
+                tracing::info!("concepts or calibrations changed, registering anew");
             }
             Ended::Forgotten => {
-                tracing::warn!("the coordinator forgot this node, registering anew")
+                registration = None;
+                tracing::warn!("the coordinator forgot this node, registering anew");
             }
         }
+    }
+    if let Some(registration) = registration {
+        deregister(&mut registry, registration).await;
     }
 }
 
@@ -112,10 +114,6 @@ async fn register(registry: &mut Registry, node: NodeInfo) -> Registration {
                 match code {
                     Code::Unavailable | Code::DeadlineExceeded => {
                         tracing::warn!(coordinator, ?delay, "cannot be reached yet: {message}");
-                    }
-                    // It may be this node's own registration, from before it was killed.
-                    Code::AlreadyExists => {
-                        tracing::warn!(coordinator, ?delay, "not registered yet: {message}");
                     }
                     _ => {
                         tracing::error!(coordinator, ?code, ?delay, "refused this node: {message}");

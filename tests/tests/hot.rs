@@ -7,7 +7,7 @@ use fairlead_proto::v1::{
     GetRecordRequest, Job, JobSpec, JobState, ListConceptsRequest, SafetyRecord,
     catalog_service_client::CatalogServiceClient,
 };
-use fairlead_tests::{PATIENCE, Sandbox, asset, command};
+use fairlead_tests::{PATIENCE, Sandbox, asset, command, process::LISTENING};
 use tokio::time::timeout;
 
 /// The new concept has no calibration: its pack says from where on its gate is open.
@@ -27,7 +27,8 @@ fn spec() -> JobSpec {
 }
 
 async fn cluster() -> Result<(Sandbox, PathBuf)> {
-    let mut sandbox = Sandbox::with_policies(POLICIES, &[]).await?;
+    // No registration ends by itself here.
+    let mut sandbox = Sandbox::with_policies(POLICIES, &["--node-ttl", "10m"]).await?;
     energy(&mut sandbox).await?;
     sandbox.worker("worker").await?;
     sandbox.ready().await?;
@@ -36,8 +37,8 @@ async fn cluster() -> Result<(Sandbox, PathBuf)> {
     Ok((sandbox, pack))
 }
 
-/// Starts the node "energy", which keeps what is added.
-async fn energy(sandbox: &mut Sandbox) -> Result<()> {
+/// Starts the node "energy", which keeps what is added, and returns its address.
+async fn energy(sandbox: &mut Sandbox) -> Result<String> {
     let mut node = command();
     node.args(["energy", "--listen", "127.0.0.1:0", "--node-id", "energy", "--model"])
         .arg(asset("emojiland-clip"))
@@ -48,7 +49,7 @@ async fn energy(sandbox: &mut Sandbox) -> Result<()> {
         .arg("--added-concepts")
         .arg(sandbox.folder().join("kept"))
         .args(["--coordinator", sandbox.address()]);
-    sandbox.spawn("energy", node, "listening on ").await.map(drop)
+    sandbox.spawn("energy", node, LISTENING).await
 }
 
 fn concepts(job: &Job) -> Vec<&str> {
@@ -70,8 +71,8 @@ fn checked(record: &SafetyRecord) -> Vec<&str> {
     record.final_scores.iter().map(|score| score.concept.as_str()).collect()
 }
 
-/// Waits until so many nodes serve the umbrella.
-async fn umbrella_served_by(sandbox: &Sandbox, nodes: usize) -> Result<()> {
+/// Waits until the umbrella is served by the node at `address` alone.
+async fn umbrella_served_at(sandbox: &Sandbox, address: &str) -> Result<()> {
     let catalog = CatalogServiceClient::connect(sandbox.address().to_owned()).await?;
     let served = async {
         loop {
@@ -80,7 +81,8 @@ async fn umbrella_served_by(sandbox: &Sandbox, nodes: usize) -> Result<()> {
                 let concept = served.concept.as_ref().and_then(|info| info.concept.as_ref());
                 concept.is_some_and(|concept| concept.name == "umbrella")
             });
-            if umbrella.map_or(0, |served| served.nodes.len()) == nodes {
+            let nodes = umbrella.map_or(&[][..], |served| &served.nodes);
+            if matches!(nodes, [only] if only.address == address) {
                 return anyhow::Ok(());
             }
             tokio::time::sleep(std::time::Duration::from_millis(25)).await;
@@ -100,8 +102,8 @@ async fn a_node_that_starts_beside_a_running_cluster_serves_new_jobs() -> Result
         .arg("--concepts")
         .arg(pack)
         .args(["--coordinator", sandbox.address()]);
-    sandbox.spawn("umbrellas", node, "listening on ").await?;
-    umbrella_served_by(&sandbox, 1).await?;
+    let address = sandbox.spawn("umbrellas", node, LISTENING).await?;
+    umbrella_served_at(&sandbox, &address).await?;
     let (job, record) = finished(&sandbox, &sandbox.submit(spec()).await?).await?;
     assert!(concepts(&job).contains(&"umbrella"), "{:?}", concepts(&job));
     assert!(checked(&record).contains(&"umbrella"), "{:?}", checked(&record));
@@ -145,9 +147,10 @@ async fn concepts_are_given_to_running_nodes_and_outlive_them() -> Result<()> {
     let (done, text) = concepts_command(&nobody).await?;
     assert!(!done && text.contains("`nobody`"), "{text}");
 
+    // It comes back under its name and at another address.
     sandbox.kill("energy").await?;
-    energy(&mut sandbox).await?;
-    umbrella_served_by(&sandbox, 1).await?;
+    let address = energy(&mut sandbox).await?;
+    umbrella_served_at(&sandbox, &address).await?;
     let (_, again) = finished(&sandbox, &sandbox.submit(spec()).await?).await?;
     assert_eq!(again.pixels_sha256, record.pixels_sha256);
     assert_eq!(again.calibrations, record.calibrations);

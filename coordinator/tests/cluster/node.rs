@@ -42,6 +42,7 @@ pub(crate) enum Script {
 
 #[derive(Clone)]
 struct Energy {
+    info: NodeInfo,
     script: Script,
     asked: Arc<Mutex<Vec<CheckRequest>>>,
 }
@@ -108,7 +109,8 @@ impl Node {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = format!("http://{}", listener.local_addr().expect("an address"));
-        let energy = Energy { script, asked: Arc::default() };
+        let info = describe(id, &address, model, concepts);
+        let energy = Energy { info: info.clone(), script, asked: Arc::default() };
         let service = EnergyServiceServer::new(energy.clone());
         let server = tokio::spawn(async move {
             tonic::transport::Server::builder()
@@ -117,7 +119,6 @@ impl Node {
                 .await
                 .expect("it serves");
         });
-        let info = describe(id, &address, model, concepts);
         let request = v1::RegisterNodeRequest { node: Some(info.clone()) };
         let response = patient(cluster.registry().register_node(request)).await.expect("accepted");
         let registration_id = response.into_inner().registration_id;
@@ -201,7 +202,7 @@ impl EnergyService for Energy {
         &self,
         _request: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::DescribeResponse>, Status> {
-        Err(Status::unimplemented("not needed here"))
+        Ok(Response::new(v1::DescribeResponse { node: Some(self.info.clone()) }))
     }
 
     async fn evaluate(

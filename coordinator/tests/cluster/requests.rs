@@ -163,3 +163,28 @@ async fn nodes_of_another_version_are_refused_and_dead_registrations_unknown() {
     let result = patient(cluster.registry().renew_node(renew)).await;
     assert_status(result, Code::NotFound, "register again");
 }
+
+#[tokio::test]
+async fn a_name_belongs_to_the_node_that_answers_to_it() {
+    let (cluster, node, _worker) = start(options()).await;
+    let register = async |info: v1::NodeInfo| {
+        let request = v1::RegisterNodeRequest { node: Some(info) };
+        patient(cluster.registry().register_node(request)).await
+    };
+    let elsewhere = |id: &str| describe(id, "http://127.0.0.1:1", "clip", &["axe"]);
+    let at = format!("runs at {} already", node.info.address);
+    assert_status(register(elsewhere(&node.info.node_id)).await, Code::AlreadyExists, &at);
+    register(node.info.clone()).await.expect("it replaces its own registration");
+
+    // One that was killed has come back elsewhere before its registration ended.
+    let mut killed = Node::start(&cluster, "killed", &["axe"], Script::Closed).await;
+    killed.die().await;
+    register(elsewhere("killed")).await.expect("nobody answers at its address");
+    // Another node has its address meanwhile.
+    let moved = v1::NodeInfo { address: node.info.address.clone(), ..elsewhere("moved") };
+    register(moved).await.expect("nobody has the name");
+    register(elsewhere("moved")).await.expect("nobody answers to its name");
+    let served = patient(cluster.catalog().list_concepts(v1::ListConceptsRequest {})).await;
+    let concepts = served.expect("a list").into_inner().concepts;
+    assert_eq!(concepts[0].nodes.len(), 3, "{concepts:?}");
+}
