@@ -1,6 +1,7 @@
 //! The client's side of `GenerationService` and `CatalogService`.
 
 use std::{
+    error::Error as _,
     path::Path,
     sync::{
         Arc,
@@ -219,10 +220,9 @@ impl Client {
         };
         let delay = trouble.backoff.next_delay().max(hint.unwrap_or_default());
         if !transient || trouble.since.elapsed() + hint.unwrap_or_default() >= patience {
-            // What a coordinator says has no cause on this side.
-            let advice = match std::error::Error::source(&status) {
-                Some(_) => " cannot be reached (does it run there?)",
-                None => "",
+            let advice = match is_refused(&status) {
+                true => " cannot be reached (does it run there?)",
+                false => "",
             };
             return Err(status)
                 .with_context(|| format!("the coordinator at {}{advice}", self.address));
@@ -283,32 +283,6 @@ impl Client {
         }
     }
 
-    /// What keeps `job` from being made now, as far as the catalog tells.
-    pub(crate) async fn obstacle(&self, job: &Job) -> Result<Option<String>> {
-        let model = job.spec.as_ref().map_or("", |spec| &spec.model);
-        if self.models().await?.iter().all(|attached| attached.name != model) {
-            return Ok(Some(format!("no worker has the generator `{model}`")));
-        }
-        let served = self.concepts().await?;
-        let served: Vec<&ConceptRef> = served
-            .iter()
-            .filter(|served| !served.nodes.is_empty())
-            .filter_map(|served| served.concept.as_ref()?.concept.as_ref())
-            .collect();
-        let pinned = job.policy.iter().flat_map(|policy| &policy.concepts);
-        let gone: Vec<&str> = pinned
-            .filter(|pinned| !served.contains(pinned))
-            .map(|pinned| pinned.name.as_str())
-            .collect();
-        Ok(match gone.as_slice() {
-            [] => None,
-            [one] => Some(format!("no live energy node serves `{one}`")),
-            [first, more @ ..] => {
-                Some(format!("no live energy node serves `{first}` and {} more", more.len()))
-            }
-        })
-    }
-
     /// Fetches everything a finished job left: records of all images, PNGs of the released.
     pub(crate) async fn collect(&self, job: Job) -> Result<Finished> {
         let mut images = Vec::with_capacity(job.images.len());
@@ -353,6 +327,13 @@ impl Trouble {
         let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
         Self { since: Instant::now(), backoff }
     }
+}
+
+/// Whether nobody listens at the address.
+fn is_refused(status: &Status) -> bool {
+    let causes = std::iter::successors(status.source(), |&error| error.source());
+    let mut io = causes.filter_map(|error| error.downcast_ref::<std::io::Error>());
+    io.any(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 fn is_terminal(job: &Job) -> bool {

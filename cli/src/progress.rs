@@ -2,6 +2,7 @@
 //! of many jobs, how many are done.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     io::IsTerminal,
     sync::atomic::{AtomicU64, Ordering},
@@ -63,7 +64,7 @@ fn is_milestone(done: u64, total: u64) -> bool {
 /// The bars of one job. Hidden where standard error is no terminal.
 pub(crate) struct JobProgress {
     bars: MultiProgress,
-    images: BTreeMap<u32, ProgressBar>,
+    images: RefCell<BTreeMap<u32, ProgressBar>>,
 }
 
 impl JobProgress {
@@ -72,12 +73,13 @@ impl JobProgress {
         if !std::io::stderr().is_terminal() {
             bars.set_draw_target(indicatif::ProgressDrawTarget::hidden());
         }
-        Self { bars, images: BTreeMap::new() }
+        Self { bars, images: RefCell::default() }
     }
 
     /// Shows `step` on its image's bar.
-    pub(crate) fn step(&mut self, step: &StepProgress) {
-        let bar = self.images.entry(step.index).or_insert_with(|| {
+    pub(crate) fn step(&self, step: &StepProgress) {
+        let mut images = self.images.borrow_mut();
+        let bar = images.entry(step.index).or_insert_with(|| {
             let style = ProgressStyle::with_template(TEMPLATE)
                 .expect("the template is valid")
                 .progress_chars("=> ");
@@ -88,9 +90,14 @@ impl JobProgress {
         bar.set_message(describe(step));
     }
 
+    /// Writes a line to standard error, above the bars.
+    pub(crate) fn say(&self, line: &str) {
+        self.bars.suspend(|| eprintln!("{line}"));
+    }
+
     /// Leaves the bars on the screen as they are.
     pub(crate) fn finish(&self) {
-        for bar in self.images.values() {
+        for bar in self.images.borrow().values() {
             bar.abandon();
         }
     }

@@ -165,7 +165,7 @@ async fn mistakes_are_named_with_what_to_do() -> Result<()> {
         (generate(&["-n", "0"]), vec!["n"]),
         (generate(&["-n", "10000"]), vec!["n", "10000"]),
         (generate(&["--concept", "kitchen-knive"]), vec!["kitchen-knife"]),
-        (generate(&["--server", "http://127.0.0.1:9"]), vec!["127.0.0.1:9"]),
+        (generate(&["--server", "http://127.0.0.1:9"]), vec!["127.0.0.1:9 cannot be reached"]),
         (generate(&["--device", "cuda:9"]), vec!["cuda:9", "--features cuda"]),
         (vec!["generate", ""], vec!["prompt"]),
     ] {

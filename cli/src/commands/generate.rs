@@ -1,19 +1,16 @@
 //! `fairlead generate`: prompts in, steered images out.
 
 use std::{
-    cell::Cell,
     collections::BTreeSet,
-    convert::Infallible,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use fairlead_common::{record, shutdown};
 use fairlead_proto::v1::{
-    ImageStatus, Job, JobSpec, JobState, Priority, SafetyRecord, SteeringMode, SteeringParams,
+    ImageStatus, JobSpec, JobState, Priority, SafetyRecord, SteeringMode, SteeringParams,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -25,13 +22,11 @@ use crate::{
     credentials::CredentialArgs,
     output::{self, say},
     progress::JobProgress,
+    waiting::{self, Heard},
 };
 
 /// Exit status when every job ended but some image was withheld.
 const WITHHELD: u8 = 3;
-
-/// Nothing heard of a job for so long asks for a reason.
-const QUIET: Duration = Duration::from_secs(5);
 
 /// Makes images from prompts and steers each one away from the policy's concepts while it is
 /// being sampled.
@@ -254,15 +249,14 @@ async fn generate_all(
         let mut spec = args.request.spec(prompt, &args.steering);
         spec.model = args.model_name.clone().unwrap_or_default();
         let job = client.submit(spec).await?;
-        let mut progress = JobProgress::new();
-        let heard = Cell::new(None);
+        let (progress, heard) = (JobProgress::new(), Heard::default());
         let follow = client.follow(&job, stop, |step| {
-            heard.set(Some(Instant::now()));
+            heard.step();
             progress.step(step);
         });
         let ended = tokio::select! {
             ended = follow => ended,
-            never = tell_why_it_waits(client, &job, &heard) => match never {},
+            never = waiting::tell_why(client, &job, &heard, &progress) => match never {},
         };
         progress.finish();
         let job = ended?;
@@ -278,33 +272,6 @@ async fn generate_all(
         withheld += report(&client.collect(job).await?, prompt, folder, &mut names)?;
     }
     Ok(if withheld > 0 { ExitCode::from(WITHHELD) } else { ExitCode::SUCCESS })
-}
-
-/// Says why `job` waits whenever nothing was heard of it for a while and there is something new to say.
-async fn tell_why_it_waits(
-    client: &Client,
-    job: &Job,
-    heard: &Cell<Option<Instant>>,
-) -> Infallible {
-    let mut told = String::new();
-    loop {
-        tokio::time::sleep(QUIET).await;
-        if heard.get().is_some_and(|at| at.elapsed() < QUIET) {
-            continue;
-        }
-        // Who cannot be asked now is told of by whoever follows the job.
-        let Ok(obstacle) = client.obstacle(job).await else { continue };
-        let reason = match (obstacle, heard.get()) {
-            (Some(obstacle), _) => format!("waits: {obstacle}"),
-            (None, None) => "is queued, or at its first step".to_owned(),
-            // It is being made, and a step may take long.
-            (None, Some(_)) => String::new(),
-        };
-        if reason != told && !reason.is_empty() {
-            eprintln!("job {} {reason}", job.job_id);
-        }
-        told = reason;
-    }
 }
 
 /// Saves and prints what a job left; returns how many images were withheld. `names` are those taken

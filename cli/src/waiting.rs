@@ -1,0 +1,136 @@
+//! Why a job waits, told to who waits for it.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use fairlead_proto::v1::{ConceptRef, Job, ModelInfo, ServedConcept};
+
+use crate::{client::Client, progress::JobProgress};
+
+/// Nothing heard of a job for so long asks for a reason.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// When a step of a job was last heard of.
+#[derive(Debug, Default)]
+pub(crate) struct Heard(Cell<Option<Instant>>);
+
+impl Heard {
+    /// There was a step.
+    pub(crate) fn step(&self) {
+        self.0.set(Some(Instant::now()));
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.0.get().is_some_and(|at| at.elapsed() < QUIET)
+    }
+}
+
+/// Says why `job` waits whenever nothing was heard of it for a while and there is something new to say.
+pub(crate) async fn tell_why(
+    client: &Client,
+    job: &Job,
+    heard: &Heard,
+    progress: &JobProgress,
+) -> Infallible {
+    let mut told = String::new();
+    loop {
+        tokio::time::sleep(QUIET).await;
+        // Who cannot be asked now is told of by whoever follows the job.
+        let reason = match heard.is_fresh() {
+            true => String::new(),
+            false => match reason(client, job, heard).await {
+                Ok(reason) => reason,
+                Err(_) => continue,
+            },
+        };
+        if reason != told && !reason.is_empty() {
+            progress.say(&format!("job {} {reason}", job.job_id));
+        }
+        told = reason;
+    }
+}
+
+/// Empty if it is being made: a step may take long.
+async fn reason(client: &Client, job: &Job, heard: &Heard) -> Result<String> {
+    let (models, concepts) = (client.models().await?, client.concepts().await?);
+    Ok(match obstacle(job, &models, &concepts) {
+        // The answers took their time.
+        _ if heard.is_fresh() => String::new(),
+        Some(obstacle) => format!("waits: {obstacle}"),
+        None if heard.0.get().is_none() => "is queued, or at its first step".to_owned(),
+        None => String::new(),
+    })
+}
+
+/// What keeps `job` from being made, as far as the catalog tells.
+fn obstacle(job: &Job, models: &[ModelInfo], concepts: &[ServedConcept]) -> Option<String> {
+    let model = job.spec.as_ref().map_or("", |spec| &spec.model);
+    // A worker that is told to stop makes what it holds, and is no longer listed.
+    if models.iter().all(|attached| attached.name != model) {
+        return Some(format!("no worker takes new work for `{model}`"));
+    }
+    let is_served = |pinned: &ConceptRef| {
+        let mut served = concepts.iter().filter(|served| !served.nodes.is_empty());
+        served.any(|served| {
+            served.concept.as_ref().and_then(|info| info.concept.as_ref()) == Some(pinned)
+        })
+    };
+    let pinned = job.policy.iter().flat_map(|policy| &policy.concepts);
+    let gone: Vec<&ConceptRef> = pinned.filter(|pinned| !is_served(pinned)).collect();
+    let ConceptRef { name, version, energy } = *gone.first()?;
+    let more = match gone.len() - 1 {
+        0 => String::new(),
+        more => format!(", nor {more} more"),
+    };
+    Some(format!("no live energy node with {energy} serves `{name}` in version {version}{more}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_proto::v1::{ConceptInfo, JobSpec, PinnedPolicy, ServingNode};
+
+    fn concept(name: &str, version: &str, energy: &str) -> ConceptRef {
+        ConceptRef { name: name.into(), version: version.into(), energy: energy.into() }
+    }
+
+    fn served(concept: ConceptRef, nodes: usize) -> ServedConcept {
+        let info = ConceptInfo { concept: Some(concept), ..Default::default() };
+        ServedConcept { concept: Some(info), nodes: vec![ServingNode::default(); nodes] }
+    }
+
+    #[test]
+    fn a_job_waits_for_a_worker_and_for_the_very_concepts_of_its_policy() {
+        let (axe, bomb) = (concept("axe", "v1", "clip"), concept("bomb", "v1", "clip"));
+        let job = Job {
+            spec: Some(JobSpec { model: "sd".into(), ..Default::default() }),
+            policy: Some(PinnedPolicy {
+                concepts: vec![axe.clone(), bomb.clone()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let sd = [ModelInfo { name: "sd".into(), ..Default::default() }];
+        let both = [served(axe.clone(), 1), served(bomb, 2)];
+        assert_eq!(obstacle(&job, &sd, &both), None);
+        let other = [ModelInfo { name: "flux".into(), ..Default::default() }];
+        let waits = |models, concepts| obstacle(&job, models, concepts).expect("it cannot be made");
+        assert_eq!(waits(&other, &both), "no worker takes new work for `sd`");
+        // The same name in another version or by another energy is another concept; nobody is there for
+        // one that only was served.
+        let others = [
+            served(axe, 1),
+            served(concept("bomb", "v2", "clip"), 1),
+            served(concept("bomb", "v1", "siglip"), 1),
+            served(concept("bomb", "v1", "clip"), 0),
+        ];
+        let text = waits(&sd, &others);
+        assert_eq!(text, "no live energy node with clip serves `bomb` in version v1");
+        let text = waits(&sd, &[]);
+        assert_eq!(text, "no live energy node with clip serves `axe` in version v1, nor 1 more");
+    }
+}
