@@ -271,7 +271,13 @@ fn pin_policy(
             return Err(unserved(&name, policy, tenant, cluster));
         }
         for probe in probes {
-            let Some(versions) = served.get(*probe) else { return Err(gone(probe)) };
+            let Some(versions) = served.get(*probe) else {
+                let is_named = policy.concepts.contains(&name)
+                    || tenant.concepts.contains(&name)
+                    || spec.extra_concepts.contains(&name);
+                let has_other = served.keys().any(|other| other.concept == name);
+                return Err(gone(probe, !is_named && !has_other));
+            };
             pinned.concepts.push(newest(versions, need, cluster.nodes));
         }
     }
@@ -322,12 +328,18 @@ fn newest(
     best.map(|(concept, _)| (*concept).clone()).expect("a served concept has a version")
 }
 
-/// The error for an energy whose last node for a concept is gone.
-fn gone(Probe { concept, energy }: &Probe) -> Error {
+/// The error for an energy whose last node for a concept is gone. `is_free` if nobody serves the concept
+/// otherwise and nobody asks for it by name: then it can be retired.
+fn gone(Probe { concept, energy }: &Probe, is_free: bool) -> Error {
+    let retire = match is_free {
+        true => format!(
+            ", or if it is not wanted any more, retire it with `fairlead concepts --retire {concept}`"
+        ),
+        false => String::new(),
+    };
     Error::Unavailable(format!(
         "no live energy node serves concept `{concept}` with `{energy}` any longer; start one with \
-         `fairlead energy` or give it to one with `fairlead concepts --add`, or if it is not wanted any more, \
-         `fairlead concepts --retire {concept}`"
+         `fairlead energy` or give it to one with `fairlead concepts --add`{retire}"
     ))
 }
 

@@ -118,14 +118,15 @@ async fn live(
             tasks.spawn(keep_registered(registry, node.clone(), shutdown.clone()));
         }
         None => {
-            tracing::warn!("registered nowhere: no --coordinator, so only who knows it will ask")
+            tracing::info!("registered nowhere: no --coordinator, so only who knows it will ask")
         }
     }
     if let Some(directory) = node.folders().calibrations.clone() {
         if !directory.is_dir() {
             let folder = directory.display();
             tracing::warn!(
-                "--calibrations: there is no folder {folder} yet; without calibrations jobs are refused"
+                "--calibrations: there is no folder {folder} yet; without calibrations only policies with \
+                 allow_calibration_fallback have jobs"
             );
         }
         tasks.spawn(reload_calibrations(node.clone(), directory, shutdown.clone()));

@@ -151,6 +151,8 @@ fn an_energy_that_is_gone_is_missed_and_not_replaced() {
     let refused = gone.admit(&spec()).expect_err("siglip is gone");
     assert!(matches!(&refused, Error::Unavailable(_)), "{refused}");
     assert!(refused.to_string().contains("concept `axe` with `siglip`"), "{refused}");
+    // It is served still, so it cannot be retired.
+    assert!(refused.to_string().ends_with("`fairlead concepts --add`"), "{refused}");
     let named = World::new().policies("[policies.a]\nconcepts = ['*']\nenergies = ['siglip']");
     let refused = named.admit(&spec()).expect_err("siglip never came").to_string();
     assert!(refused.contains("policy `a` needs the energy `siglip`"), "{refused}");
@@ -222,6 +224,26 @@ fn a_missing_worker_or_node_is_unavailable_not_invalid() {
         let error = result.expect_err(expected);
         assert_eq!(error.code(), Code::Unavailable, "{error}");
         assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn only_a_concept_that_nobody_names_is_for_retirement() {
+    let refused = |policies: &str, extra: &[&str], of_tenant: &[&str]| {
+        let mut world = World { seen: seen(probe("bomb", "")), ..World::new() }.policies(policies);
+        world.tenant.concepts = of_tenant.iter().map(|&name| name.to_owned()).collect();
+        let extra_concepts = extra.iter().map(|&name| name.to_owned()).collect();
+        let spec = v1::JobSpec { extra_concepts, ..spec() };
+        world.admit(&spec).expect_err("nobody serves it").to_string()
+    };
+    let (all, named) = ("[policies.a]\nconcepts = ['*']", "[policies.a]\nconcepts = ['*', 'bomb']");
+    let can_retire = |text: String| text.contains("`fairlead concepts --retire bomb`");
+    assert!(can_retire(refused(all, &[], &[])));
+    for text in
+        [refused(named, &[], &[]), refused(all, &["bomb"], &[]), refused(all, &[], &["bomb"])]
+    {
+        assert!(text.contains("no live energy node serves concept `bomb`"), "{text}");
+        assert!(!can_retire(text));
     }
 }
 

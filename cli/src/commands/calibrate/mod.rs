@@ -193,10 +193,15 @@ async fn calibrate(
             }
         }
     }
-    say!(
-        "energy nodes gate by it with --calibrations {}; those that run so already notice within seconds",
-        out.display()
-    );
+    match &args.server {
+        Some(_) => say!(
+            "copy the files to where the energy nodes have their --calibrations; they notice within seconds"
+        ),
+        None => say!(
+            "energy nodes gate by it with --calibrations {}; those that run so already notice within seconds",
+            out.display()
+        ),
+    }
     Ok(())
 }
 
