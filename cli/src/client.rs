@@ -67,6 +67,8 @@ type Keyed = InterceptedService<Replicas, Key>;
 #[derive(Clone)]
 pub(crate) struct Client {
     address: String,
+    /// How many coordinators `address` names.
+    coordinators: usize,
     tls: Tls,
     was_reached: Arc<AtomicBool>,
     generation: GenerationServiceClient<Keyed>,
@@ -91,11 +93,16 @@ pub(crate) struct FinishedImage {
 impl Client {
     /// Connects lazily to `address`, "http://host:port", or to one of several separated by commas.
     pub(crate) fn new(address: &str, credentials: Credentials) -> Result<Self> {
+        Self::with_deadline(address, credentials, grpc::REQUEST_TIMEOUT)
+    }
+
+    fn with_deadline(address: &str, credentials: Credentials, deadline: Duration) -> Result<Self> {
         let Credentials { key, tls } = credentials;
-        let replicas = grpc::replicas(address, grpc::REQUEST_TIMEOUT, &tls)?;
+        let replicas = grpc::replicas(address, deadline, &tls)?;
         let channel = InterceptedService::new(replicas, key);
         Ok(Self {
             address: address.to_owned(),
+            coordinators: address.split(',').count(),
             tls,
             was_reached: Arc::default(),
             generation: GenerationServiceClient::new(channel.clone())
@@ -212,14 +219,17 @@ impl Client {
             // Who says when to come back is there.
             self.was_reached.store(true, Ordering::Relaxed);
         }
-        let transient = hint.is_some()
-            || matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Aborted);
+        let transient = hint.is_some() || is_transient(status.code());
         let patience = match self.was_reached.load(Ordering::Relaxed) {
             true => AWAY,
             false => ABSENT,
         };
+        trouble.calls += 1;
         let delay = trouble.backoff.next_delay().max(hint.unwrap_or_default());
-        if !transient || trouble.since.elapsed() + hint.unwrap_or_default() >= patience {
+        // One that is frozen costs a whole deadline; the others are asked nevertheless.
+        let is_late = trouble.calls >= self.coordinators
+            && trouble.since.elapsed() + hint.unwrap_or_default() >= patience;
+        if !transient || is_late {
             let advice = match is_refused(&status) {
                 true => " cannot be reached (does it run there?)",
                 false => "",
@@ -319,14 +329,22 @@ impl Client {
 /// Calls in a row that failed.
 struct Trouble {
     since: Instant,
+    calls: usize,
     backoff: Backoff,
 }
 
 impl Trouble {
     fn new() -> Self {
         let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
-        Self { since: Instant::now(), backoff }
+        Self { since: Instant::now(), calls: 0, backoff }
     }
+}
+
+/// Whether the same call may go better in a moment, perhaps at another coordinator. A deadline that passes
+/// here is CANCELLED.
+fn is_transient(code: Code) -> bool {
+    use Code::{Aborted, Cancelled, DeadlineExceeded, Unavailable, Unknown};
+    matches!(code, Unavailable | Unknown | Aborted | Cancelled | DeadlineExceeded)
 }
 
 /// Whether nobody listens at the address.
@@ -354,5 +372,31 @@ pub(crate) fn save(image: &FinishedImage, folder: &Path, name: &str) -> Result<(
             Err(error).with_context(|| format!("cannot remove {}", picture.display()))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairlead_coordinator::CoordinatorOptions;
+    use futures::future::try_join_all;
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_coordinator_that_is_silent_is_passed_over() {
+        // It takes connections and never reads.
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = |listener: &TcpListener| listener.local_addr().expect("it has an address");
+        let both = format!("http://{}, http://{}", address(&silent), address(&listener));
+        let (options, stop) = (CoordinatorOptions::default(), CancellationToken::new());
+        let coordinator = tokio::spawn(fairlead_coordinator::run(listener, options, stop.clone()));
+        // Each begins with one of the two, by chance.
+        let ask =
+            async |_| Client::with_deadline(&both, Credentials::default(), ABSENT)?.models().await;
+        let answers = try_join_all((0..16).map(ask)).await.expect("one of the two answers");
+        assert!(answers.iter().all(Vec::is_empty), "{answers:?}");
+        stop.cancel();
+        coordinator.await.expect("no panic").expect("it ends in order");
     }
 }

@@ -53,7 +53,8 @@ pub struct EnergyArgs {
     /// commas. Without it the node serves whoever calls it.
     #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_COORDINATOR")]
     pub coordinator: Option<String>,
-    /// Name of this node, unique among the live ones. Default: a random one.
+    /// Name of this node, unique among the live ones: a second that runs is refused, and one that comes
+    /// back has it again, wherever it comes back. Default: a random one.
     #[arg(long, value_name = "NAME", env = "FAIRLEAD_ENERGY_NODE_ID")]
     pub node_id: Option<String>,
     /// Crops each image is scored on where a request does not say, 1 to 8. More are harder to fool
