@@ -21,9 +21,9 @@ use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
         CancelJobRequest, ConceptDefinition, ConceptRef, DeployConceptsRequest, Deployment,
-        GetImageRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, JobSpec, JobState,
-        ListConceptsRequest, ListModelsRequest, ModelInfo, RetireConceptRequest, SafetyRecord,
-        ServedConcept, StepProgress, SubmitJobRequest, WatchJobRequest,
+        GetImageRequest, GetJobRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, JobSpec,
+        JobState, ListConceptsRequest, ListModelsRequest, ModelInfo, RetireConceptRequest,
+        SafetyRecord, ServedConcept, StepProgress, SubmitJobRequest, WatchJobRequest,
         catalog_service_client::CatalogServiceClient,
         generation_service_client::GenerationServiceClient, watch_job_response::Event,
     },
@@ -172,6 +172,13 @@ impl Client {
         self.call(submit).await?.job.context("an answer without a job")
     }
 
+    pub(crate) async fn job(&self, job_id: &str) -> Result<Job> {
+        let mut generation = self.generation.clone();
+        let request = GetJobRequest { job_id: job_id.to_owned() };
+        let get = async move || generation.get_job(request.clone()).await;
+        self.call(get).await?.job.context("an answer without a job")
+    }
+
     pub(crate) async fn cancel(&self, job_id: &str) -> Result<Job> {
         let mut generation = self.generation.clone();
         let request = CancelJobRequest { job_id: job_id.to_owned() };
@@ -230,12 +237,14 @@ impl Client {
         let is_late = trouble.calls >= self.coordinators
             && trouble.since.elapsed() + hint.unwrap_or_default() >= patience;
         if !transient || is_late {
-            let advice = match is_refused(&status) {
-                true => " cannot be reached (does it run there?)",
-                false => "",
+            let trouble = match (status.source().is_some(), is_refused(&status)) {
+                (true, true) => " cannot be reached (does it run there?)",
+                (true, false) => " cannot be reached",
+                // Its own words.
+                (false, _) => "",
             };
             return Err(status)
-                .with_context(|| format!("the coordinator at {}{advice}", self.address));
+                .with_context(|| format!("the coordinator at {}{trouble}", self.address));
         }
         tokio::time::sleep(delay).await;
         Ok(())

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use fairlead_proto::v1::{ConceptRef, Job, ModelInfo, ServedConcept};
+use fairlead_proto::v1::{ConceptRef, Job, JobState, ModelInfo, ServedConcept};
 
 use crate::{client::Client, progress::JobProgress};
 
@@ -36,40 +36,57 @@ pub(crate) async fn tell_why(
     heard: &Heard,
     progress: &JobProgress,
 ) -> Infallible {
-    let mut told = String::new();
+    let mut told = Told::default();
     loop {
         tokio::time::sleep(QUIET).await;
-        // Who cannot be asked now is told of by whoever follows the job.
-        let reason = match heard.is_fresh() {
-            true => String::new(),
-            false => match reason(client, job, heard).await {
-                Ok(reason) => reason,
-                Err(_) => continue,
-            },
-        };
-        if reason != told && !reason.is_empty() {
-            progress.say(&format!("job {} {reason}", job.job_id));
+        if heard.is_fresh() && told.0.is_empty() {
+            continue;
         }
-        told = reason;
+        // Who cannot be asked now is told of by whoever follows the job.
+        let Ok(reason) = reason(client, &job.job_id, heard).await else { continue };
+        if let Some(news) = told.news(reason, heard.is_fresh()) {
+            progress.say(&format!("job {} {news}", job.job_id));
+        }
     }
 }
 
-/// Empty if it is being made: a step may take long.
-async fn reason(client: &Client, job: &Job, heard: &Heard) -> Result<String> {
-    let (models, concepts) = (client.models().await?, client.concepts().await?);
-    Ok(match obstacle(job, &models, &concepts) {
-        // The answers took their time.
-        _ if heard.is_fresh() => String::new(),
-        Some(obstacle) => format!("waits: {obstacle}"),
-        None if heard.0.get().is_none() => "is queued, or at its first step".to_owned(),
-        None => String::new(),
+/// What was said last and holds still.
+#[derive(Debug, Default)]
+struct Told(String);
+
+impl Told {
+    /// What is to be said of `reason`, which may be empty: nothing twice while it holds, and nothing of a
+    /// job whose steps are heard.
+    fn news(&mut self, reason: String, is_fresh: bool) -> Option<&str> {
+        if reason == self.0 {
+            return None;
+        }
+        self.0 = if is_fresh { String::new() } else { reason };
+        (!self.0.is_empty()).then_some(self.0.as_str())
+    }
+}
+
+async fn reason(client: &Client, job_id: &str, heard: &Heard) -> Result<String> {
+    let job = client.job(job_id).await?;
+    let obstacle = obstacle(&job, &client.models().await?, &client.concepts().await?);
+    Ok(match (job.state(), obstacle) {
+        (JobState::Queued, Some(obstacle)) => format!("waits: {obstacle}"),
+        (JobState::Queued, None) => "waits for its turn".to_owned(),
+        // It may be made by a worker that is told to stop, or by nobody since one was lost.
+        (JobState::Running, Some(obstacle)) => {
+            format!("has made no step for a while, and {obstacle}")
+        }
+        (JobState::Running, None) if heard.0.get().is_none() => {
+            "was begun and has made no step yet".to_owned()
+        }
+        // A step may take long.
+        _ => String::new(),
     })
 }
 
 /// What keeps `job` from being made, as far as the catalog tells.
 fn obstacle(job: &Job, models: &[ModelInfo], concepts: &[ServedConcept]) -> Option<String> {
     let model = job.spec.as_ref().map_or("", |spec| &spec.model);
-    // A worker that is told to stop makes what it holds, and is no longer listed.
     if models.iter().all(|attached| attached.name != model) {
         return Some(format!("no worker takes new work for `{model}`"));
     }
@@ -101,6 +118,25 @@ mod tests {
     fn served(concept: ConceptRef, nodes: usize) -> ServedConcept {
         let info = ConceptInfo { concept: Some(concept), ..Default::default() };
         ServedConcept { concept: Some(info), nodes: vec![ServingNode::default(); nodes] }
+    }
+
+    #[test]
+    fn a_reason_is_said_once_until_it_ends() {
+        let mut told = Told::default();
+        let mut says =
+            |reason: &str, is_fresh| told.news(reason.into(), is_fresh).map(str::to_owned);
+        assert_eq!(says("", false), None);
+        assert_eq!(says("no worker", false).as_deref(), Some("no worker"));
+        assert_eq!(says("no worker", false), None);
+        assert_eq!(says("no node", false).as_deref(), Some("no node"));
+        // A slow worker makes the last steps it will.
+        assert_eq!(says("no node", true), None);
+        assert_eq!(says("no node", false), None);
+        // The reason was gone in between.
+        assert_eq!(says("", true), None);
+        assert_eq!(says("no node", false).as_deref(), Some("no node"));
+        assert_eq!(says("no worker", true), None);
+        assert_eq!(says("no worker", false).as_deref(), Some("no worker"));
     }
 
     #[test]

@@ -88,13 +88,18 @@ impl Channels {
         Self { connect: Arc::new(connect), open: Arc::default() }
     }
 
+    /// Another channel to `address`, which knows nothing of what became of earlier connections.
+    pub fn fresh(&self, address: &str) -> Result<Channel, AddressError> {
+        (self.connect)(address)
+    }
+
     /// The channel to `address`. Call it inside a tokio runtime.
     pub fn get(&self, address: &str) -> Result<Channel, AddressError> {
         let mut open = self.open.lock();
         if let Some(channel) = open.get(address) {
             return Ok(channel.clone());
         }
-        let channel = (self.connect)(address)?;
+        let channel = self.fresh(address)?;
         // Nodes that came and went on ports of their own; those that are left connect again.
         if open.len() >= MAX_CHANNELS {
             open.clear();

@@ -333,7 +333,7 @@ fn newest(
 fn gone(Probe { concept, energy }: &Probe, is_free: bool) -> Error {
     let retire = match is_free {
         true => format!(
-            ", or if it is not wanted any more, retire it with `fairlead concepts --retire {concept}`"
+            ", or if it is not wanted any more, have an admin run `fairlead concepts --retire {concept}`"
         ),
         false => String::new(),
     };

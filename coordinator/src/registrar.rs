@@ -8,6 +8,7 @@ use fairlead_proto::{
     v1::{self, energy_service_client::EnergyServiceClient},
 };
 use tokio::time::timeout;
+use tonic::Status;
 
 use crate::{
     error::{Error, Result},
@@ -15,7 +16,7 @@ use crate::{
     routing::LiveNode,
 };
 
-/// Time for a node to say that it is there. The one that waits for it is patient for five seconds.
+/// Time for a node to say that it is there: part of a call that the one who registers gives five seconds.
 const DEADLINE: Duration = Duration::from_secs(2);
 
 /// Lets energy nodes in.
@@ -41,29 +42,35 @@ impl Registrar {
             node.info.node_id == info.node_id && node.info.address != info.address
         };
         if let Some(other) = self.registry.live().into_iter().find(is_other) {
-            let address = other.info.address.clone();
-            if self.answers(&other).await {
-                return Err(Error::NodeIdTaken { node_id: info.node_id, address });
+            let v1::NodeInfo { node_id, address, .. } = (*other.info).clone();
+            match self.ask(&node_id, &address).await {
+                Ok(()) => return Err(Error::NodeIdTaken { node_id, address }),
+                Err(reason) => tracing::warn!(
+                    node = node_id,
+                    address,
+                    reason,
+                    "does not answer to its name there any longer; it goes to the one that asks for it"
+                ),
             }
-            tracing::warn!(
-                node = info.node_id,
-                address,
-                "gone from there, its name goes on elsewhere"
-            );
         }
         self.registry.register(info).await
     }
 
-    /// Whether the node that was registered is at its address still.
-    async fn answers(&self, node: &LiveNode) -> bool {
-        let Ok(channel) = self.channels.get(&node.info.address) else { return false };
+    /// Whether the node that was registered is there still; otherwise why not. What answers there may be
+    /// the very one that registers, by another of its addresses.
+    async fn ask(&self, node_id: &str, address: &str) -> Result<(), String> {
+        let channel = self.channels.fresh(address).map_err(|error| error.to_string())?;
         let mut client =
             EnergyServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let mut request = tonic::Request::new(v1::DescribeRequest {});
-        request.set_timeout(DEADLINE);
-        let described = timeout(DEADLINE, client.describe(request)).await;
-        let described = described.ok().and_then(Result::ok).and_then(|d| d.into_inner().node);
-        described.is_some_and(|described| described.node_id == node.info.node_id)
+        let answer = timeout(DEADLINE, client.describe(v1::DescribeRequest {})).await;
+        let answer = answer.map_err(|_| format!("no answer within {DEADLINE:?}"))?;
+        let said = |status: Status| format!("{:?}: {}", status.code(), status.message());
+        let node = answer.map_err(said)?.into_inner().node;
+        match node.unwrap_or_default() {
+            node if node.node_id != node_id => Err(format!("`{}` is there", node.node_id)),
+            node if node.address != address => Err(format!("it is {} now", node.address)),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -62,16 +62,12 @@ pub(crate) async fn keep_registered(
     let mut registration = None;
     loop {
         offers.borrow_and_update();
-        let registered = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => break,
-            () = failed(&mut engine) => break,
-            registered = register(&mut registry, node.describe()) => registered,
-        };
+        let registered = register(&mut registry, node.describe(), &mut engine, &shutdown).await;
+        let Some(registered) = registered else { break };
         let current = registration.insert(registered);
         match renew(&mut registry, current, &mut offers, &mut engine, &shutdown).await {
             Ended::Shutdown | Ended::EngineFailed => break,
-            // Until the next one is there, this one is alive.
+            // What it has is good until the next one replaces it.
             Ended::Changed => {
                 tracing::info!("concepts or calibrations changed, registering anew");
             }
@@ -94,8 +90,14 @@ async fn failed(engine: &mut watch::Receiver<EngineState>) {
     }
 }
 
-/// Tries until it is registered.
-async fn register(registry: &mut Registry, node: NodeInfo) -> Registration {
+/// Tries until it is registered; `None` if the node stops or its scorer breaks before. A call is not left
+/// before its answer, which names what is to be taken back.
+async fn register(
+    registry: &mut Registry,
+    node: NodeInfo,
+    engine: &mut watch::Receiver<EngineState>,
+    shutdown: &CancellationToken,
+) -> Option<Registration> {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     loop {
         let coordinator = registry.coordinators.address().to_owned();
@@ -106,7 +108,7 @@ async fn register(registry: &mut Registry, node: NodeInfo) -> Registration {
                 let ttl = Duration::from_millis(answer.ttl_ms.into());
                 let concepts = node.concepts.len();
                 tracing::info!(coordinator, %node_id, ?ttl, concepts, "registered");
-                return Registration { node_id, id: answer.registration_id, ttl };
+                return Some(Registration { node_id, id: answer.registration_id, ttl });
             }
             Err(status) => {
                 let delay = backoff.next_delay();
@@ -119,7 +121,12 @@ async fn register(registry: &mut Registry, node: NodeInfo) -> Registration {
                         tracing::error!(coordinator, ?code, ?delay, "refused this node: {message}");
                     }
                 }
-                tokio::time::sleep(delay).await;
+                tokio::select! {
+                    biased;
+                    () = shutdown.cancelled() => return None,
+                    () = failed(engine) => return None,
+                    () = tokio::time::sleep(delay) => {}
+                }
             }
         }
     }
@@ -170,6 +177,9 @@ async fn deregister(registry: &mut Registry, registration: Registration) {
     let request = DeregisterNodeRequest { node_id, registration_id: id };
     match bounded(registry.client.deregister_node(request)).await {
         Ok(_) => tracing::info!("deregistered"),
+        Err(status) if status.code() == Code::NotFound => {
+            tracing::info!("the registration had ended before");
+        }
         Err(status) => {
             let (code, message) = (status.code(), status.message());
             tracing::warn!(?code, "not deregistered, the registration will expire: {message}");

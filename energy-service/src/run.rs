@@ -126,7 +126,7 @@ async fn live(
             let folder = directory.display();
             tracing::warn!(
                 "--calibrations: there is no folder {folder} yet; without calibrations only policies with \
-                 allow_calibration_fallback have jobs"
+                 allow_calibration_fallback or observe_only have jobs"
             );
         }
         tasks.spawn(reload_calibrations(node.clone(), directory, shutdown.clone()));

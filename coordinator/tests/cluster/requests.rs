@@ -1,7 +1,10 @@
 //! Requests: idempotency, paging, bounds, and every way to get one wrong.
 
+use std::{collections::BTreeMap, time::Duration};
+
 use fairlead_coordinator::CoordinatorOptions;
 use fairlead_proto::v1::{self, JobState};
+use tokio::{net::TcpListener, time::timeout};
 use tonic::Code;
 
 use crate::{
@@ -167,24 +170,48 @@ async fn nodes_of_another_version_are_refused_and_dead_registrations_unknown() {
 #[tokio::test]
 async fn a_name_belongs_to_the_node_that_answers_to_it() {
     let (cluster, node, _worker) = start(options()).await;
-    let register = async |info: v1::NodeInfo| {
+    // Within the time that a node gives it.
+    let register = async |id: &str, address: &str| {
+        let info = describe(id, address, "clip", &["axe"]);
         let request = v1::RegisterNodeRequest { node: Some(info) };
-        patient(cluster.registry().register_node(request)).await
+        let mut registry = cluster.registry();
+        let answer = timeout(Duration::from_secs(5), registry.register_node(request));
+        answer.await.expect("no node waits for so long").map(drop)
     };
-    let elsewhere = |id: &str| describe(id, "http://127.0.0.1:1", "clip", &["axe"]);
+    const ELSEWHERE: &str = "http://127.0.0.1:1";
     let at = format!("runs at {} already", node.info.address);
-    assert_status(register(elsewhere(&node.info.node_id)).await, Code::AlreadyExists, &at);
-    register(node.info.clone()).await.expect("it replaces its own registration");
+    assert_status(register(&node.info.node_id, ELSEWHERE).await, Code::AlreadyExists, &at);
+    register(&node.info.node_id, &node.info.address).await.expect("it registers again");
 
     // One that was killed has come back elsewhere before its registration ended.
     let mut killed = Node::start(&cluster, "killed", &["axe"], Script::Closed).await;
     killed.die().await;
-    register(elsewhere("killed")).await.expect("nobody answers at its address");
-    // Another node has its address meanwhile.
-    let moved = v1::NodeInfo { address: node.info.address.clone(), ..elsewhere("moved") };
-    register(moved).await.expect("nobody has the name");
-    register(elsewhere("moved")).await.expect("nobody answers to its name");
+    // One is frozen: it takes connections, and that is all.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let frozen = format!("http://{}", listener.local_addr().expect("an address"));
+    register("frozen", &frozen).await.expect("nobody has the name");
+    // Another has the address of one.
+    register("moved", &node.info.address).await.expect("nobody has the name");
+    for id in ["killed", "frozen", "moved"] {
+        register(id, ELSEWHERE).await.expect(id);
+    }
+    // One has come back on its port and calls itself otherwise: it answers at both addresses.
+    let renamed = Node::start(&cluster, "renamed", &["axe"], Script::Closed).await;
+    renamed.leave(&cluster).await;
+    let former = renamed.info.address.replace("127.0.0.1", "localhost");
+    register("renamed", &former).await.expect("nobody has the name");
+    register("renamed", &renamed.info.address).await.expect("that is itself");
+
     let served = patient(cluster.catalog().list_concepts(v1::ListConceptsRequest {})).await;
-    let concepts = served.expect("a list").into_inner().concepts;
-    assert_eq!(concepts[0].nodes.len(), 3, "{concepts:?}");
+    let served = served.expect("a list").into_inner().concepts.remove(0).nodes;
+    let at: BTreeMap<&str, &str> =
+        served.iter().map(|node| (node.node_id.as_str(), node.address.as_str())).collect();
+    let expected = [
+        ("frozen", ELSEWHERE),
+        ("killed", ELSEWHERE),
+        ("moved", ELSEWHERE),
+        ("node", &node.info.address),
+        ("renamed", &renamed.info.address),
+    ];
+    assert_eq!(at, expected.into());
 }

@@ -166,6 +166,37 @@ async fn added_concepts_are_announced() {
 }
 
 #[tokio::test]
+async fn what_is_registered_while_the_node_stops_is_taken_back() {
+    let mut coordinator = Coordinator::start(LONG).await;
+    let (_folder, mut node, _) = coordinator.node().await;
+    assert!(matches!(coordinator.next(Ok("r1")).await, Call::Register(_)));
+    node.client.add_concepts(super::adding::hat()).await.expect("added");
+    let call = coordinator.calls.recv().await.expect("a call");
+    assert!(matches!(call, Call::Register(_)), "{call:?}");
+    // Only now it is answered.
+    node.shutdown.cancel();
+    coordinator.answers.send(Ok("r2".into())).await.expect("the registry is there");
+    let Call::Deregister(request) = coordinator.next(Ok("")).await else { panic!("leaves") };
+    assert_eq!(request.registration_id, "r2");
+
+    let mut coordinator = Coordinator::start(LONG).await;
+    let (_folder, mut node, _) = coordinator.node().await;
+    assert!(matches!(coordinator.next(Ok("r1")).await, Call::Register(_)));
+    node.client.add_concepts(super::adding::hat()).await.expect("added");
+    let refused = Err(Status::already_exists("another has the name"));
+    assert!(matches!(coordinator.next(refused).await, Call::Register(_)));
+    node.shutdown.cancel();
+    loop {
+        // It may have asked once more.
+        let again = Err(Status::already_exists("another has the name"));
+        if let Call::Deregister(request) = coordinator.next(again).await {
+            assert_eq!(request.registration_id, "r1");
+            break;
+        }
+    }
+}
+
+#[tokio::test]
 async fn new_calibrations_are_picked_up_and_announced() {
     let mut coordinator = Coordinator::start(LONG).await;
     let (folder, mut node, _) = coordinator.node().await;
