@@ -23,8 +23,8 @@ use fairlead_proto::{
         CancelJobRequest, ConceptDefinition, ConceptRef, DeployConceptsRequest, Deployment,
         GetImageRequest, GetJobRequest, GetRecordRequest, ImageInfo, ImageStatus, Job, JobSpec,
         JobState, ListConceptsRequest, ListModelsRequest, ModelInfo, RetireConceptRequest,
-        SafetyRecord, ServedConcept, StepProgress, SubmitJobRequest, WatchJobRequest,
-        catalog_service_client::CatalogServiceClient,
+        RetireConceptResponse, SafetyRecord, ServedConcept, StepProgress, SubmitJobRequest,
+        WatchJobRequest, catalog_service_client::CatalogServiceClient,
         generation_service_client::GenerationServiceClient, watch_job_response::Event,
     },
 };
@@ -39,6 +39,9 @@ use crate::credentials::{Credentials, Key};
 const AWAY: Duration = Duration::from_secs(60);
 /// How long one that was never reached is waited for: it may be starting.
 const ABSENT: Duration = Duration::from_secs(3);
+
+/// A watch that was open for so long was a good one.
+const SOUND: Duration = Duration::from_secs(5);
 
 /// Work ended early because the person asked for it, with Ctrl-C.
 #[derive(Debug)]
@@ -67,9 +70,10 @@ type Keyed = InterceptedService<Replicas, Key>;
 #[derive(Clone)]
 pub(crate) struct Client {
     address: String,
-    /// How many coordinators `address` names.
-    coordinators: usize,
+    coordinators: Replicas,
     tls: Tls,
+    /// How long one that was reached may be away.
+    away: Duration,
     was_reached: Arc<AtomicBool>,
     generation: GenerationServiceClient<Keyed>,
     catalog: CatalogServiceClient<Keyed>,
@@ -93,17 +97,23 @@ pub(crate) struct FinishedImage {
 impl Client {
     /// Connects lazily to `address`, "http://host:port", or to one of several separated by commas.
     pub(crate) fn new(address: &str, credentials: Credentials) -> Result<Self> {
-        Self::with_deadline(address, credentials, grpc::REQUEST_TIMEOUT)
+        Self::with_patience(address, credentials, grpc::REQUEST_TIMEOUT, AWAY)
     }
 
-    fn with_deadline(address: &str, credentials: Credentials, deadline: Duration) -> Result<Self> {
+    fn with_patience(
+        address: &str,
+        credentials: Credentials,
+        deadline: Duration,
+        away: Duration,
+    ) -> Result<Self> {
         let Credentials { key, tls } = credentials;
-        let replicas = grpc::replicas(address, deadline, &tls)?;
-        let channel = InterceptedService::new(replicas, key);
+        let coordinators = grpc::replicas(address, deadline, &tls)?;
+        let channel = InterceptedService::new(coordinators.clone(), key);
         Ok(Self {
             address: address.to_owned(),
-            coordinators: address.split(',').count(),
+            coordinators,
             tls,
+            away,
             was_reached: Arc::default(),
             generation: GenerationServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -138,11 +148,21 @@ impl Client {
         Ok((reply.concepts, reply.absent))
     }
 
-    /// Forgets a concept that no node serves and returns the energies that it was known from.
+    /// Forgets a concept that no node serves and returns the energies that it was known from, if that is
+    /// told: the answer may get lost.
     pub(crate) async fn retire(&self, concept: &str) -> Result<Vec<String>> {
         let mut catalog = self.catalog.clone();
         let request = RetireConceptRequest { concept: concept.to_owned() };
-        let retire = async move || catalog.retire_concept(request.clone()).await;
+        let mut is_repeated = false;
+        let retire = async move || match catalog.retire_concept(request.clone()).await {
+            Err(status) if is_repeated && status.code() == Code::NotFound => {
+                Ok(Response::new(RetireConceptResponse::default()))
+            }
+            answer => {
+                is_repeated = true;
+                answer
+            }
+        };
         Ok(self.call(retire).await?.energies)
     }
 
@@ -206,20 +226,22 @@ impl Client {
         &self,
         mut call: impl AsyncFnMut() -> Result<Response<T>, Status>,
     ) -> Result<T> {
-        let mut trouble = Trouble::new();
+        let mut trouble = Trouble::new(&self.coordinators);
         loop {
+            let began = Instant::now();
             match call().await {
                 Ok(reply) => {
                     self.was_reached.store(true, Ordering::Relaxed);
                     return Ok(reply.into_inner());
                 }
-                Err(status) => self.wait(&mut trouble, status).await?,
+                Err(status) => self.wait(&mut trouble, began, status).await?,
             }
         }
     }
 
-    /// Waits before a repetition; the error is one that stays, or has stayed for too long.
-    async fn wait(&self, trouble: &mut Trouble, status: Status) -> Result<()> {
+    /// Waits before a repetition of what failed and `began` then; the error is one that stays, or has stayed
+    /// for too long.
+    async fn wait(&self, trouble: &mut Trouble, began: Instant, status: Status) -> Result<()> {
         // Only what may be repeated says when: a queue that is full, a rate that is exceeded.
         let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
         if hint.is_some() {
@@ -228,14 +250,15 @@ impl Client {
         }
         let transient = hint.is_some() || is_transient(status.code());
         let patience = match self.was_reached.load(Ordering::Relaxed) {
-            true => AWAY,
+            true => self.away,
             false => ABSENT,
         };
-        trouble.calls += 1;
         let delay = trouble.backoff.next_delay().max(hint.unwrap_or_default());
+        let lasts = trouble.since.get_or_insert(began).elapsed() + hint.unwrap_or_default();
         // One that is frozen costs a whole deadline; the others are asked nevertheless.
-        let is_late = trouble.calls >= self.coordinators
-            && trouble.since.elapsed() + hint.unwrap_or_default() >= patience;
+        let moves = self.coordinators.moves().wrapping_sub(trouble.moves_before);
+        let is_answer = status.source().is_none();
+        let is_late = (is_answer || moves >= self.coordinators.count()) && lasts >= patience;
         if !transient || is_late {
             let trouble = match (status.source().is_some(), is_refused(&status)) {
                 (true, true) => " cannot be reached (does it run there?)",
@@ -259,18 +282,23 @@ impl Client {
         mut on_step: impl FnMut(&StepProgress),
     ) -> Result<Job> {
         let mut after_sequence = 0;
-        let mut trouble = Trouble::new();
+        let mut trouble = Trouble::new(&self.coordinators);
         let mut cancelled = false;
         loop {
             let request = WatchJobRequest { job_id: job.job_id.clone(), after_sequence };
+            let (began, moves) = (Instant::now(), self.coordinators.moves());
             let mut events = match self.generation.clone().watch_job(request).await {
-                Ok(reply) => reply.into_inner(),
+                Ok(reply) => {
+                    self.was_reached.store(true, Ordering::Relaxed);
+                    reply.into_inner()
+                }
                 Err(status) => {
-                    self.wait(&mut trouble, status).await?;
+                    self.wait(&mut trouble, began, status).await?;
                     continue;
                 }
             };
-            loop {
+            let opened = Instant::now();
+            let broken = loop {
                 let event = tokio::select! {
                     event = events.message() => event,
                     () = stop.cancelled(), if !cancelled => {
@@ -281,7 +309,7 @@ impl Client {
                 };
                 match event {
                     Ok(Some(response)) => {
-                        trouble = Trouble::new();
+                        trouble = Trouble::new(&self.coordinators);
                         after_sequence = after_sequence.max(response.sequence);
                         match response.event {
                             Some(Event::Progress(step)) => on_step(&step),
@@ -289,16 +317,16 @@ impl Client {
                             Some(Event::Job(_) | Event::Image(_)) | None => {}
                         }
                     }
-                    Ok(None) => {
-                        self.wait(&mut trouble, Status::unavailable("the watch ended")).await?;
-                        break;
-                    }
-                    Err(status) => {
-                        self.wait(&mut trouble, status).await?;
-                        break;
-                    }
+                    Ok(None) => break Status::unavailable("the watch ended"),
+                    Err(status) => break status,
                 }
+            };
+            // Of a job that waits nothing is heard.
+            if opened.elapsed() >= SOUND {
+                trouble = Trouble::new(&self.coordinators);
             }
+            self.coordinators.leave(moves);
+            self.wait(&mut trouble, Instant::now(), broken).await?;
         }
     }
 
@@ -337,15 +365,17 @@ impl Client {
 
 /// Calls in a row that failed.
 struct Trouble {
-    since: Instant,
-    calls: usize,
+    /// When the first of them began.
+    since: Option<Instant>,
+    moves_before: usize,
     backoff: Backoff,
 }
 
 impl Trouble {
-    fn new() -> Self {
+    /// None yet.
+    fn new(coordinators: &Replicas) -> Self {
         let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
-        Self { since: Instant::now(), calls: 0, backoff }
+        Self { since: None, moves_before: coordinators.moves(), backoff }
     }
 }
 
@@ -385,27 +415,4 @@ pub(crate) fn save(image: &FinishedImage, folder: &Path, name: &str) -> Result<(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use fairlead_coordinator::CoordinatorOptions;
-    use futures::future::try_join_all;
-    use tokio::net::TcpListener;
-
-    #[tokio::test]
-    async fn a_coordinator_that_is_silent_is_passed_over() {
-        // It takes connections and never reads.
-        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = |listener: &TcpListener| listener.local_addr().expect("it has an address");
-        let both = format!("http://{}, http://{}", address(&silent), address(&listener));
-        let (options, stop) = (CoordinatorOptions::default(), CancellationToken::new());
-        let coordinator = tokio::spawn(fairlead_coordinator::run(listener, options, stop.clone()));
-        // Each begins with one of the two, by chance.
-        let ask =
-            async |_| Client::with_deadline(&both, Credentials::default(), ABSENT)?.models().await;
-        let answers = try_join_all((0..16).map(ask)).await.expect("one of the two answers");
-        assert!(answers.iter().all(Vec::is_empty), "{answers:?}");
-        stop.cancel();
-        coordinator.await.expect("no panic").expect("it ends in order");
-    }
-}
+mod tests;

@@ -109,9 +109,9 @@ impl Channels {
     }
 }
 
-/// Coordinators that serve the same cluster: calls go to one of them until it cannot be reached or says
-/// that it is unavailable, then to the next. A call that failed is not repeated; its caller knows
-/// whether it may be. Clones move on together.
+/// Coordinators that serve the same cluster: calls go to one of them until it cannot be reached, says
+/// that it is unavailable or is not waited for any longer, then to the next. A call that failed is not
+/// repeated; its caller knows whether it may be. Clones move on together.
 #[derive(Debug, Clone)]
 pub struct Replicas {
     /// Each with its address.
@@ -132,8 +132,25 @@ pub fn replicas(addresses: &str, timeout: Duration, tls: &Tls) -> Result<Replica
 impl Replicas {
     /// The coordinator that calls go to now.
     pub fn address(&self) -> &str {
-        let (address, _) = self.at(self.current.load(Ordering::Relaxed));
+        let (address, _) = self.at(self.moves());
         address
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// How often calls have moved on.
+    pub fn moves(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// Moves on from the one that calls went to after so many `moves`, where nobody has done so since: for
+    /// a stream that broke after its call was answered.
+    pub fn leave(&self, moves: usize) {
+        let next = moves.wrapping_add(1);
+        let _ = self.current.compare_exchange(moves, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// The one that the `number`th move led to.
@@ -152,23 +169,37 @@ impl Service<http::Request<Body>> for Replicas {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let current = Arc::clone(&self.current);
-        let number = current.load(Ordering::Relaxed);
-        let (_, mut channel) = self.at(number).clone();
+        let turn = Turn { replicas: self.clone(), moves: self.moves(), is_sound: false };
+        let (_, mut channel) = self.at(turn.moves).clone();
         Box::pin(async move {
-            let answer = async {
-                poll_fn(|context| channel.poll_ready(context)).await?;
-                channel.call(request).await
-            };
-            let answer = answer.await.map_err(Error::from);
-            if answer.as_ref().map_or(true, is_unavailable) {
-                // Only the first of several that fail together moves on.
-                let next = number.wrapping_add(1);
-                let _ =
-                    current.compare_exchange(number, next, Ordering::Relaxed, Ordering::Relaxed);
+            poll_fn(|context| channel.poll_ready(context)).await?;
+            let answer = channel.call(request).await?;
+            if !is_unavailable(&answer) {
+                turn.ended_well();
             }
-            answer
+            Ok(answer)
         })
+    }
+}
+
+/// One call; unless it ends well, the next goes to another.
+struct Turn {
+    replicas: Replicas,
+    moves: usize,
+    is_sound: bool,
+}
+
+impl Turn {
+    fn ended_well(mut self) {
+        self.is_sound = true;
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if !self.is_sound {
+            self.replicas.leave(self.moves);
+        }
     }
 }
 
@@ -207,6 +238,26 @@ pub struct AddressError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Both take connections, and that is all.
+    #[tokio::test]
+    async fn one_that_is_not_waited_for_is_left() {
+        let silent = [0, 1].map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port"));
+        let silent = silent.each_ref().map(|listener| listener.local_addr().expect("an address"));
+        let addresses = silent.map(|address| format!("http://{address}")).join(",");
+        let mut both = replicas(&addresses, REQUEST_TIMEOUT, &Tls::default()).expect("addresses");
+        let (first, before) = (both.address().to_owned(), both.moves());
+        for moves in [1, 2] {
+            let call = both.call(http::Request::new(Body::empty()));
+            let answer = tokio::time::timeout(Duration::from_millis(50), call).await;
+            answer.expect_err("nobody answers");
+            assert_eq!(both.moves() - before, moves);
+            assert_eq!(both.address() == first, moves == 2);
+        }
+        // A stream of the first breaks late.
+        both.leave(before);
+        assert_eq!(both.address(), first);
+    }
 
     #[tokio::test]
     async fn an_address_has_a_scheme_that_can_be_connected_to() {

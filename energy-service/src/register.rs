@@ -90,8 +90,8 @@ async fn failed(engine: &mut watch::Receiver<EngineState>) {
     }
 }
 
-/// Tries until it is registered; `None` if the node stops or its scorer breaks before. A call is not left
-/// before its answer, which names what is to be taken back.
+/// Tries until it is registered; `None` if the node stops or its scorer breaks before. A call's answer is
+/// waited for, which names what is to be taken back; where none comes, a registration ends by itself.
 async fn register(
     registry: &mut Registry,
     node: NodeInfo,
@@ -114,7 +114,8 @@ async fn register(
                 let delay = backoff.next_delay();
                 let (code, message) = (status.code(), status.message());
                 match code {
-                    Code::Unavailable | Code::DeadlineExceeded => {
+                    // A deadline of tonic's is CANCELLED.
+                    Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
                         tracing::warn!(coordinator, ?delay, "cannot be reached yet: {message}");
                     }
                     _ => {
@@ -178,7 +179,7 @@ async fn deregister(registry: &mut Registry, registration: Registration) {
     match bounded(registry.client.deregister_node(request)).await {
         Ok(_) => tracing::info!("deregistered"),
         Err(status) if status.code() == Code::NotFound => {
-            tracing::info!("the registration had ended before");
+            tracing::info!("the registration had ended or was replaced before");
         }
         Err(status) => {
             let (code, message) = (status.code(), status.message());

@@ -51,7 +51,11 @@ pub(crate) async fn run(args: ConceptsArgs) -> Result<ExitCode> {
     let client = Client::new(&args.server, args.credentials.load()?)?;
     if let Some(concept) = args.retire {
         let energies = client.retire(&concept).await?;
-        say!("`{concept}` is no longer required; it was known from {}", energies.join(", "));
+        let known = match energies.is_empty() {
+            true => String::new(),
+            false => format!("; it was known from {}", energies.join(", ")),
+        };
+        say!("`{concept}` is no longer required{known}");
         return Ok(ExitCode::SUCCESS);
     }
     if !args.add.is_empty() {

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, time::Duration};
 
 use fairlead_coordinator::CoordinatorOptions;
 use fairlead_proto::v1::{self, JobState};
-use tokio::{net::TcpListener, time::timeout};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 use tonic::Code;
 
 use crate::{
@@ -170,13 +173,10 @@ async fn nodes_of_another_version_are_refused_and_dead_registrations_unknown() {
 #[tokio::test]
 async fn a_name_belongs_to_the_node_that_answers_to_it() {
     let (cluster, node, _worker) = start(options()).await;
-    // Within the time that a node gives it.
     let register = async |id: &str, address: &str| {
         let info = describe(id, address, "clip", &["axe"]);
         let request = v1::RegisterNodeRequest { node: Some(info) };
-        let mut registry = cluster.registry();
-        let answer = timeout(Duration::from_secs(5), registry.register_node(request));
-        answer.await.expect("no node waits for so long").map(drop)
+        patient(cluster.registry().register_node(request)).await.map(drop)
     };
     const ELSEWHERE: &str = "http://127.0.0.1:1";
     let at = format!("runs at {} already", node.info.address);
@@ -192,13 +192,18 @@ async fn a_name_belongs_to_the_node_that_answers_to_it() {
     register("frozen", &frozen).await.expect("nobody has the name");
     // Another has the address of one.
     register("moved", &node.info.address).await.expect("nobody has the name");
-    for id in ["killed", "frozen", "moved"] {
+    for id in ["killed", "moved"] {
         register(id, ELSEWHERE).await.expect(id);
     }
+    // A node waits five seconds.
+    let in_time = timeout(Duration::from_secs(5), register("frozen", ELSEWHERE)).await;
+    in_time.expect("in time").expect("nobody answers at its address");
     // One has come back on its port and calls itself otherwise: it answers at both addresses.
     let renamed = Node::start(&cluster, "renamed", &["axe"], Script::Closed).await;
     renamed.leave(&cluster).await;
     let former = renamed.info.address.replace("127.0.0.1", "localhost");
+    let connected = TcpStream::connect(former.trim_start_matches("http://")).await;
+    connected.expect("it listens at both");
     register("renamed", &former).await.expect("nobody has the name");
     register("renamed", &renamed.info.address).await.expect("that is itself");
 
