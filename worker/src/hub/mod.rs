@@ -72,8 +72,7 @@ impl Hub {
             .map_err(|error| self.refused(error.to_string()))?;
         let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
         while !shutdown.is_cancelled() {
-            // A call that fails moves on to the next.
-            let coordinator = coordinators.address().to_owned();
+            let (coordinator, moves) = (coordinators.address().to_owned(), coordinators.moves());
             let session = Session::open(&self, client(coordinators.clone()), &shutdown);
             let ended = match session.await {
                 Ok(session) => {
@@ -89,6 +88,7 @@ impl Hub {
                     return Err(self.refused(status.message().to_owned()));
                 }
                 Ended::Broken(status) => {
+                    coordinators.leave(moves);
                     let delay = backoff.next_delay();
                     tracing::warn!(
                         coordinator, code = ?status.code(), ?delay,
