@@ -1,14 +1,16 @@
 //! Coordinators that share a Redis: any of them may die, and the Redis itself may.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 use fairlead_common::{grpc, tls::Tls};
 use fairlead_proto::v1::{
-    CancelJobRequest, Job, JobSpec, JobState, WatchJobRequest,
+    CancelJobRequest, Job, JobSpec, JobState, SubmitJobRequest, WatchJobRequest,
     generation_service_client::GenerationServiceClient, watch_job_response::Event,
 };
 use fairlead_tests::{PATIENCE, Sandbox, pixels};
 use tokio::time::timeout;
-use tonic::{Code, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
 
 async fn cluster(coordinators: &[&str]) -> Result<Sandbox> {
     let mut sandbox = Sandbox::shared(coordinators).await?;
@@ -139,6 +141,53 @@ async fn queued_jobs_outlive_a_redis_that_is_killed() -> Result<()> {
     Ok(())
 }
 
+/// Submits a job again while members are missed.
+async fn admitted(submit: impl AsyncFn() -> Result<Job, Status>) -> Result<Job> {
+    let admitted = async {
+        loop {
+            match submit().await {
+                Err(status) if status.code() == Code::Unavailable => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                answer => return answer,
+            }
+        }
+    };
+    Ok(timeout(PATIENCE, admitted).await.context("the job is never admitted")??)
+}
+
+/// It takes calls and answers none. Worker and node are each with one of the two, by chance.
+#[tokio::test]
+async fn a_coordinator_that_freezes_is_left() -> Result<()> {
+    let sandbox = cluster(&["one", "other"]).await?;
+    let calm = completed(&sandbox, spec(1)).await?;
+    let coordinators = each(&sandbox)?;
+    for (frozen, awake) in [("one", &coordinators[1]), ("other", &coordinators[0])] {
+        sandbox.signal(frozen, "STOP").await?;
+        let job = admitted(async || {
+            let request = SubmitJobRequest { spec: Some(spec(1)), ..Default::default() };
+            let answer = awake.clone().submit_job(request).await?.into_inner();
+            answer.job.ok_or_else(|| Status::internal("no job"))
+        });
+        let watch = WatchJobRequest { job_id: job.await?.job_id, after_sequence: 0 };
+        let mut events = awake.clone().watch_job(watch).await?.into_inner();
+        let ended = async {
+            while let Some(response) = events.message().await? {
+                match response.event {
+                    Some(Event::Job(job)) if job.state() == JobState::Completed => return Ok(job),
+                    Some(Event::Job(job)) if job.state() == JobState::Failed => bail!(job.reason),
+                    _ => {}
+                }
+            }
+            bail!("the watch ended")
+        };
+        let job = timeout(PATIENCE, ended).await.with_context(|| format!("without {frozen}"))??;
+        sandbox.signal(frozen, "CONT").await?;
+        assert_eq!(outcome(&sandbox, &job).await?, calm);
+    }
+    Ok(())
+}
+
 /// What a flush deletes is gone, but the cluster goes on.
 #[tokio::test]
 async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
@@ -159,17 +208,7 @@ async fn a_flushed_redis_serves_new_jobs() -> Result<()> {
     let status = tokio::time::timeout(PATIENCE, end).await?;
     assert_eq!(status.code(), tonic::Code::NotFound, "{status}");
     // The worker and the node are members again in a moment; until then jobs are refused.
-    let admitted = async {
-        loop {
-            match sandbox.submit(spec(1)).await {
-                Err(status) if status.code() == tonic::Code::Unavailable => {
-                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-                }
-                answer => return answer,
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, admitted).await??;
+    admitted(async || sandbox.submit(spec(1)).await).await?;
     assert_eq!(completed(&sandbox, spec(1)).await?, calm);
     Ok(())
 }
