@@ -260,14 +260,13 @@ impl Client {
         let is_answer = status.source().is_none();
         let is_late = (is_answer || moves >= self.coordinators.count()) && lasts >= patience;
         if !transient || is_late {
-            let trouble = match (status.source().is_some(), is_refused(&status)) {
-                (true, true) => " cannot be reached (does it run there?)",
-                (true, false) => " cannot be reached",
-                // Its own words.
-                (false, _) => "",
+            let what = match is_answer {
+                true => "",
+                false if is_refused(&status) => " cannot be reached (does it run there?)",
+                false => " cannot be reached",
             };
             return Err(status)
-                .with_context(|| format!("the coordinator at {}{trouble}", self.address));
+                .with_context(|| format!("the coordinator at {}{what}", self.address));
         }
         tokio::time::sleep(delay).await;
         Ok(())

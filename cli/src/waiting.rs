@@ -69,16 +69,17 @@ impl Told {
 async fn reason(client: &Client, job_id: &str, heard: &Heard) -> Result<String> {
     let job = client.job(job_id).await?;
     let obstacle = obstacle(&job, &client.models().await?, &client.concepts().await?);
-    let stands = match heard.0.get() {
-        None => "was begun and has made no step yet",
-        Some(_) => "has made no step for a while",
+    let has_stepped = heard.0.get().is_some();
+    let stands = match has_stepped {
+        false => "was begun and has made no step yet",
+        true => "has made no step for a while",
     };
     Ok(match (job.state(), obstacle) {
         (JobState::Queued, Some(obstacle)) => format!("waits: {obstacle}"),
         (JobState::Queued, None) => "waits for its turn".to_owned(),
         // It may be made by a worker that is told to stop, or by nobody since one was lost.
         (JobState::Running, Some(obstacle)) => format!("{stands}, and {obstacle}"),
-        (JobState::Running, None) if heard.0.get().is_none() => stands.to_owned(),
+        (JobState::Running, None) if !has_stepped => stands.to_owned(),
         // A step may take long.
         _ => String::new(),
     })

@@ -141,7 +141,7 @@ impl Replicas {
         self.channels.len()
     }
 
-    /// How often calls have moved on.
+    /// Counts how often calls have moved on, from a beginning by chance.
     pub fn moves(&self) -> usize {
         self.current.load(Ordering::Relaxed)
     }

@@ -42,7 +42,7 @@ impl Registrar {
             node.info.node_id == info.node_id && node.info.address != info.address
         };
         if let Some(other) = self.registry.live().into_iter().find(is_other) {
-            let v1::NodeInfo { node_id, address, .. } = (*other.info).clone();
+            let (node_id, address) = (info.node_id.clone(), other.info.address.clone());
             match self.ask(&node_id, &address).await {
                 Ok(()) => return Err(Error::NodeIdTaken { node_id, address }),
                 Err(reason) => tracing::warn!(

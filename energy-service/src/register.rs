@@ -37,10 +37,8 @@ struct Registration {
 
 /// Why a registration's loop was left.
 enum Ended {
-    /// The node stops.
-    Shutdown,
-    /// The scorer is broken.
-    EngineFailed,
+    /// The node stops, or its scorer is broken.
+    Stops,
     /// The description changed.
     Changed,
     /// The coordinator no longer knows the node.
@@ -66,7 +64,7 @@ pub(crate) async fn keep_registered(
         let Some(registered) = registered else { break };
         let current = registration.insert(registered);
         match renew(&mut registry, current, &mut offers, &mut engine, &shutdown).await {
-            Ended::Shutdown | Ended::EngineFailed => break,
+            Ended::Stops => break,
             // What it has is good until the next one replaces it.
             Ended::Changed => {
                 tracing::info!("concepts or calibrations changed, registering anew");
@@ -79,6 +77,14 @@ pub(crate) async fn keep_registered(
     }
     if let Some(registration) = registration {
         deregister(&mut registry, registration).await;
+    }
+}
+
+/// Until `shutdown`, or until the scorer breaks.
+async fn stops(engine: &mut watch::Receiver<EngineState>, shutdown: &CancellationToken) {
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = failed(engine) => {}
     }
 }
 
@@ -124,8 +130,7 @@ async fn register(
                 }
                 tokio::select! {
                     biased;
-                    () = shutdown.cancelled() => return None,
-                    () = failed(engine) => return None,
+                    () = stops(engine, shutdown) => return None,
                     () = tokio::time::sleep(delay) => {}
                 }
             }
@@ -147,8 +152,7 @@ async fn renew(
     loop {
         tokio::select! {
             biased;
-            () = shutdown.cancelled() => return Ended::Shutdown,
-            () = failed(engine) => return Ended::EngineFailed,
+            () = stops(engine, shutdown) => return Ended::Stops,
             Ok(()) = offers.changed() => return Ended::Changed,
             () = tokio::time::sleep(wait) => {}
         }

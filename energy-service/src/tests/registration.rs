@@ -154,12 +154,18 @@ async fn a_broken_model_takes_its_registration_back() {
     assert!(matches!(coordinator.next(Ok("")).await, Call::Deregister(_)));
 }
 
-#[tokio::test]
-async fn added_concepts_are_announced() {
+/// A node that was registered as "r1" and has learned a concept since.
+async fn changed() -> (Coordinator, TempDir, TestNode) {
     let mut coordinator = Coordinator::start(LONG).await;
-    let (_folder, mut node, _) = coordinator.node().await;
+    let (folder, mut node, _) = coordinator.node().await;
     assert!(matches!(coordinator.next(Ok("r1")).await, Call::Register(_)));
     node.client.add_concepts(super::adding::hat()).await.expect("added");
+    (coordinator, folder, node)
+}
+
+#[tokio::test]
+async fn added_concepts_are_announced() {
+    let (mut coordinator, _folder, mut node) = changed().await;
     let Call::Register(info) = coordinator.next(Ok("r2")).await else { panic!("registers anew") };
     assert_eq!(*info, node.describe().await);
     assert_eq!(info.concepts.len(), 4);
@@ -167,10 +173,7 @@ async fn added_concepts_are_announced() {
 
 #[tokio::test]
 async fn what_is_registered_while_the_node_stops_is_taken_back() {
-    let mut coordinator = Coordinator::start(LONG).await;
-    let (_folder, mut node, _) = coordinator.node().await;
-    assert!(matches!(coordinator.next(Ok("r1")).await, Call::Register(_)));
-    node.client.add_concepts(super::adding::hat()).await.expect("added");
+    let (mut coordinator, _folder, node) = changed().await;
     let call = coordinator.calls.recv().await.expect("a call");
     assert!(matches!(call, Call::Register(_)), "{call:?}");
     // Only now it is answered.
@@ -178,11 +181,11 @@ async fn what_is_registered_while_the_node_stops_is_taken_back() {
     coordinator.answers.send(Ok("r2".into())).await.expect("the registry is there");
     let Call::Deregister(request) = coordinator.next(Ok("")).await else { panic!("leaves") };
     assert_eq!(request.registration_id, "r2");
+}
 
-    let mut coordinator = Coordinator::start(LONG).await;
-    let (_folder, mut node, _) = coordinator.node().await;
-    assert!(matches!(coordinator.next(Ok("r1")).await, Call::Register(_)));
-    node.client.add_concepts(super::adding::hat()).await.expect("added");
+#[tokio::test]
+async fn a_node_that_stops_while_it_is_refused_leaves_what_it_had() {
+    let (mut coordinator, _folder, node) = changed().await;
     let refused = Err(Status::already_exists("another has the name"));
     assert!(matches!(coordinator.next(refused).await, Call::Register(_)));
     node.shutdown.cancel();
