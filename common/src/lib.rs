@@ -5,6 +5,7 @@ pub mod clock;
 pub mod grpc;
 pub mod ids;
 pub mod metrics;
+pub mod parameters;
 pub mod probe;
 pub mod record;
 pub mod shutdown;
@@ -13,5 +14,6 @@ pub mod telemetry;
 pub mod tensor;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod text;
 pub mod tls;
 pub mod trace;

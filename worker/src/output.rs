@@ -1,12 +1,7 @@
 //! Finished pictures: from pixels in -1..1 to the bytes that may leave.
 
-use std::{borrow::Cow, fmt::Write as _};
-
 use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
 use sha2::{Digest, Sha256};
-
-/// Key of the PNG text chunk that common tools read.
-pub const PARAMETERS_KEY: &str = "parameters";
 
 /// Key of the PNG text chunk with the safety record's id.
 pub const RECORD_KEY: &str = "fairlead-record";
@@ -74,63 +69,6 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-/// What the `parameters` chunk tells.
-#[derive(Debug, Clone)]
-pub struct Parameters<'a> {
-    /// The prompt.
-    pub prompt: &'a str,
-    /// The negative prompt; left out if empty.
-    pub negative_prompt: &'a str,
-    /// Sampling steps.
-    pub steps: u32,
-    /// Label of the sampler, e.g. "DDIM".
-    pub sampler: &'a str,
-    /// Classifier-free guidance scale.
-    pub guidance: f32,
-    /// Seed of this image.
-    pub seed: u64,
-    /// Width and height in pixels.
-    pub size: (u32, u32),
-    /// Content hash of the model; its first ten digits are told.
-    pub model_hash: &'a str,
-    /// Name of the model.
-    pub model: &'a str,
-}
-
-impl Parameters<'_> {
-    /// The text in the form of AUTOMATIC1111's `create_infotext`: the prompt, the negative prompt,
-    /// and one line of `Key: value` pairs, values with a comma, colon or line break quoted.
-    pub fn text(&self) -> String {
-        let mut text = self.prompt.to_owned();
-        if !self.negative_prompt.is_empty() {
-            let _ = write!(text, "\nNegative prompt: {}", self.negative_prompt);
-        }
-        let hash = self.model_hash.get(..10).unwrap_or(self.model_hash);
-        let _ = write!(
-            text,
-            "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Model hash: {}, \
-             Model: {}",
-            self.steps,
-            self.sampler,
-            self.guidance,
-            self.seed,
-            self.size.0,
-            self.size.1,
-            hash,
-            quoted(self.model)
-        );
-        text
-    }
-}
-
-fn quoted(value: &str) -> Cow<'_, str> {
-    if value.contains([',', ':', '\n']) {
-        Cow::Owned(serde_json::Value::from(value).to_string())
-    } else {
-        Cow::Borrowed(value)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,7 +94,7 @@ mod tests {
 
     #[test]
     fn the_png_decodes_to_the_same_pixels_and_texts() {
-        let texts = [(PARAMETERS_KEY, "a café"), (RECORD_KEY, "記録")];
+        let texts = [("parameters", "a café"), (RECORD_KEY, "記録")];
         let bytes = picture().to_png(&texts).expect("it encodes");
         assert_eq!(bytes, picture().to_png(&texts).expect("it encodes"));
         let mut reader =
@@ -167,30 +105,5 @@ mod tests {
         let info = reader.info();
         assert_eq!(info.uncompressed_latin1_text[0].text, "a café");
         assert_eq!(info.utf8_text[0].get_text().expect("it is not compressed"), "記録");
-    }
-
-    #[test]
-    fn parameters_are_in_the_usual_form() {
-        let mut parameters = Parameters {
-            prompt: "a cat",
-            negative_prompt: "a dog",
-            steps: 20,
-            sampler: "DDIM",
-            guidance: 5.0,
-            seed: 1,
-            size: (32, 32),
-            model_hash: "0123456789abcdef",
-            model: "emojiland-sd",
-        };
-        assert_eq!(
-            parameters.text(),
-            "a cat\nNegative prompt: a dog\nSteps: 20, Sampler: DDIM, CFG scale: 5, Seed: 1, \
-             Size: 32x32, Model hash: 0123456789, Model: emojiland-sd"
-        );
-        parameters.negative_prompt = "";
-        parameters.guidance = 7.5;
-        parameters.model = "a, b";
-        assert!(parameters.text().starts_with("a cat\nSteps: 20, Sampler: DDIM, CFG scale: 7.5,"));
-        assert!(parameters.text().ends_with("Model: \"a, b\""));
     }
 }

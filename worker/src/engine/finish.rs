@@ -1,6 +1,9 @@
 //! The end of an attempt: the final decoding, the final check, and what follows from it.
 
-use fairlead_common::record;
+use fairlead_common::{
+    parameters::{self, Parameters},
+    record,
+};
 use fairlead_models::Tape;
 use fairlead_proto::v1::{ImageOutcome, ImageStatus};
 
@@ -9,7 +12,7 @@ use crate::{
     energy::{Candidate, Verdict},
     error::{Error, Result},
     metrics,
-    output::{PARAMETERS_KEY, Parameters, RECORD_KEY, Rgb8, sha256},
+    output::{RECORD_KEY, Rgb8, sha256},
 };
 
 /// A finished picture that nobody has judged yet.
@@ -75,17 +78,18 @@ impl Run<'_> {
         })?;
         let info = self.engine.info();
         let parameters = Parameters {
-            prompt: &self.shard.spec.prompt,
-            negative_prompt: &self.shard.spec.negative_prompt,
+            prompt: self.shard.spec.prompt.clone(),
+            negative_prompt: self.shard.spec.negative_prompt.clone(),
             steps: self.shard.steps,
-            sampler: self.generator().sampler().label(),
+            sampler: self.generator().sampler().label().to_owned(),
             guidance: self.shard.guidance,
             seed: track.task.seed,
             size: self.shard.size,
-            model_hash: &info.hash,
-            model: &info.name,
+            model_hash: info.hash.clone(),
+            model: info.name.clone(),
         };
-        let texts = [(PARAMETERS_KEY, &*parameters.text()), (RECORD_KEY, &*track.task.record_id)];
+        let text = parameters::write(&parameters);
+        let texts = [(parameters::KEYWORD, &*text), (RECORD_KEY, &*track.task.record_id)];
         let png = rgb.to_png(&texts).map_err(|source| Error::Png { index, source })?;
         Ok(Picture { sha256: sha256(&png), rgb, png })
     }
