@@ -40,6 +40,26 @@ pub enum KeyError {
         /// "private key" or "public key".
         what: &'static str,
     },
+    /// A public key whose private key is gone.
+    #[error(
+        "{public} is there and its private key {private} is not: records that it signed would be believed \
+         no longer. Put the private key back; or move {public} away, name it with --trusted-signer, and \
+         start again with a new pair"
+    )]
+    Widowed {
+        /// Where the private key should be.
+        private: PathBuf,
+        /// The public key.
+        public: PathBuf,
+    },
+    /// Keys of different pairs.
+    #[error("{public} is not the public key of {private}; put the right one back or move it away")]
+    NoPair {
+        /// The private key.
+        private: PathBuf,
+        /// The public key.
+        public: PathBuf,
+    },
 }
 
 /// Why a record is not believed.
@@ -91,26 +111,51 @@ impl Signer {
         Ok(Self::new(key))
     }
 
-    /// The key in `path`; where there is none, a new one is put there, readable by its owner alone, and
-    /// its public key into `public`. Of processes that do so at once all get the same key.
+    /// The key in `path`; where neither it nor its public key in `public` is there, a new pair is made, the
+    /// private one readable by its owner alone. Of processes that do so at once all get the same key.
     ///
     /// # Errors
-    /// If a file cannot be read or written, or holds something else.
+    /// If a file cannot be read or written, or holds something else; if there is only a public key, whose
+    /// records a new key could not vouch for; or if both are there and are no pair.
     pub fn load_or_create(path: &Path, public: &Path) -> Result<Self, KeyError> {
+        let known = public.exists().then(|| PublicKey::load(public)).transpose()?;
         if !path.exists() {
+            if known.is_some() {
+                let (private, public) = (path.to_owned(), public.to_owned());
+                return Err(KeyError::Widowed { private, public });
+            }
             Self::generate().save(path)?;
         }
         let signer = Self::load(path)?;
-        if !public.exists() {
-            write(public, signer.public().to_pem().as_bytes(), 0o644)?;
+        match known {
+            Some(known) if known != signer.public() => {
+                Err(KeyError::NoPair { private: path.to_owned(), public: public.to_owned() })
+            }
+            Some(_) => Ok(signer),
+            // A private key leads to its public one, so a pair that was cut short is made whole.
+            None => {
+                write(public, signer.public().to_pem().as_bytes(), 0o644)?;
+                Ok(signer)
+            }
         }
-        Ok(signer)
     }
 
     /// Puts the key into `path`, readable by its owner alone; a key that is there already stays.
     fn save(&self, path: &Path) -> Result<(), KeyError> {
         let pem = self.key.to_pkcs8_pem(LineEnding::LF).expect("a key in memory has a PEM form");
         write(path, pem.as_bytes(), 0o600)
+    }
+
+    /// A secret for another purpose than signatures, which the key alone leads to: processes with the same
+    /// key have the same.
+    pub fn derive(&self, purpose: &str) -> [u8; 32] {
+        // The key is 32 random bytes at the end of the message, so a hash is a sound derivation.
+        Sha256::new()
+            .chain_update((purpose.len() as u64).to_le_bytes())
+            .chain_update(purpose)
+            .chain_update(self.key.to_bytes())
+            .finalize()
+            .into()
     }
 
     /// What others check its signatures with.
@@ -210,7 +255,7 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), KeyError> {
 mod tests {
     use super::*;
     use fairlead_fuzz::{bounded, fuzz, spoiled, spoiled_text};
-    use fairlead_proto::v1::{ConceptScore, StepRecord};
+    use fairlead_proto::v1::{ConceptScore, StepRecord, WorkerReport};
 
     fn record() -> SafetyRecord {
         SafetyRecord {
@@ -266,6 +311,14 @@ mod tests {
     }
 
     #[test]
+    fn derived_secrets_belong_to_a_key_and_a_purpose() {
+        let (signer, other) = (Signer::generate(), Signer::generate());
+        assert_eq!(signer.derive("crops"), signer.clone().derive("crops"));
+        assert_ne!(signer.derive("crops"), signer.derive("other"));
+        assert_ne!(signer.derive("crops"), other.derive("crops"));
+    }
+
+    #[test]
     fn a_key_is_made_once_and_kept_from_others() {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().expect("a folder");
@@ -280,12 +333,32 @@ mod tests {
         assert!(error.contains("holds no Ed25519 private key"), "{error}");
     }
 
+    #[test]
+    fn keys_are_a_pair_or_nothing_starts() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, public) = (folder.path().join("key.pem"), folder.path().join("public.pem"));
+        let first = Signer::load_or_create(&path, &public).expect("they are made");
+        std::fs::remove_file(&public).expect("it was there");
+        Signer::load_or_create(&path, &public).expect("the private key leads to it");
+        assert_eq!(PublicKey::load(&public).expect("it is back"), first.public());
+        let kept = std::fs::read(&path).expect("it is there");
+        std::fs::remove_file(&path).expect("it was there");
+        let error = Signer::load_or_create(&path, &public).expect_err("half a pair").to_string();
+        assert!(error.contains("key.pem is not") && error.contains("--trusted-signer"), "{error}");
+        assert!(!path.exists(), "no new key beside the old public one");
+        Signer::generate().save(&path).expect("it is written");
+        let error = Signer::load_or_create(&path, &public).expect_err("no pair").to_string();
+        assert!(error.contains("not the public key of"), "{error}");
+        std::fs::write(&path, kept).expect("it is written");
+        Signer::load_or_create(&path, &public).expect("both are back");
+    }
+
     fn signed(signer: &Signer) -> SafetyRecord {
         let score = ConceptScore { concept: "axe".into(), z: 1.5, gate: 3.0, ..Default::default() };
         let step = StepRecord { step: 3, scores: vec![score.clone()], ..Default::default() };
         let mut signed = SafetyRecord {
             final_scores: vec![score],
-            trajectory: vec![step],
+            reported_by_worker: Some(WorkerReport { trajectory: vec![step], ..Default::default() }),
             prompt: "a cat".into(),
             ..record()
         };
