@@ -6,6 +6,7 @@ pub mod grpc;
 pub mod ids;
 pub mod metrics;
 pub mod parameters;
+pub mod picture;
 pub mod probe;
 pub mod record;
 pub mod shutdown;

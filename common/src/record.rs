@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::LazyLock};
 
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET,
-    v1::{SafetyRecord, StepRecord},
+    v1::{SafetyRecord, StepRecord, WorkerReport},
 };
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
@@ -21,6 +21,12 @@ static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
 #[derive(Debug, thiserror::Error)]
 #[error("not a safety record: {0}")]
 pub struct RecordError(#[from] serde_json::Error);
+
+/// What the worker said of how it made the image; empty where it said nothing.
+pub fn reported(record: &SafetyRecord) -> &WorkerReport {
+    static NOTHING: LazyLock<WorkerReport> = LazyLock::new(WorkerReport::default);
+    record.reported_by_worker.as_ref().unwrap_or(&NOTHING)
+}
 
 /// What an image was steered away from: the probes whose gate was open at a step, of any attempt,
 /// that corrected it.
@@ -62,7 +68,7 @@ pub fn from_json(text: &str) -> Result<SafetyRecord, RecordError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::{ConceptScore, ImageStatus, StepRecord};
+    use fairlead_proto::v1::{ConceptScore, ImageStatus};
 
     #[test]
     fn records_round_trip_and_read_like_the_contract() {
@@ -70,7 +76,10 @@ mod tests {
             record_id: "r".into(),
             status: ImageStatus::Withheld.into(),
             seed: u64::MAX,
-            trajectory: vec![StepRecord { step: 3, time: 0.88, ..Default::default() }],
+            reported_by_worker: Some(WorkerReport {
+                trajectory: vec![StepRecord { step: 3, time: 0.88, ..Default::default() }],
+                ..Default::default()
+            }),
             final_scores: vec![ConceptScore {
                 concept: "axe".into(),
                 z: 4.5,

@@ -11,9 +11,9 @@ use fairlead_proto::v1::{self, ImageStatus};
 
 use crate::{
     error::{Error, Result},
-    placement,
+    levels, placement,
     policy::{Policies, Policy},
-    routing::{self, Calibration, LiveNode, Run},
+    routing::{Calibration, LiveNode, Panel, Run},
     state::{JobRecord, Shard},
     steering,
     store::Seen,
@@ -245,6 +245,8 @@ fn pin_policy(
         allow_calibration_fallback: policy.allow_calibration_fallback,
         observe_only: policy.observe_only,
         weights: policy.weights(),
+        levels: Vec::new(),
+        checks: policy.checks,
     };
     let run = Run::new(key.clone(), &steering);
     let need = calibration(&pinned, &run);
@@ -288,9 +290,17 @@ fn pin_policy(
             policy.name
         )));
     }
-    match routing::assign(&pinned.concepts, cluster.nodes, need).unserved.into_iter().next() {
-        None => Ok(pinned),
-        Some(unserved) => Err(Error::NotCalibrated {
+    match Panel::new(&pinned.concepts, policy.checks).next(cluster.nodes, need, 0) {
+        Ok(_) => {
+            if !policy.observe_only {
+                pinned.levels = levels::pin(&pinned.concepts, cluster.nodes, &run);
+            }
+            Ok(pinned)
+        }
+        Err(unserved) if unserved.wanted > 1 && !unserved.uncalibrated => {
+            Err(Error::Unavailable(unserved.to_string()))
+        }
+        Err(unserved) => Err(Error::NotCalibrated {
             concept: Probe::from(&unserved.concept).to_string(),
             model: model.name.clone(),
             run: run.to_string(),

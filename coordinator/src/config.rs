@@ -3,7 +3,7 @@
 use std::{convert::Infallible, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
-use fairlead_common::{ids::process_name, tls::Tls};
+use fairlead_common::{ids::process_name, signature::PublicKey, tls::Tls};
 
 use crate::{
     error::Result,
@@ -66,6 +66,16 @@ pub struct CoordinatorArgs {
     /// if absent, with signing-key.pub.pem for `fairlead verify`.
     #[arg(long, env = "FAIRLEAD_COORDINATOR_SIGNING_KEY", value_name = "FILE")]
     pub signing_key: Option<PathBuf>,
+
+    /// PEM file of a public key whose records and images are handed out beside those of --signing-key, e.g.
+    /// the key that was used before; repeatable.
+    #[arg(
+        long,
+        env = "FAIRLEAD_COORDINATOR_TRUSTED_SIGNER",
+        value_name = "FILE",
+        value_delimiter = ','
+    )]
+    pub trusted_signer: Vec<PathBuf>,
 
     /// Most shards that may wait for a worker; further jobs are refused with RESOURCE_EXHAUSTED.
     #[arg(
@@ -172,6 +182,11 @@ impl CoordinatorArgs {
             policies,
             policies_file: self.policies.clone(),
             signing_key: self.signing_key.clone(),
+            trusted_signers: self
+                .trusted_signer
+                .iter()
+                .map(|path| PublicKey::load(path))
+                .collect::<std::result::Result<_, _>>()?,
             max_queued: self.max_queued,
             lease_ttl: self.lease_ttl,
             node_ttl: self.node_ttl,
@@ -249,6 +264,8 @@ pub struct CoordinatorOptions {
     pub policies_file: Option<PathBuf>,
     /// The key that signs records; `None` for the data's own.
     pub signing_key: Option<PathBuf>,
+    /// Keys whose signatures count beside its own when records and images are handed out.
+    pub trusted_signers: Vec<PublicKey>,
     /// With a certificate, services must show theirs.
     pub tls: Tls,
     /// Most queued shards.
@@ -277,6 +294,7 @@ impl Default for CoordinatorOptions {
             policies: Policies::default(),
             policies_file: None,
             signing_key: None,
+            trusted_signers: Vec::new(),
             tls: Tls::default(),
             max_queued: 1024,
             lease_ttl: Duration::from_secs(15),

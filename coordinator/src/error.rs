@@ -139,11 +139,13 @@ pub enum Error {
     /// A tenant that asks for what it may not have.
     #[error("{0}")]
     Forbidden(String),
-    /// A stored object is not the one that was released.
-    #[error("{object} does not match the hash in its job; it was changed or lost on disk")]
+    /// A stored object is not what was signed and released.
+    #[error("{object} {problem}; it was changed or lost where it is stored, and is not handed out")]
     Damaged {
         /// The object.
         object: String,
+        /// What is wrong with it.
+        problem: String,
     },
     /// The coordinator is stopping.
     #[error("the coordinator is stopping; retry against its successor")]
@@ -268,7 +270,10 @@ mod tests {
             (Error::TenantFull { tenant: "a".into(), limit: 4 }, Code::ResourceExhausted),
             (Error::Unauthenticated { problem: "no key" }, Code::Unauthenticated),
             (Error::Forbidden("no admin".into()), Code::PermissionDenied),
-            (Error::Damaged { object: "image 0".into() }, Code::DataLoss),
+            (
+                Error::Damaged { object: "image 0".into(), problem: "is missing".into() },
+                Code::DataLoss,
+            ),
             (Error::Stopping, Code::Unavailable),
             (
                 Error::Store(StoreError::Refused(Refusal::Lease(LeaseError::TooEarly(5)))),

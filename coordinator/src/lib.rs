@@ -3,7 +3,7 @@
 //! tells clients what became of it.
 //!
 //! Decisions are pure functions (`admission`, `policy`, `placement`, `lease`, `transition`,
-//! `routing`, `verdict`); everything outside sits behind the `Store` trait, `object_store` or gRPC.
+//! `routing`, `levels`, `verdict`); everything outside sits behind the `Store` trait, `object_store` or gRPC.
 
 mod access;
 mod admission;
@@ -14,8 +14,10 @@ mod deploy;
 mod error;
 mod events;
 mod grpc;
+mod handout;
 mod hub;
 mod lease;
+mod levels;
 mod metrics;
 mod outputs;
 mod placement;

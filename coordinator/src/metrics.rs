@@ -66,6 +66,22 @@ pub(crate) fn delivery(outcome: &'static str) {
     counter!("fairlead_coordinator_deliveries_total", "outcome" => outcome).increment(1);
 }
 
+/// A preview was shown, or left out.
+pub(crate) fn preview(is_shown: bool) {
+    let outcome = if is_shown { "shown" } else { "left out" };
+    counter!("fairlead_coordinator_previews_total", "outcome" => outcome).increment(1);
+}
+
+/// Energy nodes contradict each other, or one what a job was admitted with.
+pub(crate) fn disagreement() {
+    counter!("fairlead_coordinator_node_disagreements_total").increment(1);
+}
+
+/// A stored image or record that is not what the coordinator signed was not handed out.
+pub(crate) fn damaged() {
+    counter!("fairlead_coordinator_damaged_outputs_total").increment(1);
+}
+
 /// A final check of one image by one node; an error is one without an answer.
 pub(crate) fn check(took: Duration, is_answered: bool) {
     histogram!("fairlead_coordinator_check_seconds").record(took);

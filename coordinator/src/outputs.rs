@@ -14,7 +14,6 @@ use futures::TryStreamExt;
 use object_store::{
     ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, memory::InMemory, path::Path,
 };
-use sha2::{Digest, Sha256};
 
 /// The object store failed.
 #[derive(Debug, thiserror::Error)]
@@ -167,11 +166,6 @@ fn image_name(job_id: &str, index: u32, token: u64) -> String {
 
 fn record_name(job_id: &str, index: u32, token: u64) -> String {
     format!("jobs/{job_id}/{index}-{token}.json")
-}
-
-/// SHA-256 as lower-case hex.
-pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
-    hex::encode(Sha256::digest(bytes))
 }
 
 #[cfg(test)]

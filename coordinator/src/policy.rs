@@ -11,6 +11,7 @@
 //! weights = { siglip = 0.5 }           # optional: factors of their gradients, 1 if not named
 //! allow_overrides = false              # may clients change the steering knobs?
 //! allow_calibration_fallback = false
+//! checks = 1                           # nodes of each concept that must pass a finished image, 1 to 8
 //!
 //! [policies.default.steering]
 //! eta = 0.3
@@ -38,6 +39,9 @@ use crate::{
     steering::{self, SteeringFile},
     tenants::{Tenant, TenantFile, Tenants},
 };
+
+/// Most nodes that check one image for one concept.
+const MAX_CHECKS: u32 = 8;
 
 /// Stands for every concept that was ever served in this cluster.
 const ALL: &str = "*";
@@ -126,6 +130,7 @@ struct PolicyFile {
     observe_only: bool,
     #[serde(default)]
     allow_unchecked: bool,
+    checks: Option<u32>,
 }
 
 /// One operator policy.
@@ -154,6 +159,8 @@ pub struct Policy {
     pub observe_only: bool,
     /// The policy may end up with no concept at all.
     pub allow_unchecked: bool,
+    /// How many nodes of each concept must pass a finished image, each by itself.
+    pub checks: u32,
 }
 
 impl Policy {
@@ -201,6 +208,10 @@ impl Policy {
         if file.concepts.is_empty() && !file.observe_only && !file.allow_unchecked {
             return Err(PolicyError::Unchecked(name.to_owned()));
         }
+        let checks = file.checks.unwrap_or(1);
+        if !(1..=MAX_CHECKS).contains(&checks) {
+            return Err(value(format!("checks is {checks}; it must be 1 to {MAX_CHECKS}")));
+        }
         if file.concepts.iter().any(|concept| concept.trim().is_empty()) {
             return Err(value("concepts holds an empty name".to_owned()));
         }
@@ -243,6 +254,7 @@ impl Policy {
             allow_calibration_fallback: file.allow_calibration_fallback,
             observe_only: file.observe_only,
             allow_unchecked: file.allow_unchecked,
+            checks,
         })
     }
 }
@@ -271,6 +283,7 @@ impl Default for Policies {
             allow_calibration_fallback: false,
             observe_only: false,
             allow_unchecked: false,
+            checks: 1,
         };
         Self {
             default: policy.name.clone(),

@@ -12,6 +12,7 @@ use tonic::Status;
 
 use crate::{
     error::{Error, Result},
+    levels, metrics,
     registry::Registry,
     routing::LiveNode,
 };
@@ -52,6 +53,10 @@ impl Registrar {
                     "does not answer to its name there any longer; it goes to the one that asks for it"
                 ),
             }
+        }
+        for contradiction in levels::contradictions(&info, &self.registry.live()) {
+            metrics::disagreement();
+            tracing::error!("{contradiction}; the stricter level holds for new jobs");
         }
         self.registry.register(info).await
     }

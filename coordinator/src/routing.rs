@@ -1,6 +1,11 @@
 //! Which energy node answers for which concept. Pure.
 
-use std::{fmt, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
 
 use fairlead_proto::v1::{
     CalibrationInfo, CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams,
@@ -34,15 +39,31 @@ impl LiveNode {
         self.info.calibrations.iter().filter(is_for)
     }
 
-    /// Whether it has a calibration of `concept` for `run`.
-    pub(crate) fn is_calibrated(&self, concept: &ConceptRef, run: &Run) -> bool {
-        self.calibrations(concept).any(|calibration| {
+    /// Its calibrations of `concept` for `run`.
+    pub(crate) fn calibrations_for(
+        &self,
+        concept: &ConceptRef,
+        run: &Run,
+    ) -> impl Iterator<Item = &CalibrationInfo> {
+        self.calibrations(concept).filter(|calibration| {
             calibration.key.as_ref() == Some(&run.key)
                 && calibration.crops == run.crops
                 && calibration.window_start >= run.window.0
                 && calibration.window_end <= run.window.1
+                && check_threshold(calibration, &concept.name).is_some_and(f32::is_finite)
         })
     }
+
+    /// Whether it has a calibration of `concept` for `run`.
+    pub(crate) fn is_calibrated(&self, concept: &ConceptRef, run: &Run) -> bool {
+        self.calibrations_for(concept, run).next().is_some()
+    }
+}
+
+/// The raw score of `concept` above which a finished image must not leave, by `calibration`.
+pub(crate) fn check_threshold(calibration: &CalibrationInfo, concept: &str) -> Option<f32> {
+    let mut levels = calibration.check_thresholds.iter();
+    levels.find(|level| level.concept == concept).map(|level| level.score)
 }
 
 /// What of a job a calibration must be for.
@@ -96,17 +117,26 @@ pub(crate) struct Unserved {
     pub(crate) concept: ConceptRef,
     /// A live node serves it, but without the calibration.
     pub(crate) uncalibrated: bool,
+    /// How many nodes must answer for it, and how many of them are missing.
+    pub(crate) wanted: u32,
+    pub(crate) missing: u32,
 }
 
 impl fmt::Display for Unserved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ConceptRef { name, version, energy } = &self.concept;
-        match self.uncalibrated {
-            false => write!(
+        match (self.uncalibrated, self.wanted) {
+            (false, 1) => write!(
                 f,
                 "concept `{name}`: no live energy node with {energy} serves version {version}"
             ),
-            true => write!(
+            (false, wanted) => write!(
+                f,
+                "concept `{name}`: the policy wants {wanted} checks of it, and {} live energy nodes with \
+                 {energy} serve version {version}",
+                wanted - self.missing
+            ),
+            (true, _) => write!(
                 f,
                 "concept `{name}`: no live energy node with {energy} has its calibration any longer; run \
                  `fairlead calibrate` again"
@@ -127,28 +157,47 @@ pub(crate) struct Assignment {
     pub(crate) unserved: Vec<Unserved>,
 }
 
+impl Calibration<'_> {
+    fn is_missing(self, node: &LiveNode, concept: &ConceptRef) -> bool {
+        match self {
+            Self::Required(run) | Self::Preferred(run) => !node.is_calibrated(concept, run),
+            Self::Unneeded => false,
+        }
+    }
+
+    /// Whether `node` may be asked for `concept`.
+    fn will_do(self, node: &LiveNode, concept: &ConceptRef) -> bool {
+        let is_required = matches!(self, Self::Required(_));
+        node.serves(concept) && !(is_required && self.is_missing(node, concept))
+    }
+
+    /// Whether `node` serves some of `concepts` without their calibration.
+    fn lacks_some(self, node: &LiveNode, concepts: &[ConceptRef]) -> bool {
+        concepts.iter().any(|concept| node.serves(concept) && self.is_missing(node, concept))
+    }
+}
+
+/// Where `node` stands in an order that is drawn by `salt`: no name helps to be asked first.
+fn drawn(salt: u64, node: &LiveNode) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (salt, &node.info.node_id).hash(&mut hasher);
+    hasher.finish()
+}
+
 /// Assigns each of `concepts` to exactly one of `nodes`. Calibrated nodes come first, then the
-/// least loaded; a node takes everything it can, so that few nodes are asked per step.
+/// least loaded, then as `salt` draws; a node takes everything it can, so that few nodes are asked per
+/// step.
 pub(crate) fn assign(
     concepts: &[ConceptRef],
     nodes: &[LiveNode],
     calibration: Calibration<'_>,
+    salt: u64,
 ) -> Assignment {
-    let uncalibrated = |node: &LiveNode, concept: &ConceptRef| match calibration {
-        Calibration::Required(run) | Calibration::Preferred(run) => {
-            !node.is_calibrated(concept, run)
-        }
-        Calibration::Unneeded => false,
-    };
-    let will_do = |node: &LiveNode, concept: &ConceptRef| {
-        let is_required = matches!(calibration, Calibration::Required(_));
-        node.serves(concept) && !(is_required && uncalibrated(node, concept))
-    };
-    let lacks_some = |node: &LiveNode| {
-        concepts.iter().any(|concept| node.serves(concept) && uncalibrated(node, concept))
-    };
     let mut order: Vec<&LiveNode> = nodes.iter().collect();
-    order.sort_by_cached_key(|node| (lacks_some(node), node.load, node.info.node_id.clone()));
+    order.sort_by_cached_key(|node| {
+        (calibration.lacks_some(node, concepts), node.load, drawn(salt, node))
+    });
+    let will_do = |node: &LiveNode, concept: &&ConceptRef| calibration.will_do(node, concept);
     let served = order.into_iter().map(|node| EnergyEndpoint {
         node: Some(NodeInfo::clone(&node.info)),
         concepts: concepts.iter().filter(|concept| will_do(node, concept)).cloned().collect(),
@@ -158,9 +207,93 @@ pub(crate) fn assign(
     let is_served = |concept: &ConceptRef| endpoints.iter().any(|e| e.concepts.contains(concept));
     let unserved = concepts.iter().filter(|concept| !is_served(concept)).map(|concept| {
         let uncalibrated = nodes.iter().any(|node| node.serves(concept));
-        Unserved { concept: concept.clone(), uncalibrated }
+        Unserved { concept: concept.clone(), uncalibrated, wanted: 1, missing: 1 }
     });
     Assignment { unserved: unserved.collect(), endpoints, told }
+}
+
+/// The nodes of one final check: of every concept as many as the policy wants, each another one. They are
+/// drawn at random whatever their load, which a node could keep low by itself.
+#[derive(Debug, Clone)]
+pub(crate) struct Panel {
+    /// How many nodes are wanted for each concept.
+    checks: u32,
+    /// Concepts, and how many nodes have yet to answer for each.
+    left: Vec<(ConceptRef, u32)>,
+    /// Who has answered for what.
+    answered: BTreeSet<(String, String, String)>,
+}
+
+impl Panel {
+    /// Nobody has answered yet; `checks` nodes are wanted for each of `concepts`.
+    pub(crate) fn new(concepts: &[ConceptRef], checks: u32) -> Self {
+        let left = concepts.iter().map(|concept| (concept.clone(), checks)).collect();
+        Self { checks, left, answered: BTreeSet::new() }
+    }
+
+    /// Whether every concept has all its answers.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    /// `node_id` has answered for `concepts`.
+    pub(crate) fn answered(&mut self, node_id: &str, concepts: &[ConceptRef]) {
+        for (concept, left) in &mut self.left {
+            if concepts.contains(concept) && self.answered.insert(answer(node_id, concept)) {
+                *left -= 1;
+            }
+        }
+        self.left.retain(|(_, left)| *left > 0);
+    }
+
+    /// Whom to ask next, all at once: among `nodes`, calibrated ones first, drawn by `salt`.
+    ///
+    /// # Errors
+    /// If a concept has too few nodes.
+    pub(crate) fn next(
+        &self,
+        nodes: &[LiveNode],
+        calibration: Calibration<'_>,
+        salt: u64,
+    ) -> Result<Vec<EnergyEndpoint>, Unserved> {
+        let concepts: Vec<ConceptRef> =
+            self.left.iter().map(|(concept, _)| concept.clone()).collect();
+        let mut order: Vec<&LiveNode> = nodes.iter().collect();
+        order.sort_by_cached_key(|node| {
+            (calibration.lacks_some(node, &concepts), drawn(salt, node))
+        });
+        let mut left = self.left.clone();
+        let mut endpoints = Vec::new();
+        for node in order {
+            let mut taken = Vec::new();
+            for (concept, wanted) in left.iter_mut().filter(|(_, wanted)| *wanted > 0) {
+                let is_new = !self.answered.contains(&answer(&node.info.node_id, concept));
+                if is_new && calibration.will_do(node, concept) {
+                    *wanted -= 1;
+                    taken.push(concept.clone());
+                }
+            }
+            if !taken.is_empty() {
+                let node = Some(NodeInfo::clone(&node.info));
+                endpoints.push(EnergyEndpoint { node, concepts: taken });
+            }
+        }
+        match left.into_iter().find(|(_, wanted)| *wanted > 0) {
+            None => Ok(endpoints),
+            Some((concept, missing)) => Err(Unserved {
+                uncalibrated: nodes
+                    .iter()
+                    .any(|node| node.serves(&concept) && !calibration.will_do(node, &concept)),
+                wanted: self.checks,
+                missing,
+                concept,
+            }),
+        }
+    }
+}
+
+fn answer(node_id: &str, ConceptRef { name, energy, .. }: &ConceptRef) -> (String, String, String) {
+    (node_id.to_owned(), name.clone(), energy.clone())
 }
 
 /// Each of `concepts` under the first of `told` that serves it.
@@ -205,11 +338,15 @@ pub(crate) fn same_nodes(one: &[EnergyEndpoint], other: &[EnergyEndpoint]) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::ConceptInfo;
+    use fairlead_proto::v1::{CheckThreshold, ConceptInfo};
     use proptest::prelude::*;
 
     fn concept(name: &str) -> ConceptRef {
         ConceptRef { name: name.into(), version: "1".into(), ..Default::default() }
+    }
+
+    fn level(concept: &str) -> CheckThreshold {
+        CheckThreshold { concept: concept.into(), score: 0.5 }
     }
 
     fn run() -> Run {
@@ -224,6 +361,7 @@ mod tests {
             crops: 4,
             window_start: 1.0,
             window_end: 0.4,
+            check_thresholds: concepts.iter().map(|name| level(name)).collect(),
             ..Default::default()
         };
         LiveNode {
@@ -248,7 +386,7 @@ mod tests {
         let nodes = [node("a", &["x", "y"], 3, true), node("b", &["x", "y"], 1, true)];
         let run = run();
         let both = [concept("x"), concept("y")];
-        let assignment = assign(&both, &nodes, Calibration::Required(&run));
+        let assignment = assign(&both, &nodes, Calibration::Required(&run), 0);
         assert_eq!(ids(&assignment), ["b"]);
         let told = assignment.told;
         assert_eq!(told.len(), 2);
@@ -259,7 +397,7 @@ mod tests {
     #[test]
     fn a_running_shard_stays_with_its_nodes_while_they_live() {
         let concepts = [concept("x"), concept("y")];
-        let told = |nodes: &[LiveNode]| assign(&concepts, nodes, Calibration::Unneeded).told;
+        let told = |nodes: &[LiveNode]| assign(&concepts, nodes, Calibration::Unneeded, 0).told;
         let before = told(&[node("a", &["x", "y"], 0, true)]);
         // A replica joins that nobody uses yet.
         let busy = node("a", &["x", "y"], 8, true);
@@ -285,12 +423,14 @@ mod tests {
     fn calibration_is_required_preferred_or_ignored() {
         let nodes = [node("a", &["x"], 0, false), node("b", &["x"], 9, true)];
         let (run, x) = (run(), [concept("x")]);
-        assert_eq!(ids(&assign(&x, &nodes, Calibration::Required(&run))), ["b"]);
-        assert_eq!(ids(&assign(&x, &nodes, Calibration::Preferred(&run))), ["b"]);
-        assert_eq!(ids(&assign(&x, &nodes, Calibration::Unneeded)), ["a"]);
-        let missing = assign(&x, &nodes[..1], Calibration::Required(&run)).unserved;
+        assert_eq!(ids(&assign(&x, &nodes, Calibration::Required(&run), 0)), ["b"]);
+        assert_eq!(ids(&assign(&x, &nodes, Calibration::Preferred(&run), 0)), ["b"]);
+        assert_eq!(ids(&assign(&x, &nodes, Calibration::Unneeded, 0)), ["a"]);
+        let missing = assign(&x, &nodes[..1], Calibration::Required(&run), 0).unserved;
         assert!(missing[0].uncalibrated);
-        assert!(!assign(&[concept("z")], &nodes, Calibration::Unneeded).unserved[0].uncalibrated);
+        assert!(
+            !assign(&[concept("z")], &nodes, Calibration::Unneeded, 0).unserved[0].uncalibrated
+        );
     }
 
     #[test]
@@ -298,7 +438,7 @@ mod tests {
         let nodes = [node("a", &["x"], 0, true)];
         let serves = |crops, window| {
             let run = Run { crops, window, ..run() };
-            assign(&[concept("x")], &nodes, Calibration::Required(&run)).unserved.is_empty()
+            assign(&[concept("x")], &nodes, Calibration::Required(&run), 0).unserved.is_empty()
         };
         assert!(serves(4, (1.0, 0.4)) && serves(4, (0.9, 0.8)));
         assert!(!serves(2, (1.0, 0.4)));
@@ -312,12 +452,12 @@ mod tests {
         info.calibrations[0].concepts = vec!["x".into()];
         both.info = Arc::new(info);
         let (run, asked) = (run(), [concept("x"), concept("y")]);
-        let assignment = assign(&asked, &[both.clone()], Calibration::Required(&run));
+        let assignment = assign(&asked, &[both.clone()], Calibration::Required(&run), 0);
         assert_eq!(assignment.endpoints[0].concepts, [concept("x")]);
         assert!(assignment.unserved[0].uncalibrated);
         assert_eq!(assignment.unserved[0].concept, concept("y"));
         let nodes = [both, node("b", &["y"], 5, true)];
-        let assignment = assign(&asked, &nodes, Calibration::Required(&run));
+        let assignment = assign(&asked, &nodes, Calibration::Required(&run), 0);
         assert!(assignment.unserved.is_empty());
         assert_eq!(assignment.endpoints.len(), 2);
     }
@@ -326,10 +466,81 @@ mod tests {
     fn another_version_does_not_serve() {
         let other = ConceptRef { name: "x".into(), version: "2".into(), ..Default::default() };
         let nodes = [node("a", &["x"], 0, true)];
-        assert_eq!(assign(&[other], &nodes, Calibration::Unneeded).endpoints, []);
+        assert_eq!(assign(&[other], &nodes, Calibration::Unneeded, 0).endpoints, []);
+    }
+
+    #[test]
+    fn a_panel_is_drawn_whatever_a_nodes_name_and_load() {
+        let nodes = [node("aaa", &["x"], 0, true), node("b", &["x"], 9, true)];
+        let run = run();
+        let first = |salt| {
+            let panel = Panel::new(&[concept("x")], 1);
+            let asked =
+                panel.next(&nodes, Calibration::Required(&run), salt).expect("two serve it");
+            asked[0].node.clone().unwrap_or_default().node_id
+        };
+        let firsts: Vec<String> = (0..1000).map(first).collect();
+        let share = firsts.iter().filter(|id| *id == "aaa").count();
+        assert!((400..600).contains(&share), "{share} of 1000");
+    }
+
+    #[test]
+    fn a_panel_that_is_too_small_says_what_it_lacks() {
+        let nodes = [node("a", &["x", "y"], 0, true), node("b", &["x"], 0, true)];
+        let panel = Panel::new(&[concept("x"), concept("y")], 2);
+        let short = panel.next(&nodes, Calibration::Unneeded, 0).expect_err("one serves y");
+        assert_eq!((&*short.concept.name, short.wanted, short.missing), ("y", 2, 1));
+        assert!(short.to_string().contains("wants 2 checks of it, and 1 live"), "{short}");
     }
 
     proptest! {
+        /// Whoever fails on the way, each concept ends with answers of as many nodes as were wanted, each
+        /// another one.
+        #[test]
+        fn a_panel_has_every_concept_checked_by_different_nodes(
+            checks in 1u32..4,
+            served in prop::collection::vec(prop::collection::btree_set("[a-c]", 1..4), 1..6),
+            fails in prop::collection::vec(any::<bool>(), 6),
+            salt: u64,
+        ) {
+            let nodes: Vec<_> = served.iter().enumerate().map(|(i, names)| {
+                let names: Vec<_> = names.iter().map(String::as_str).collect();
+                node(&format!("n{i}"), &names, 0, true)
+            }).collect();
+            let wanted: Vec<_> = ["a", "b", "c"].map(concept).to_vec();
+            let mut panel = Panel::new(&wanted, checks);
+            let mut answers: Vec<(String, String)> = Vec::new();
+            let mut usable = nodes.clone();
+            let mut short = None;
+            while !panel.is_complete() && short.is_none() {
+                match panel.next(&usable, Calibration::Unneeded, salt) {
+                    Err(unserved) => short = Some(unserved),
+                    Ok(asked) => for endpoint in asked {
+                        let id = endpoint.node.clone().unwrap_or_default().node_id;
+                        let number: usize = id[1..].parse().expect("a number");
+                        if fails[number] {
+                            usable.retain(|node| node.info.node_id != id);
+                            continue;
+                        }
+                        panel.answered(&id, &endpoint.concepts);
+                        answers.extend(endpoint.concepts.iter().map(|c| (c.name.clone(), id.clone())));
+                    },
+                }
+            }
+            let distinct: BTreeSet<_> = answers.iter().collect();
+            prop_assert_eq!(distinct.len(), answers.len(), "nobody answers twice for a concept");
+            for concept in &wanted {
+                let count = answers.iter().filter(|(name, _)| *name == concept.name).count();
+                prop_assert!(count <= checks as usize);
+                prop_assert!(short.is_some() || count == checks as usize);
+            }
+            if let Some(Unserved { concept, .. }) = short {
+                let able = nodes.iter().enumerate();
+                let able = able.filter(|(i, node)| !fails[*i] && node.serves(&concept)).count();
+                prop_assert!(able < checks as usize, "there were enough for {}", concept.name);
+            }
+        }
+
         #[test]
         fn each_concept_is_asked_once_of_a_node_that_serves_it(
             wanted in prop::collection::btree_set("[a-f]", 0..6),
@@ -340,7 +551,7 @@ mod tests {
                 node(&format!("n{i}"), &names, *load, true)
             }).collect();
             let concepts: Vec<_> = wanted.iter().map(|name| concept(name)).collect();
-            let Assignment { endpoints, told, unserved } = assign(&concepts, &nodes, Calibration::Unneeded);
+            let Assignment { endpoints, told, unserved } = assign(&concepts, &nodes, Calibration::Unneeded, 0);
             prop_assert_eq!(&first_asked(&concepts, &told), &endpoints);
             let mut all: Vec<_> = endpoints.iter().flat_map(|e| e.concepts.clone()).collect();
             all.extend(unserved.iter().map(|u| u.concept.clone()));

@@ -20,13 +20,14 @@ use crate::{
     deploy::Deployer,
     error::{Error, Result},
     events::{self, Events},
+    handout::Handout,
     hub::{Hub, HubOptions},
     lease::Phase,
     metrics,
-    outputs::{OutputError, Outputs, sha256_hex},
+    outputs::{OutputError, Outputs},
     registrar::Registrar,
     registry::Registry,
-    release::Gate,
+    release::ReleaseGate,
     state::JobRecord,
     store::{
         Created, Found, Full, Lookup, MemoryStore, NewJob, RedbStore, RedisStore, Store, StoreError,
@@ -52,6 +53,7 @@ pub(crate) struct Coordinator {
     store: Arc<dyn Store>,
     clock: Clock,
     outputs: Outputs,
+    handout: Handout,
     registry: Registry,
     registrar: Registrar,
     deployer: Deployer,
@@ -93,7 +95,10 @@ impl Coordinator {
         let timeout = options.check_timeout;
         let registrar = Registrar::new(registry.clone(), channels.clone());
         let deployer = Deployer::new(registry.clone(), channels.clone());
-        let gate = Gate::new(registry.clone(), outputs.clone(), channels, timeout, signer);
+        let mut trusted = vec![signer.public()];
+        trusted.extend(options.trusted_signers.iter().cloned());
+        let handout = Handout::new(outputs.clone(), trusted);
+        let gate = ReleaseGate::new(registry.clone(), outputs.clone(), channels, timeout, signer);
         let hub_options = HubOptions {
             coordinator_id: options.coordinator_id.clone(),
             lease_ttl: options.lease_ttl,
@@ -113,6 +118,7 @@ impl Coordinator {
             store,
             clock,
             outputs,
+            handout,
             registry,
             registrar,
             deployer,
@@ -311,11 +317,8 @@ impl Coordinator {
         if image.status() != v1::ImageStatus::Released {
             return Err(not_released(job_id, image));
         }
-        let object = format!("image {index} of job {job_id}");
         let token = winner(&record, index).unwrap_or_default();
-        let png = self.outputs.image(&record.job.job_id, index, token).await?;
-        let png = png.filter(|png| sha256_hex(png) == image.image_sha256);
-        let png = png.ok_or(Error::Damaged { object })?;
+        let png = self.handout.image(&record.job.job_id, image, token).await?;
         Ok(v1::GetImageResponse { png: png.to_vec(), image_sha256: image.image_sha256.clone() })
     }
 
@@ -340,16 +343,12 @@ impl Coordinator {
             other => other,
         })?;
         let image = image_of(&record, index)?;
-        let id = &image.record_id;
         let Some(token) = winner(&record, index) else {
             let status = image.status().as_str_name();
             let what = format!("the record of image {index} of job {job_id} ({status})");
             return Err(Error::NotFound(what));
         };
-        let stored = self.outputs.record(&job_id, index, token).await?;
-        stored
-            .filter(|stored| stored.image_sha256 == image.image_sha256)
-            .ok_or_else(|| Error::Damaged { object: format!("record {id}") })
+        self.handout.record(&job_id, image, token).await
     }
 
     pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {

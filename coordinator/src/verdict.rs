@@ -1,35 +1,41 @@
 //! The rules of the final check: which answers of an energy node and which results of a worker
 //! are acceptable. Whatever is not is no reason to release. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
-use fairlead_common::probe::Probe;
-use fairlead_proto::v1::{self, ImageStatus};
+use fairlead_common::{picture::Rgb8, probe::Probe};
+use fairlead_proto::{
+    MAX_PREVIEW_SIDE,
+    v1::{self, ImageStatus},
+};
+use prost::Message;
 
 /// Most reruns.
 const MAX_RERUNS: u32 = 2;
 /// Most text entries (nodes, calibrations, notices) taken from a worker, and their length.
 const MAX_ENTRIES: usize = 64;
 const MAX_ENTRY_BYTES: usize = 1_024;
+/// Largest report of a worker about one image.
+const MAX_REPORT_BYTES: usize = 8 << 20;
 
-/// What a node was asked in one check.
+/// What all nodes are asked in one check.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Question<'a> {
-    pub(crate) concepts: &'a [v1::ConceptRef],
     pub(crate) image_sha256: &'a str,
     pub(crate) policy: &'a v1::PinnedPolicy,
 }
 
-/// Accepts a node's answer or says what is wrong with it. An accepted answer has exactly one finite
-/// score per concept asked, for exactly the bytes sent, and agrees with itself.
+/// Accepts a node's answer about `concepts` or says what is wrong with it. An accepted answer has
+/// exactly one finite score per concept asked, for exactly the bytes sent, and agrees with itself.
 pub(crate) fn accept_answer(
     question: Question<'_>,
+    concepts: &[v1::ConceptRef],
     answer: &v1::CheckResponse,
 ) -> Result<(), String> {
     if answer.image_sha256 != question.image_sha256 {
         return Err(format!("it judged other bytes (sha256 {})", answer.image_sha256));
     }
-    let asked: BTreeSet<&str> = question.concepts.iter().map(|c| c.name.as_str()).collect();
+    let asked: BTreeSet<&str> = concepts.iter().map(|c| c.name.as_str()).collect();
     let answered: BTreeSet<&str> = answer.scores.iter().map(|s| s.concept.as_str()).collect();
     if asked != answered || answer.scores.len() != asked.len() {
         return Err(format!("it was asked for {asked:?} and answered for {answered:?}"));
@@ -64,88 +70,118 @@ pub(crate) fn accept_answer(
     }
 }
 
+/// What a worker's result for one image comes to.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Outcome {
+    /// Pixels of the size asked for, which nobody has checked.
+    Proposed(Rgb8),
+    /// The worker withheld it; its report says for which pinned concepts.
+    Withheld,
+}
+
 /// Accepts a worker's result for one image, or says what is wrong with it.
 pub(crate) fn accept_outcome(
     spec: &v1::JobSpec,
     policy: &v1::PinnedPolicy,
-    outcome: &v1::ImageOutcome,
-) -> Result<(), String> {
-    let record = outcome.record.as_ref().ok_or("it has no safety record")?;
-    if record.reruns > MAX_RERUNS {
-        return Err(format!("it claims {} reruns; at most {MAX_RERUNS}", record.reruns));
-    }
-    for step in &record.trajectory {
-        step.scores.iter().try_for_each(finite)?;
-        if !step.correction.is_finite() || !step.time.is_finite() {
-            return Err(format!("step {} of its trajectory is not finite", step.step));
-        }
-    }
-    let texts = record.energy_nodes.iter().chain(&record.calibrations).chain(&outcome.notices);
+    mut outcome: v1::ImageOutcome,
+) -> Result<(Outcome, v1::WorkerReport), String> {
+    let report = outcome.report.take().ok_or("it has no report")?;
+    accept_report(spec, policy, &report)?;
+    let texts = report.energy_nodes.iter().chain(&report.calibrations).chain(&outcome.notices);
     if texts.clone().count() > 3 * MAX_ENTRIES || texts.clone().any(|t| t.len() > MAX_ENTRY_BYTES) {
         return Err("its lists of nodes, calibrations or notices are too long".to_owned());
     }
     match outcome.status() {
-        ImageStatus::Released => accept_png(spec, &outcome.png, &record.pixels_sha256),
-        ImageStatus::Withheld => accept_withheld(policy, outcome, record),
+        ImageStatus::Released => {
+            let (width, height) = (spec.width(), spec.height());
+            let bytes = outcome.pixels.len();
+            let picture = Rgb8::new(width, height, outcome.pixels).ok_or_else(|| {
+                format!("its image has {bytes} bytes of pixels; asked was {width}x{height} RGB")
+            })?;
+            Ok((Outcome::Proposed(picture), report))
+        }
+        ImageStatus::Withheld => {
+            accept_withheld(policy, &outcome, &report)?;
+            Ok((Outcome::Withheld, report))
+        }
         other => Err(format!("its status is {}; send RELEASED or WITHHELD", other.as_str_name())),
     }
+}
+
+/// A report is a worker's word, and must at least be one that an honest worker could give: of this job's
+/// steps and of concepts that the policy pins.
+fn accept_report(
+    spec: &v1::JobSpec,
+    policy: &v1::PinnedPolicy,
+    report: &v1::WorkerReport,
+) -> Result<(), String> {
+    let bytes = report.encoded_len();
+    if bytes > MAX_REPORT_BYTES {
+        return Err(format!("its report has {bytes} bytes; at most {MAX_REPORT_BYTES}"));
+    }
+    if report.reruns > MAX_RERUNS {
+        return Err(format!("it claims {} reruns; at most {MAX_RERUNS}", report.reruns));
+    }
+    let (steps, most) = (report.trajectory.len(), spec.steps() * (MAX_RERUNS + 1));
+    if steps > most as usize {
+        return Err(format!("its trajectory has {steps} steps; at most {most}"));
+    }
+    for step in &report.trajectory {
+        if !step.correction.is_finite() || !step.time.is_finite() {
+            return Err(format!("step {} of its trajectory is not finite", step.step));
+        }
+        accept_scores(policy, &step.scores)?;
+    }
+    accept_scores(policy, &report.final_scores)
+}
+
+/// At most one finite score of each concept and energy that the policy pins.
+fn accept_scores(policy: &v1::PinnedPolicy, scores: &[v1::ConceptScore]) -> Result<(), String> {
+    let pinned: BTreeSet<Probe> = policy.concepts.iter().map(Probe::from).collect();
+    let mut seen = BTreeSet::new();
+    for score in scores {
+        finite(score)?;
+        let probe = Probe::from(score);
+        if !pinned.contains(&probe) {
+            return Err(format!("it scores {:?}, which the policy does not pin", score.concept));
+        }
+        if !seen.insert(probe) {
+            return Err(format!("it scores `{}` twice", score.concept));
+        }
+    }
+    Ok(())
 }
 
 fn accept_withheld(
     policy: &v1::PinnedPolicy,
     outcome: &v1::ImageOutcome,
-    record: &v1::SafetyRecord,
+    report: &v1::WorkerReport,
 ) -> Result<(), String> {
     if policy.observe_only {
         return Err("it withheld an image of an observe-only policy".to_owned());
     }
-    if !outcome.png.is_empty() {
+    if !outcome.pixels.is_empty() {
         return Err("it sent the pixels of a withheld image".to_owned());
     }
-    let scores = withheld_scores(record);
-    if scores.is_empty() {
-        return Err("it withheld an image without saying for which scores".to_owned());
+    match report.final_scores.iter().any(|score| score.open) {
+        true => Ok(()),
+        false => Err("it withheld an image without saying for which concept".to_owned()),
     }
-    scores.iter().try_for_each(finite)
 }
 
-/// The scores for which a worker withheld an image: its final check, else its last step.
-pub(crate) fn withheld_scores(record: &v1::SafetyRecord) -> &[v1::ConceptScore] {
-    if !record.final_scores.is_empty() {
-        return &record.final_scores;
+/// Accepts a preview of a job's image at a step, or says what is wrong with it.
+pub(crate) fn accept_preview(spec: &v1::JobSpec, preview: v1::Preview) -> Result<Rgb8, String> {
+    let v1::Preview { step, width, height, pixels, .. } = preview;
+    if step >= spec.steps() {
+        return Err(format!("it is of step {step}, and there are {}", spec.steps()));
     }
-    let last = record.trajectory.iter().rev().find(|step| !step.scores.is_empty());
-    last.map(|step| step.scores.as_slice()).unwrap_or_default()
-}
-
-/// A PNG signature, an IHDR of the size asked for, and a pixel hash that is one.
-fn accept_png(spec: &v1::JobSpec, png: &[u8], pixels_sha256: &str) -> Result<(), String> {
-    const SIGNATURE: &[u8] = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR";
-    let Some(header) = png.strip_prefix(SIGNATURE).and_then(|rest| rest.first_chunk::<8>()) else {
-        return Err("its image is no PNG".to_owned());
-    };
-    let [w0, w1, w2, w3, h0, h1, h2, h3] = *header;
-    let found = (u32::from_be_bytes([w0, w1, w2, w3]), u32::from_be_bytes([h0, h1, h2, h3]));
-    if found != (spec.width(), spec.height()) {
-        let (width, height) = (spec.width(), spec.height());
-        return Err(format!("its PNG is {}x{}, asked was {width}x{height}", found.0, found.1));
+    if width > MAX_PREVIEW_SIDE || height > MAX_PREVIEW_SIDE {
+        return Err(format!("it is {width}x{height}; at most {MAX_PREVIEW_SIDE} a side"));
     }
-    let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-    if pixels_sha256.len() != 64 || !pixels_sha256.bytes().all(hex) {
-        return Err("its record has no pixels_sha256 in lower-case hex".to_owned());
-    }
-    Ok(())
-}
-
-/// Whether a preview may go out: every concept scored in this step, no gate open.
-pub(crate) fn preview_allowed(policy: &v1::PinnedPolicy, step: &v1::StepProgress) -> bool {
-    let scores: BTreeMap<Probe, &v1::ConceptScore> =
-        step.scores.iter().map(|score| (score.into(), score)).collect();
-    policy.observe_only
-        || policy.concepts.iter().all(|concept| {
-            let score = scores.get(&concept.into());
-            score.is_some_and(|score| !score.open && finite(score).is_ok())
-        })
+    let bytes = pixels.len();
+    Rgb8::new(width, height, pixels).ok_or_else(|| {
+        format!("it has {bytes} bytes of pixels and says it is {width}x{height} RGB")
+    })
 }
 
 fn finite(score: &v1::ConceptScore) -> Result<(), String> {
@@ -160,8 +196,6 @@ fn finite(score: &v1::ConceptScore) -> Result<(), String> {
 mod tests {
     use super::*;
     use fairlead_fuzz::{bounded, fuzz, spoiled};
-    use proptest::prelude::*;
-    use prost::Message;
 
     fn score(concept: &str, z: f32) -> v1::ConceptScore {
         v1::ConceptScore {
@@ -191,7 +225,7 @@ mod tests {
             ..Default::default()
         };
         let concepts = [concept("axe"), concept("bomb")];
-        accept_answer(Question { concepts: &concepts, image_sha256: "aa", policy }, answer)
+        accept_answer(Question { image_sha256: "aa", policy }, &concepts, answer)
     }
 
     #[test]
@@ -243,19 +277,21 @@ mod tests {
         assert!(judge(&observe, &raw).is_err());
     }
 
-    fn png(width: u32, height: u32) -> Vec<u8> {
-        let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
-        png.extend(width.to_be_bytes());
-        png.extend(height.to_be_bytes());
-        png
+    fn policy() -> v1::PinnedPolicy {
+        let concept =
+            v1::ConceptRef { name: "axe".into(), version: "1".into(), ..Default::default() };
+        v1::PinnedPolicy { concepts: vec![concept], ..Default::default() }
+    }
+
+    fn spec() -> v1::JobSpec {
+        v1::JobSpec { width: Some(4), height: Some(2), steps: Some(2), ..Default::default() }
     }
 
     fn outcome() -> v1::ImageOutcome {
         v1::ImageOutcome {
             status: ImageStatus::Released.into(),
-            png: png(32, 16),
-            record: Some(v1::SafetyRecord {
-                pixels_sha256: "0a".repeat(32),
+            pixels: vec![7; 24],
+            report: Some(v1::WorkerReport {
                 trajectory: vec![v1::StepRecord {
                     scores: vec![score("axe", 1.0)],
                     ..Default::default()
@@ -266,64 +302,73 @@ mod tests {
         }
     }
 
+    fn accept(outcome: v1::ImageOutcome) -> Result<Outcome, String> {
+        accept_outcome(&spec(), &policy(), outcome).map(|(outcome, _)| outcome)
+    }
+
     #[test]
     fn a_workers_result_must_be_sound() {
-        let spec = v1::JobSpec { width: Some(32), height: Some(16), ..Default::default() };
-        let policy = v1::PinnedPolicy::default();
-        assert_eq!(accept_outcome(&spec, &policy, &outcome()), Ok(()));
-        type Spoil = fn(&mut v1::ImageOutcome, &mut v1::SafetyRecord);
-        let cases: [(Spoil, &str); 9] = [
-            (|o, _| o.png.clear(), "no PNG"),
-            (|o, _| o.png = png(16, 32), "16x32, asked was 32x16"),
-            (|_, r| r.pixels_sha256 = "0A".repeat(32), "pixels_sha256"),
+        let picture = Rgb8::new(4, 2, vec![7; 24]).expect("as many as it takes");
+        assert_eq!(accept(outcome()), Ok(Outcome::Proposed(picture)));
+        type Spoil = fn(&mut v1::ImageOutcome, &mut v1::WorkerReport);
+        let cases: [(Spoil, &str); 13] = [
+            (|o, _| o.pixels.clear(), "has 0 bytes of pixels; asked was 4x2"),
+            (|o, _| o.pixels.push(0), "25 bytes"),
             (|_, r| r.reruns = 3, "3 reruns"),
             (|_, r| r.trajectory[0].scores[0].score = f32::NAN, "not finite"),
             (|_, r| r.trajectory[0].correction = f32::INFINITY, "not finite"),
+            (|_, r| r.trajectory = vec![v1::StepRecord::default(); 7], "7 steps; at most 6"),
+            (|_, r| r.trajectory[0].scores[0].concept = "cat".into(), "does not pin"),
+            (|_, r| r.final_scores = vec![score("cat", 1.0)], "\"cat\", which the policy does not"),
+            (|_, r| r.final_scores = vec![score("axe", 1.0); 2], "`axe` twice"),
             (|_, r| r.calibrations = vec!["x".repeat(2_000)], "too long"),
+            (|_, r| r.calibrations = vec!["x".repeat(9 << 20)], "bytes; at most 8388608"),
             (|o, _| o.set_status(ImageStatus::Failed), "IMAGE_STATUS_FAILED"),
             (|o, _| o.set_status(ImageStatus::Withheld), "pixels of a withheld image"),
         ];
         for (spoil, expected) in cases {
             let mut outcome = outcome();
-            let mut record = outcome.record.take().expect("there is one");
-            spoil(&mut outcome, &mut record);
-            outcome.record = Some(record);
-            let problem = accept_outcome(&spec, &policy, &outcome).expect_err(expected);
+            let mut report = outcome.report.take().expect("there is one");
+            spoil(&mut outcome, &mut report);
+            outcome.report = Some(report);
+            let problem = accept(outcome).expect_err(expected);
             assert!(problem.contains(expected), "{problem}");
         }
-        let bare = v1::ImageOutcome { record: None, ..outcome() };
-        assert!(accept_outcome(&spec, &policy, &bare).is_err());
+        assert!(accept(v1::ImageOutcome { report: None, ..outcome() }).is_err());
     }
 
     #[test]
-    fn a_withheld_image_says_why() {
-        let spec = v1::JobSpec::default();
-        let mut withheld = v1::ImageOutcome { png: vec![], ..outcome() };
+    fn a_withheld_image_says_for_which_pinned_concept() {
+        let mut withheld = v1::ImageOutcome { pixels: vec![], ..outcome() };
         withheld.set_status(ImageStatus::Withheld);
-        let policy = v1::PinnedPolicy::default();
-        assert_eq!(accept_outcome(&spec, &policy, &withheld), Ok(()));
-        let observe = v1::PinnedPolicy { observe_only: true, ..Default::default() };
-        assert!(accept_outcome(&spec, &observe, &withheld).is_err());
-        withheld.record.as_mut().expect("there is one").trajectory.clear();
-        assert!(accept_outcome(&spec, &policy, &withheld).is_err());
+        let with = |scores: Vec<v1::ConceptScore>| {
+            let mut withheld = withheld.clone();
+            withheld.report.as_mut().expect("there is one").final_scores = scores;
+            withheld
+        };
+        assert_eq!(accept(with(vec![score("axe", 4.0)])), Ok(Outcome::Withheld));
+        for scores in [vec![], vec![score("axe", 1.0)], vec![score("cat", 4.0)]] {
+            let problem = accept(with(scores.clone())).expect_err("it gives no reason");
+            assert!(problem.contains("with") || problem.contains("pin"), "{problem}");
+        }
+        let observe = v1::PinnedPolicy { observe_only: true, ..policy() };
+        let observed = accept_outcome(&spec(), &observe, with(vec![score("axe", 4.0)]));
+        assert!(observed.is_err());
     }
 
-    proptest! {
-        #[test]
-        fn a_preview_goes_out_only_if_every_concept_was_scored_and_closed(
-            scored in prop::collection::btree_map("[a-d]", 0f32..6.0, 0..4),
-            wanted in prop::collection::btree_set("[a-d]", 0..4),
-        ) {
-            let concept = |name: &String| v1::ConceptRef { name: name.clone(), version: "1".into(), ..Default::default() };
-            let policy = v1::PinnedPolicy {
-                concepts: wanted.iter().map(concept).collect(), ..Default::default()
-            };
-            let step = v1::StepProgress {
-                scores: scored.iter().map(|(name, z)| score(name, *z)).collect(),
-                ..Default::default()
-            };
-            let closed = wanted.iter().all(|name| scored.get(name).is_some_and(|z| *z <= 3.0));
-            prop_assert_eq!(preview_allowed(&policy, &step), closed);
+    #[test]
+    fn a_preview_is_small_and_of_a_step_that_there_is() {
+        let preview = v1::Preview { index: 0, step: 1, width: 2, height: 1, pixels: vec![1; 6] };
+        assert!(accept_preview(&spec(), preview.clone()).is_ok());
+        let large = v1::Preview { width: 256, pixels: vec![0; 768], ..preview.clone() };
+        for (wrong, expected) in [
+            (v1::Preview { step: 2, ..preview.clone() }, "step 2"),
+            (v1::Preview { pixels: vec![1; 5], ..preview.clone() }, "5 bytes"),
+            (v1::Preview { width: 0, pixels: vec![], ..preview.clone() }, "0x1"),
+            (large, "256x1; at most 128"),
+        ] {
+            let problem = accept_preview(&spec(), wrong).expect_err(expected);
+            assert!(problem.contains(expected), "{problem}");
         }
     }
 
@@ -343,14 +388,16 @@ mod tests {
 
     #[test]
     fn spoiled_results_of_workers_are_sound_or_refused() {
-        let spec = v1::JobSpec { width: Some(32), height: Some(16), ..Default::default() };
-        let policy = v1::PinnedPolicy::default();
         fuzz(spoiled(outcome().encode_to_vec()), |bytes| {
             let Ok(outcome) = v1::ImageOutcome::decode(&*bytes) else { return };
-            if bounded(bytes.len(), || accept_outcome(&spec, &policy, &outcome)).is_ok() {
-                let released = outcome.status() == ImageStatus::Released;
-                assert!(released || outcome.png.is_empty());
-                assert!(!released || outcome.png.starts_with(&png(32, 16)));
+            let status = outcome.status();
+            match bounded(bytes.len(), || accept(outcome)) {
+                Ok(Outcome::Proposed(picture)) => {
+                    assert_eq!(status, ImageStatus::Released);
+                    assert_eq!((picture.width(), picture.height()), (4, 2));
+                }
+                Ok(Outcome::Withheld) => assert_eq!(status, ImageStatus::Withheld),
+                Err(_) => {}
             }
         });
     }

@@ -29,12 +29,20 @@ pub(crate) struct Level {
     pub(crate) gate: f32,
     /// The hysteresis `h`, in `z`.
     pub(crate) hysteresis: f32,
+    /// Raw score above which a finished image must not leave, whatever happened before.
+    pub(crate) check_threshold: f32,
 }
 
 impl Level {
     /// The standardised score.
     pub(crate) fn z(&self, score: f32) -> f32 {
         (score - self.mean) / self.sd
+    }
+
+    /// The same scale for a finished image: the gate lies at the final check's threshold, without
+    /// hysteresis.
+    pub(crate) fn finished(&self) -> Self {
+        Self { gate: self.z(self.check_threshold), hysteresis: 0.0, ..*self }
     }
 
     /// Open above `q`; a gate that was open, or is held, stays so until `z` falls below its closing
@@ -90,8 +98,15 @@ mod tests {
     }
 
     fn level() -> impl Strategy<Value = Level> {
-        (-1.0f32..1.0, 0.001f32..1.0, -1.0f32..6.0, 0.0f32..2.0)
-            .prop_map(|(mean, sd, gate, hysteresis)| Level { mean, sd, gate, hysteresis })
+        (-1.0f32..1.0, 0.001f32..1.0, -1.0f32..6.0, 0.0f32..2.0).prop_map(
+            |(mean, sd, gate, hysteresis)| Level {
+                mean,
+                sd,
+                gate,
+                hysteresis,
+                check_threshold: mean + sd,
+            },
+        )
     }
 
     proptest! {
@@ -102,6 +117,15 @@ mod tests {
             prop_assert_eq!(fresh, z > level.gate);
             prop_assert_eq!(kept, z > level.gate || z >= level.gate - level.hysteresis);
             prop_assert_eq!(level.is_open(z, Before::Held), kept || z >= HELD_SHARE * level.gate);
+        }
+
+        #[test]
+        fn a_finished_image_is_judged_by_its_raw_score_alone(level in level(), score in -2.0f32..2.0) {
+            prop_assume!((score - level.check_threshold).abs() > 1e-4);
+            let finished = level.finished();
+            let expected = score > level.check_threshold;
+            prop_assert_eq!(finished.is_open(finished.z(score), Before::Closed), expected);
+            prop_assert_eq!(finished.is_open(finished.z(score), Before::Open), expected);
         }
 
         #[test]
@@ -134,7 +158,7 @@ mod tests {
 
         #[test]
         fn a_narrow_gate_pushes_as_the_method_says(gate in -1.0f32..9.0, z in -9.0f32..12.0) {
-            let level = Level { mean: 0.0, sd: 1.0, gate, hysteresis: 0.5 };
+            let level = Level { mean: 0.0, sd: 1.0, gate, hysteresis: 0.5, check_threshold: 0.0 };
             let method = (z - gate + 0.5).clamp(0.25, 1.0);
             prop_assert!((level.amplitude(z, Before::Open) - method).abs() < 1e-5);
         }
@@ -168,7 +192,7 @@ mod tests {
 
     #[test]
     fn tau_is_the_score_where_an_open_gate_closes() {
-        let level = Level { mean: 0.1, sd: 0.02, gate: 3.0, hysteresis: 0.5 };
+        let level = Level { mean: 0.1, sd: 0.02, gate: 3.0, hysteresis: 0.5, check_threshold: 0.0 };
         for (before, closing) in [(Before::Open, 2.5), (Before::Held, 0.9)] {
             let tau = level.tau(before);
             assert!((level.z(tau) - closing).abs() < 1e-4);

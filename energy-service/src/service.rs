@@ -249,7 +249,7 @@ impl Node {
         let key = request.calibration.as_ref();
         let fallback = request.allow_calibration_fallback && !request.scores_only;
         let run = self.run(key, crops, fallback);
-        let (levels, standing) =
+        let (levels, mut standing) =
             gating_or_standing(&offer, &indices, &[0.0], run, request.scores_only)?;
         let (height, width) = (self.scorer.height, self.scorer.width);
         // Decoding a large image takes a while: not on the async threads.
@@ -259,10 +259,11 @@ impl Node {
             .await
             .map_err(|error| RequestError::Png(format!("decoding failed: {error}")))??;
         let concepts = asked(&offer.served, &indices);
-        let steered_away = |k: usize| request.open_concepts.contains(&concepts[k].name);
-        let before = |k| if steered_away(k) { Before::Open } else { Before::Closed };
-        let gates = levels.as_ref().map(|levels| gates(&levels.levels[0], before));
-        let level: Vec<Level> = gates.iter().flatten().map(|gate| gate.level).collect();
+        let level: Vec<Level> = levels.iter().flat_map(|levels| levels.levels[0].clone()).collect();
+        // One level for all, whatever happened to the image before.
+        let finished: Vec<Level> = level.iter().map(Level::finished).collect();
+        let gates = levels.as_ref().map(|_| gates(&finished, |_| Before::Closed));
+        stand_at_finish(&mut standing);
         let batch = Batch {
             pixels: image.pixels,
             samples: vec![Sample { crop_seed: request.crop_seed, gates }],
@@ -276,7 +277,8 @@ impl Node {
             return Err(RequestError::Stopped("one image went in, others came out".to_owned()));
         };
         let remains = |&k: &usize| {
-            steered_away(k) && level[k].is_open(evaluation.concepts[k].z, Before::Held)
+            request.open_concepts.contains(&concepts[k].name)
+                && level[k].is_open(evaluation.concepts[k].z, Before::Held)
         };
         let remaining = (0..level.len()).filter(remains).map(|k| concepts[k].name.clone());
         let (calibration_ids, calibration_fallbacks) = origin(levels);
@@ -406,6 +408,11 @@ fn gating_or_standing(
         return Ok((Some(offer.levels(indices, times, &run?)?), Standing::new()));
     }
     Ok((None, run.map(|run| offer.standing(indices, times, &run)).unwrap_or_default()))
+}
+
+/// Those that a finished image's raw scores are set beside.
+fn stand_at_finish(standing: &mut Standing) {
+    standing.iter_mut().flatten().flatten().for_each(|level| *level = level.finished());
 }
 
 /// Fills in where raw scores stand; no gate opens by it.

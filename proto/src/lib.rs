@@ -10,13 +10,25 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Version of the contract; both sides of a handshake compare it and refuse a mismatch.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Version of resize, crops and normalisation between workers and energy nodes.
 pub const PREPROCESSING_VERSION: u32 = 1;
 
 /// Names of the samplers, as calibrations, records and policies have them.
 pub const SAMPLERS: [&str; 2] = ["ddim", "flow-euler"];
+
+/// What common tools call a sampler of that name; a name that is not in [`SAMPLERS`] stands for itself.
+pub fn sampler_label(name: &str) -> &str {
+    match name {
+        "ddim" => "DDIM",
+        "flow-euler" => "Euler",
+        other => other,
+    }
+}
+
+/// Longest side of a preview in pixels.
+pub const MAX_PREVIEW_SIDE: u32 = 128;
 
 /// Largest message either side sends or accepts, set on every client and server.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;

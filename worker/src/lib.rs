@@ -13,7 +13,6 @@ pub mod generator;
 mod hub;
 mod metrics;
 pub mod noise;
-pub mod output;
 pub mod sampler;
 mod shard;
 pub mod steering;
@@ -41,7 +40,7 @@ pub async fn run(options: WorkerArgs, shutdown: CancellationToken) -> Result<()>
     for dir in &options.models {
         let engine = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
-            engine = load(dir, &options, &worker_id) => engine?,
+            engine = load(dir, &options) => engine?,
         };
         let info = engine.info();
         if engines.iter().any(|other| other.info().name == info.name) {
@@ -68,12 +67,11 @@ pub async fn run(options: WorkerArgs, shutdown: CancellationToken) -> Result<()>
 ///
 /// # Errors
 /// [`Error::Folder`] or [`Error::Model`], naming the file and what to do.
-pub async fn load(dir: &Path, options: &WorkerArgs, worker_id: &str) -> Result<EngineHandle> {
+pub async fn load(dir: &Path, options: &WorkerArgs) -> Result<EngineHandle> {
     let name = generator::model_name(dir)?;
     let (dir, device, max_batch) = (dir.to_owned(), options.device, options.max_batch);
-    let worker_id = worker_id.to_owned();
     EngineHandle::spawn(&name, options.threads, options.micro_batches, move || {
-        Ok(Engine::new(generator::load(&dir, &device.open()?)?, worker_id, max_batch))
+        Ok(Engine::new(generator::load(&dir, &device.open()?)?, max_batch))
     })
     .await
 }

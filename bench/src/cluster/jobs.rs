@@ -1,6 +1,7 @@
 //! Jobs as a client submits and follows them.
 
 use anyhow::{Context, Result, bail};
+use fairlead_common::record;
 use fairlead_proto::MAX_MESSAGE_BYTES;
 use fairlead_proto::v1::{
     GetRecordRequest, Job, JobSpec, JobState, ListConceptsRequest, ListModelsRequest,
@@ -68,7 +69,8 @@ pub(crate) async fn engine_ms(client: &Generation, job: &Job) -> Result<f64> {
         let record_id = image.record_id.clone();
         let request = GetRecordRequest { record_id, ..Default::default() };
         let record = client.clone().get_record(request).await?.into_inner().record;
-        total += record.with_context(|| format!("no record of {}", job.job_id))?.engine_ms;
+        let record = record.with_context(|| format!("no record of {}", job.job_id))?;
+        total += record::reported(&record).engine_ms;
     }
     Ok(total as f64 / job.images.len() as f64)
 }

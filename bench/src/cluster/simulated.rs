@@ -6,15 +6,13 @@ use anyhow::{Context, Result, bail};
 use fairlead_proto::PROTOCOL_VERSION;
 use fairlead_proto::v1::{
     AttachRequest, AttachResponse, CommitStatus, ImageOutcome, ImageStatus, ModelInfo,
-    SafetyRecord, ShardAssignment, ShardDone, WorkerHello, attach_request::Message as Up,
+    ShardAssignment, ShardDone, WorkerHello, WorkerReport, attach_request::Message as Up,
     attach_response::Message as Down, worker_service_client::WorkerServiceClient,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Channel};
 
-/// Bytes of an image, as many as one of the embedded generators has.
-const IMAGE_BYTES: usize = 2_500;
 /// Pixels of a side.
 const SIDE: u32 = 32;
 
@@ -22,7 +20,7 @@ const SIDE: u32 = 32;
 pub(crate) struct Worker {
     up: mpsc::Sender<AttachRequest>,
     down: Streaming<AttachResponse>,
-    png: Arc<Vec<u8>>,
+    pixels: Arc<Vec<u8>>,
 }
 
 /// A generator of this name.
@@ -46,12 +44,9 @@ fn model(name: &str) -> ModelInfo {
     }
 }
 
-/// A PNG as far as its header, which is what a coordinator without energies reads of it.
-fn png() -> Vec<u8> {
-    let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
-    png.extend([SIDE.to_be_bytes(), SIDE.to_be_bytes()].concat());
-    png.resize(IMAGE_BYTES, 7);
-    png
+/// Pixels of a small image.
+fn pixels() -> Arc<Vec<u8>> {
+    Arc::new(vec![7; 3 * SIDE as usize * SIDE as usize])
 }
 
 impl Worker {
@@ -72,7 +67,7 @@ impl Worker {
         };
         up.send(AttachRequest { message: Some(Up::Hello(hello)) }).await?;
         let down = WorkerServiceClient::new(channel).attach(ReceiverStream::new(stream)).await?;
-        let mut worker = Self { up, down: down.into_inner(), png: Arc::new(png()) };
+        let mut worker = Self { up, down: down.into_inner(), pixels: pixels() };
         match worker.receive().await? {
             Down::Welcome(_) => Ok(worker),
             other => bail!("no welcome but {other:?}"),
@@ -100,8 +95,8 @@ impl Worker {
                 lease: assignment.lease.clone(),
                 index: image.index,
                 status: ImageStatus::Released.into(),
-                png: self.png.to_vec(),
-                record: Some(SafetyRecord { pixels_sha256: "ab".repeat(32), ..Default::default() }),
+                pixels: self.pixels.to_vec(),
+                report: Some(WorkerReport::default()),
                 notices: Vec::new(),
             };
             self.send(Up::Image(outcome)).await?;

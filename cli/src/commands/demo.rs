@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::{Context, Result};
 use clap::Args;
 use embedded_graphics::{geometry::Point, pixelcolor::Rgb888};
+use fairlead_common::record;
 use fairlead_common::shutdown;
 use fairlead_proto::v1::{ImageStatus, JobSpec, StepRecord};
 
@@ -99,10 +100,10 @@ fn verdict(pair: &Pair) -> String {
     if pair.identical() {
         return "identical, byte for byte".to_owned();
     }
-    let record = &pair.steered.record;
-    let corrections = record.trajectory.iter().filter(|step| step.correction > 0.0).count();
+    let report = record::reported(&pair.steered.record);
+    let corrections = report.trajectory.iter().filter(|step| step.correction > 0.0).count();
     let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-    let reruns = match record.reruns {
+    let reruns = match report.reruns {
         0 => String::new(),
         n => format!(", {}", counted(n as usize, "rerun")),
     };
@@ -146,12 +147,11 @@ fn curves(sheet: &mut Picture, pair: &Pair, left: i32, top: i32) {
     sheet.line(Point::new(left, gate), Point::new(left + SIDE as i32 - 1, gate), GATE);
     for (image, color) in [(&pair.unsteered, FAINT), (&pair.steered, STEERED)] {
         let steps = image.record.steps.max(2);
-        let last = image.record.reruns;
-        let points: Vec<Point> = image
-            .record
+        let report = record::reported(&image.record);
+        let points: Vec<Point> = report
             .trajectory
             .iter()
-            .filter(|step| step.attempt == last)
+            .filter(|step| step.attempt == report.reruns)
             .filter_map(|step| {
                 let x = left + (step.step * (SIDE as u32 - 1) / (steps - 1)) as i32;
                 excess(step).map(|excess| Point::new(x, height_of(excess, top)))
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
     use crate::client::FinishedImage;
     use embedded_graphics::pixelcolor::RgbColor;
-    use fairlead_proto::v1::{ConceptScore, ImageInfo, SafetyRecord};
+    use fairlead_proto::v1::{ConceptScore, ImageInfo, SafetyRecord, WorkerReport};
 
     fn image(pixels: &str, corrections: usize, z: f32) -> FinishedImage {
         let step = |step| StepRecord {
@@ -192,7 +192,10 @@ mod tests {
             record: SafetyRecord {
                 pixels_sha256: pixels.into(),
                 steps: 4,
-                trajectory: (0..4).map(step).collect(),
+                reported_by_worker: Some(WorkerReport {
+                    trajectory: (0..4).map(step).collect(),
+                    ..Default::default()
+                }),
                 ..Default::default()
             },
             png: Picture::new(2, 2, Rgb888::GREEN).to_png().expect("it encodes"),

@@ -317,10 +317,11 @@ fn report(
 
 /// "steered away from kitchen-knife", or "untouched".
 fn steered(record: &SafetyRecord) -> String {
-    if !record.steered {
+    let report = record::reported(record);
+    if !report.steered {
         return "untouched".to_owned();
     }
-    let probes = record::steered_away(&record.trajectory);
+    let probes = record::steered_away(&report.trajectory);
     let concepts: BTreeSet<&str> = probes.iter().map(|probe| probe.concept.as_str()).collect();
     format!("steered away from {}", concepts.into_iter().collect::<Vec<_>>().join(", "))
 }
@@ -328,7 +329,7 @@ fn steered(record: &SafetyRecord) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::{ConceptScore, StepRecord};
+    use fairlead_proto::v1::{ConceptScore, StepRecord, WorkerReport};
 
     #[test]
     fn who_was_steered_is_told_from_what() {
@@ -338,7 +339,7 @@ mod tests {
             ..Default::default()
         };
         let step = |correction, scores| StepRecord { correction, scores, ..Default::default() };
-        let mut record = SafetyRecord {
+        let mut report = WorkerReport {
             steered: true,
             trajectory: vec![
                 step(0.2, vec![score("bomb", false), score("axe", true)]),
@@ -348,9 +349,13 @@ mod tests {
             ],
             ..Default::default()
         };
-        assert_eq!(steered(&record), "steered away from axe, bomb");
-        record.steered = false;
-        assert_eq!(steered(&record), "untouched");
+        let record = |report: &WorkerReport| SafetyRecord {
+            reported_by_worker: Some(report.clone()),
+            ..Default::default()
+        };
+        assert_eq!(steered(&record(&report)), "steered away from axe, bomb");
+        report.steered = false;
+        assert_eq!(steered(&record(&report)), "untouched");
     }
 
     #[test]

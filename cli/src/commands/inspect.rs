@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::Args;
+use fairlead_common::record;
 use fairlead_proto::v1::SafetyRecord;
 
 use crate::{
@@ -43,9 +44,17 @@ fn print_record(record: &SafetyRecord) {
     let policy = record.policy.clone().unwrap_or_default();
     say!("record: {} ({})", record.record_id, record.status().as_str_name());
     say!("policy: {} with {} concepts", policy.name, policy.concepts.len());
-    let corrected = record.trajectory.iter().filter(|step| step.correction > 0.0).count();
-    say!("steered: {} ({corrected} corrections, {} reruns)", record.steered, record.reruns);
-    let mut scores = record.final_scores.clone();
+    let report = record::reported(record);
+    let corrected = report.trajectory.iter().filter(|step| step.correction > 0.0).count();
+    let (steered, reruns) = (report.steered, report.reruns);
+    say!("steered, as the worker reports: {steered} ({corrected} corrections, {reruns} reruns)");
+    let mut scores = match record.withheld_by_worker {
+        true => {
+            say!("withheld by the worker, on its own word; its scores:");
+            report.final_scores.clone()
+        }
+        false => record.final_scores.clone(),
+    };
     scores.sort_by(|a, b| (b.z - b.gate).total_cmp(&(a.z - a.gate)));
     for score in scores.iter().take(5) {
         let state = if score.open { "open" } else { "closed" };

@@ -39,7 +39,7 @@ fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::Calibratio
     let info = v1::NodeInfo {
         node_id: format!("node-{since}"),
         concepts: concepts.iter().map(concept).collect(),
-        calibrations: calibrated.map(calibration).into_iter().collect(),
+        calibrations: calibrated.map(|key| calibration(key, concepts)).into_iter().collect(),
         ..Default::default()
     };
     LiveNode { info: Arc::new(info), since_unix_ms: since, load: 0 }
@@ -50,8 +50,16 @@ fn probe(concept: &str, energy: &str) -> Probe {
 }
 
 /// For four crops and the whole window.
-fn calibration(key: v1::CalibrationKey) -> v1::CalibrationInfo {
-    v1::CalibrationInfo { key: Some(key), crops: 4, window_start: 1.0, ..Default::default() }
+fn calibration(key: v1::CalibrationKey, concepts: &[(&str, &str)]) -> v1::CalibrationInfo {
+    let level =
+        |(name, _): &(&str, &str)| v1::CheckThreshold { concept: (*name).into(), score: 0.5 };
+    v1::CalibrationInfo {
+        key: Some(key),
+        crops: 4,
+        window_start: 1.0,
+        check_thresholds: concepts.iter().map(level).collect(),
+        ..Default::default()
+    }
 }
 
 struct World {

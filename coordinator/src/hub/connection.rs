@@ -13,16 +13,16 @@ use tonic::Status;
 use super::{
     Shared,
     session::Input,
-    state::{self, Session, SessionPhase},
+    state::{self as sessions, Session, SessionPhase},
 };
 use crate::{
     clock::millis,
     error::{Error, Result},
     lease::{Failure, LeaseKey, Phase},
     metrics,
+    state::JobRecord,
     store::{Lookup, Member, MemberKey, MemberKind, StoreError},
     transition::{Effect, Transition},
-    verdict,
 };
 
 /// How long a new stream may take to say hello.
@@ -92,7 +92,7 @@ where
     }
     // The newest view: a worker may have attached elsewhere a moment ago.
     shared.registry.refresh().await?;
-    state::check(&hello, &shared.registry.workers())?;
+    sessions::check(&hello, &shared.registry.workers())?;
     let worker_id = hello.worker_id.clone();
     let welcome = v1::WorkerWelcome {
         coordinator_id: shared.options.coordinator_id.clone(),
@@ -119,6 +119,19 @@ where
     // Under the lock: nothing is assigned before the welcome.
     state.send(number, Message::Welcome(welcome));
     Ok(Connection { number, worker_id, member: key })
+}
+
+/// Tells watchers of a step once more, with its preview, once that has passed its check.
+async fn show(
+    shared: Arc<Shared>,
+    job_id: JobId,
+    job: Arc<JobRecord>,
+    step: v1::StepProgress,
+    preview: v1::Preview,
+) {
+    if let Some(png) = shared.gate.preview(&job, preview).await {
+        shared.events.progress(job_id, v1::StepProgress { preview_png: png.to_vec(), ..step });
+    }
 }
 
 struct Connection {
@@ -215,7 +228,7 @@ impl Connection {
         self.send(shared, Message::Renewed(reply));
     }
 
-    fn progress(&self, shared: &Shared, progress: v1::ShardProgress) {
+    fn progress(&self, shared: &Arc<Shared>, progress: v1::ShardProgress) {
         let lease = LeaseKey::from_proto(progress.lease.as_ref());
         let Some((job_id, job)) =
             self.held(shared, lease, |session| (session.job_id, Arc::clone(&session.job)))
@@ -226,15 +239,25 @@ impl Connection {
             .and_then(|lease| job.shard(lease.shard))
             .map(|shard| shard.images())
             .unwrap_or_default();
-        let (previews, policy) = (job.spec().previews, job.policy());
-        for mut step in progress.steps {
-            if !images.contains(&step.index) {
-                continue;
+        let mut steps = progress.steps;
+        steps.retain(|step| images.contains(&step.index));
+        for step in &mut steps {
+            // What a worker sends here is not looked at: previews come as pixels.
+            step.preview_png.clear();
+            shared.events.progress(job_id, step.clone());
+        }
+        for preview in progress.previews {
+            let of =
+                |step: &&v1::StepProgress| (step.index, step.step) == (preview.index, preview.step);
+            let is_allowed = |session: &mut Session| {
+                let left = session.previews_left.checked_sub(1);
+                left.map(|left| session.previews_left = left).is_some()
+            };
+            if let Some(step) = steps.iter().find(of).cloned()
+                && self.held(shared, lease, is_allowed) == Some(true)
+            {
+                tokio::spawn(show(Arc::clone(shared), job_id, Arc::clone(&job), step, preview));
             }
-            if !previews || !verdict::preview_allowed(&policy, &step) {
-                step.preview_png.clear();
-            }
-            shared.events.progress(job_id, step);
         }
     }
 

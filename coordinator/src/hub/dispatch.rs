@@ -41,6 +41,10 @@ const EXPIRED: usize = 256;
 const ROUND: usize = 128;
 const TOGETHER: usize = 32;
 
+/// Most previews of one image that are checked for a delivery, its reruns included. A worker sends about
+/// eight an attempt.
+const MAX_PREVIEWS: u32 = 32;
+
 /// Runs until the hub closes.
 pub(super) async fn run(shared: Arc<Shared>) {
     let pause = pause(&shared);
@@ -360,7 +364,8 @@ async fn grant(shared: &Arc<Shared>, job_id: JobId, shard: ShardId, connection: 
 fn assign(shared: &Shared, job: &JobRecord) -> routing::Assignment {
     let (policy, run) = (job.policy(), job.run());
     let nodes = shared.registry.live();
-    routing::assign(&policy.concepts, &nodes, admission::calibration(&policy, &run))
+    let need = admission::calibration(&policy, &run);
+    routing::assign(&policy.concepts, &nodes, need, rand::random())
 }
 
 /// A lease that was granted and not yet told to its worker.
@@ -385,6 +390,10 @@ impl Grant {
             let sent = state.send(connection, Message::Assignment(assignment));
             worker_id.filter(|_| sent).map(|worker_id| {
                 tracing::info!(job = %job_id, %lease, worker = worker_id, attempt, "shard assigned");
+                let previews_left = match self.job.spec().previews {
+                    true => MAX_PREVIEWS.saturating_mul(images.len() as u32),
+                    false => 0,
+                };
                 // Room for every image and the commit.
                 let (inbox, receiver) = mpsc::channel(images.len() + 1);
                 let abort = shared.closing.child_token();
@@ -398,6 +407,7 @@ impl Grant {
                     reservation: shared.registry.reserve(&nodes.endpoints),
                     endpoints: nodes.told,
                     attempt,
+                    previews_left,
                 };
                 state.sessions.insert(lease, session);
                 shared.count_sessions(&state);
@@ -456,7 +466,7 @@ fn update_nodes(shared: &Shared) {
         let policy = session.job.policy();
         let run = session.job.run();
         let need = admission::calibration(&policy, &run);
-        let told = routing::assign(&policy.concepts, &nodes, need).told;
+        let told = routing::assign(&policy.concepts, &nodes, need, rand::random()).told;
         let energies = routing::keep_order(told, &session.endpoints);
         if routing::same_nodes(&energies, &session.endpoints) {
             continue;

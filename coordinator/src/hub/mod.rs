@@ -25,7 +25,7 @@ use crate::{
     lease::{Failure, LeaseKey},
     metrics,
     registry::Registry,
-    release::Gate,
+    release::ReleaseGate,
     state::{ActiveShard, JobRecord},
     store::{Applied, Store, StoreError},
     transition::{Effect, Transition},
@@ -59,7 +59,7 @@ struct Shared {
     clock: Clock,
     registry: Registry,
     events: Events,
-    gate: Gate,
+    gate: ReleaseGate,
     options: HubOptions,
     state: Mutex<State>,
     /// Read from a grant until its session is open, so that a cancel in between finds it.
@@ -83,7 +83,7 @@ impl Hub {
         clock: Clock,
         registry: Registry,
         events: Events,
-        gate: Gate,
+        gate: ReleaseGate,
         options: HubOptions,
     ) -> Result<Self> {
         let shared = Arc::new(Shared {

@@ -68,6 +68,8 @@ pub(super) struct Session {
     pub(super) reservation: Reservation,
     /// Deliveries so far, this one included.
     pub(super) attempt: u32,
+    /// Previews that the worker may yet have checked.
+    pub(super) previews_left: u32,
 }
 
 #[derive(Debug, Default)]

@@ -3,6 +3,7 @@
 
 use std::{convert::Infallible, future, sync::Arc, time::Duration};
 
+use fairlead_common::picture::sha256;
 use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
@@ -16,9 +17,11 @@ use rand::{Rng, rngs::StdRng};
 use tonic::{Request, Response, Status, transport::Server};
 
 use super::{net, truth, world::World};
-use crate::outputs::sha256_hex;
 
 const GATE: f32 = 3.0;
+
+/// The same as a raw score.
+pub(super) const THRESHOLD: f32 = 0.5;
 
 /// Metadata of a check that a worker asks for: it clears nothing.
 pub(super) const FROM_WORKER: &str = "from-worker";
@@ -98,11 +101,12 @@ impl Energy {
     }
 
     fn scores(&self, request: &CheckRequest) -> Vec<ConceptScore> {
+        let pixels = truth::decode(&request.png);
         let score = |concept: &v1::ConceptRef| {
-            let open = truth::shows(&concept.name, &request.png);
+            let open = truth::shows(&concept.name, &pixels);
             ConceptScore {
                 concept: concept.name.clone(),
-                score: 0.2,
+                score: if open { THRESHOLD + 0.1 } else { THRESHOLD - 0.1 },
                 z: if open { GATE + 1.0 } else { GATE - 1.0 },
                 gate: GATE,
                 open,
@@ -145,7 +149,7 @@ impl EnergyService for Energy {
         let (mood, delay) = self.mood();
         tokio::time::sleep(delay).await;
         let mut scores = self.scores(&request);
-        let mut image_sha256 = sha256_hex(&request.png);
+        let mut image_sha256 = sha256(&request.png);
         match mood {
             Mood::Sound if for_worker => {}
             Mood::Sound => {
@@ -161,7 +165,7 @@ impl EnergyService for Energy {
                 (score.score, score.z, score.open) = (f32::NAN, 0.0, false);
             }),
             Mood::OtherBytes => {
-                image_sha256 = sha256_hex(b"other");
+                image_sha256 = sha256(b"other");
                 scores.iter_mut().for_each(|score| (score.z, score.open) = (0.0, false));
             }
             Mood::Forgetful => {

@@ -2,7 +2,8 @@
 //! functions, so that everybody can tell a lie.
 
 use fairlead_proto::v1::{
-    CalibrationInfo, CalibrationKey, ConceptInfo, ConceptRef, JobSpec, ModelInfo, NodeInfo,
+    CalibrationInfo, CalibrationKey, CheckThreshold, ConceptInfo, ConceptRef, JobSpec, ModelInfo,
+    NodeInfo,
 };
 use fairlead_proto::{PREPROCESSING_VERSION, PROTOCOL_VERSION};
 use sha2::{Digest, Sha256};
@@ -56,22 +57,49 @@ pub(super) fn node(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
             id: "calibration-1".into(),
             crops: 4,
             window_start: 1.0,
+            check_thresholds: concepts
+                .iter()
+                .map(|name| CheckThreshold {
+                    concept: (*name).into(),
+                    score: super::node::THRESHOLD,
+                })
+                .collect(),
             ..Default::default()
         }],
         ..Default::default()
     }
 }
 
-/// The image that a generator makes of `spec` and the image's seed: a PNG as far as its header.
-pub(super) fn png(spec: &JobSpec, seed: u64) -> Vec<u8> {
-    let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
-    png.extend(spec.width().to_be_bytes());
-    png.extend(spec.height().to_be_bytes());
-    png.extend(Sha256::digest(format!("{} {seed}", spec.prompt)));
-    png
+/// The pixels that a generator makes of `spec` and the image's seed.
+pub(super) fn pixels(spec: &JobSpec, seed: u64) -> Vec<u8> {
+    noise(&format!("{} {seed}", spec.prompt), spec.width(), spec.height())
 }
 
-/// Whether `concept` is to be seen in the image.
-pub(super) fn shows(concept: &str, png: &[u8]) -> bool {
-    Sha256::new().chain_update(concept).chain_update(png).finalize()[0] < 40
+/// Side of a preview.
+pub(super) const PREVIEW_SIDE: u32 = 4;
+
+/// The pixels of a preview at one step.
+pub(super) fn preview(spec: &JobSpec, index: u32, step: u32) -> Vec<u8> {
+    noise(&format!("{} {index} at {step}", spec.prompt), PREVIEW_SIDE, PREVIEW_SIDE)
+}
+
+fn noise(of: &str, width: u32, height: u32) -> Vec<u8> {
+    let digest = Sha256::digest(of);
+    digest.into_iter().cycle().take(3 * width as usize * height as usize).collect()
+}
+
+/// The pixels of a PNG.
+pub(super) fn decode(png: &[u8]) -> Vec<u8> {
+    let reader = png::Decoder::new(std::io::Cursor::new(png)).read_info();
+    let Ok(mut reader) = reader else { return Vec::new() };
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap_or_default()];
+    match reader.next_frame(&mut pixels) {
+        Ok(_) => pixels,
+        Err(_) => Vec::new(),
+    }
+}
+
+/// Whether `concept` is to be seen in these pixels.
+pub(super) fn shows(concept: &str, pixels: &[u8]) -> bool {
+    Sha256::new().chain_update(concept).chain_update(pixels).finalize()[0] < 40
 }

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use fairlead_common::picture::Rgb8;
 use fairlead_proto::{
     PROTOCOL_VERSION,
     v1::{
@@ -267,7 +268,8 @@ impl Worker {
         }
     }
 
-    /// Steps with previews that mostly may be shown: now and then a gate is open, or a score is missing.
+    /// Steps with previews, whatever is to be seen in them, and beside them what only the coordinator may
+    /// send.
     async fn steps(&self, key: LeaseKey, assignment: &ShardAssignment, index: u32) {
         let concepts = assignment.policy.iter().flat_map(|policy| &policy.concepts);
         let concepts: Vec<&v1::ConceptRef> = concepts.collect();
@@ -281,6 +283,14 @@ impl Worker {
                 ..Default::default()
             });
             let (scores, preview_png) = (scores.collect(), b"a preview".to_vec());
+            let spec = assignment.spec.clone().unwrap_or_default();
+            let preview = v1::Preview {
+                index,
+                step,
+                width: truth::PREVIEW_SIDE,
+                height: truth::PREVIEW_SIDE,
+                pixels: truth::preview(&spec, index, step),
+            };
             let step = v1::StepProgress {
                 index,
                 step,
@@ -290,7 +300,8 @@ impl Worker {
                 ..Default::default()
             };
             let lease = Some(key.to_proto());
-            self.send(Up::Progress(v1::ShardProgress { lease, steps: vec![step] })).await;
+            let (steps, previews) = (vec![step], vec![preview]);
+            self.send(Up::Progress(v1::ShardProgress { lease, steps, previews })).await;
         }
     }
 
@@ -316,13 +327,13 @@ impl Worker {
         if plan == Plan::WrongSize {
             spec.width = Some(64);
         }
-        let png = truth::png(&spec, image.seed);
+        let pixels = truth::pixels(&spec, image.seed);
         if self.chance(0.2) {
-            self.ask(assignment, &png).await;
+            self.ask(assignment, &spec, &pixels).await;
         }
         let concepts = assignment.policy.iter().flat_map(|policy| &policy.concepts);
         let open: Vec<v1::ConceptScore> = concepts
-            .filter(|concept| truth::shows(&concept.name, &png))
+            .filter(|concept| truth::shows(&concept.name, &pixels))
             .map(|concept| v1::ConceptScore {
                 concept: concept.name.clone(),
                 energy: concept.energy.clone(),
@@ -338,9 +349,8 @@ impl Worker {
             lease: Some(key.to_proto()),
             index: image.index,
             status: status.into(),
-            png: if withheld { Vec::new() } else { png },
-            record: Some(v1::SafetyRecord {
-                pixels_sha256: "ab".repeat(32),
+            pixels: if withheld { Vec::new() } else { pixels },
+            report: Some(v1::WorkerReport {
                 final_scores: if withheld { open } else { Vec::new() },
                 ..Default::default()
             }),
@@ -349,12 +359,14 @@ impl Worker {
     }
 
     /// Asks a node, as workers do; the coordinator must not rely on it.
-    async fn ask(&self, assignment: &ShardAssignment, png: &[u8]) {
+    async fn ask(&self, assignment: &ShardAssignment, spec: &v1::JobSpec, pixels: &[u8]) {
+        let picture = Rgb8::new(spec.width(), spec.height(), pixels.to_vec());
+        let png = picture.and_then(|picture| picture.to_png(&[]).ok()).unwrap_or_default();
         let Some(endpoint) = assignment.energies.first() else { return };
         let Some(node) = &endpoint.node else { return };
         let mut request = tonic::Request::new(v1::CheckRequest {
             concepts: endpoint.concepts.clone(),
-            png: png.to_vec(),
+            png,
             ..Default::default()
         });
         request

@@ -10,8 +10,8 @@ use tonic::Code;
 
 use crate::{
     cluster::{Cluster, assert_failed_naming, impatient, options, spec, statuses},
-    node::{Node, Script},
-    worker::{Worker, lease, released},
+    node::{Node, Script, THRESHOLD},
+    worker::{Worker, decode, lease, released},
 };
 
 #[tokio::test]
@@ -50,11 +50,16 @@ async fn a_worker_can_withhold_by_itself() {
     let mut worker = Worker::attach(&cluster, "w", 1).await;
     let job = cluster.submit(spec(1)).await.expect("valid");
     let shard = worker.assignment().await;
-    let score =
-        v1::ConceptScore { concept: "axe".into(), z: 5.0, open: true, ..Default::default() };
-    let record = v1::SafetyRecord { final_scores: vec![score], reruns: 2, ..Default::default() };
+    let score = v1::ConceptScore {
+        concept: "axe".into(),
+        energy: "clip".into(),
+        z: 5.0,
+        open: true,
+        ..Default::default()
+    };
+    let report = v1::WorkerReport { final_scores: vec![score], reruns: 2, ..Default::default() };
     let mut outcome =
-        v1::ImageOutcome { png: vec![], record: Some(record), ..released(&lease(&shard), 0) };
+        v1::ImageOutcome { pixels: vec![], report: Some(report), ..released(&lease(&shard), 0) };
     outcome.set_status(ImageStatus::Withheld);
     worker.send(Up::Image(outcome)).await;
     worker.done(&lease(&shard)).await;
@@ -62,36 +67,102 @@ async fn a_worker_can_withhold_by_itself() {
     assert_eq!(statuses(&job), [ImageStatus::Withheld]);
     assert!(job.images[0].final_scores[0].open);
     assert!(node.asked().is_empty(), "there was nothing to check");
+    let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
+    assert!(record.withheld_by_worker && record.final_scores.is_empty(), "it is the worker's word");
+    assert_eq!(record.reported_by_worker.expect("its report").final_scores.len(), 1);
+}
+
+/// A result whose report says, or hides, that the image was steered away from `axe`.
+fn steered(shard: &v1::ShardAssignment, says_so: bool) -> v1::ImageOutcome {
+    let mut outcome = released(&lease(shard), 0);
+    let score = v1::ConceptScore {
+        concept: "axe".into(),
+        energy: "clip".into(),
+        open: true,
+        ..Default::default()
+    };
+    let step = v1::StepRecord { correction: 0.4, scores: vec![score], ..Default::default() };
+    let report = outcome.report.as_mut().expect("there is one");
+    report.trajectory = if says_so { vec![step] } else { Vec::new() };
+    outcome
 }
 
 #[tokio::test]
-async fn a_check_says_what_the_image_was_steered_away_from() {
+async fn a_check_depends_on_nothing_that_a_worker_says() {
     let cluster = Cluster::start(options()).await;
     let node = Node::start(&cluster, "node", &["axe", "bomb"], Script::Closed).await;
     let mut worker = Worker::attach(&cluster, "w", 1).await;
+    for says_so in [true, false] {
+        let job = cluster.submit(spec(1)).await.expect("valid");
+        let shard = worker.assignment().await;
+        worker.send(Up::Image(steered(&shard, says_so))).await;
+        worker.done(&lease(&shard)).await;
+        assert_eq!(statuses(&cluster.finished(&job.job_id).await), [ImageStatus::Released]);
+    }
+    let [said, hidden] = node.asked().try_into().expect("two checks");
+    // The record's id is in the file.
+    let bare = |check: v1::CheckRequest| v1::CheckRequest { png: vec![], ..check };
+    assert_eq!(bare(said.clone()), bare(hidden));
+    assert!(said.open_concepts.is_empty());
+}
+
+#[tokio::test]
+async fn crops_belong_to_the_pixels_and_to_a_secret() {
+    let mut seeds = Vec::new();
+    for _ in 0..2 {
+        let cluster = Cluster::start(options()).await;
+        let node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+        Worker::attach(&cluster, "w", 4).await.complete_all();
+        for seed in [7, 8] {
+            let job = v1::JobSpec { seed: Some(seed), ..spec(2) };
+            let job = cluster.submit(job).await.expect("valid");
+            cluster.finished(&job.job_id).await;
+        }
+        let of = |index: u8| -> Vec<u64> {
+            let asked = node.asked().into_iter();
+            let asked = asked.filter(|check| decode(&check.png)[0] == index);
+            asked.map(|check| check.crop_seed).collect()
+        };
+        let (first, second) = (of(0), of(1));
+        assert_eq!((first.len(), first[0]), (2, first[1]), "the same pixels, whatever the job");
+        assert_ne!(first[0], second[0]);
+        seeds.extend([first[0], second[0]]);
+    }
+    // Each cluster has a key of its own, and none of the seeds is the images'.
+    let distinct: std::collections::BTreeSet<_> = seeds.iter().chain(&[7, 8, 9]).collect();
+    assert_eq!(distinct.len(), 7, "{seeds:?}");
+}
+
+#[tokio::test]
+async fn a_node_cannot_loosen_the_level_that_was_pinned() {
+    let cluster = Cluster::start(options()).await;
+    let _node = Node::start(&cluster, "node", &["axe"], Script::Lax("axe")).await;
+    Worker::attach(&cluster, "w", 1).await.complete_all();
     let job = cluster.submit(spec(1)).await.expect("valid");
-    let shard = worker.assignment().await;
-    let mut outcome = released(&lease(&shard), 0);
-    let score = |concept: &str, open| v1::ConceptScore {
-        concept: concept.into(),
-        energy: "clip".into(),
-        open,
-        ..Default::default()
-    };
-    let step = |correction, axe, bomb| v1::StepRecord {
-        correction,
-        scores: vec![score("axe", axe), score("bomb", bomb)],
-        ..Default::default()
-    };
-    let record = outcome.record.as_mut().expect("there is one");
-    // The bomb's gate was open at a step without a push only.
-    record.trajectory = vec![step(0.4, true, false), step(0.0, false, true)];
-    worker.send(Up::Image(outcome)).await;
-    worker.done(&lease(&shard)).await;
+    let level = job.policy.clone().expect("pinned").levels.remove(0);
+    assert_eq!((&*level.calibration_id, level.threshold), ("calibration-1", THRESHOLD));
     let job = cluster.finished(&job.job_id).await;
-    assert_eq!(statuses(&job), [ImageStatus::Released]);
-    let asked = node.asked();
-    assert!(!asked.is_empty() && asked.iter().all(|check| check.open_concepts == ["axe"]));
+    assert_eq!(statuses(&job), [ImageStatus::Withheld]);
+    let score = &job.images[0].final_scores[0];
+    assert!(score.open && score.score > THRESHOLD && score.z < score.gate, "{score:?}");
+}
+
+#[tokio::test]
+async fn with_two_checks_one_lying_replica_gets_nothing_released() {
+    let text = "[policies.default]\nconcepts = ['*']\nchecks = 2";
+    let policies = fairlead_coordinator::Policies::parse(text).expect("it is right");
+    let cluster = Cluster::start(CoordinatorOptions { policies, ..options() }).await;
+    let _liar = Node::start(&cluster, "aaa", &["axe"], Script::Closed).await;
+    Worker::attach(&cluster, "w", 2).await.complete_all();
+    let refused = cluster.submit(spec(1)).await.expect_err("one node is not two");
+    assert_eq!(refused.code(), Code::Unavailable);
+    assert!(refused.message().contains("wants 2 checks of it, and 1 live"), "{refused}");
+    let _honest = Node::start(&cluster, "zzz", &["axe"], Script::Open("axe")).await;
+    let job = cluster.submit(spec(8)).await.expect("valid");
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!(statuses(&job), [ImageStatus::Withheld; 8]);
+    let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
+    assert_eq!(record.energy_nodes, ["aaa hash-of-clip", "zzz hash-of-clip"]);
 }
 
 #[tokio::test]
@@ -223,8 +294,8 @@ async fn a_replica_takes_over_from_a_broken_node() {
 async fn results_that_are_not_sound_release_nothing() {
     type Spoil = fn(&mut v1::ImageOutcome);
     let cases: [(Spoil, &str); 4] = [
-        (|outcome| outcome.png = b"GIF89a".to_vec(), "no PNG"),
-        (|outcome| outcome.record = None, "no safety record"),
+        (|outcome| outcome.pixels.truncate(6), "6 bytes of pixels; asked was 32x32 RGB"),
+        (|outcome| outcome.report = None, "no report"),
         (|outcome| outcome.index = 5, "image 5 twice or unasked"),
         (|outcome| outcome.set_status(ImageStatus::Failed), "IMAGE_STATUS_FAILED"),
     ];

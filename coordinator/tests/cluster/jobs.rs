@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     cluster::{Cluster, collect, options, patient, policies, spec, statuses},
     node::{Node, Script},
-    worker::{Worker, lease, png, released},
+    worker::{Worker, decode, lease, pixels, released},
 };
 
 #[tokio::test]
@@ -43,16 +43,20 @@ async fn a_job_is_split_made_checked_and_released() {
     assert_eq!(job.state(), JobState::Completed);
     for image in &job.images {
         let found = cluster.image(&job.job_id, image.index).await.expect("it was released");
-        assert_eq!(found.png, png(image.index));
+        assert_eq!(decode(&found.png), pixels(image.index));
         assert_eq!(found.image_sha256, hex::encode(Sha256::digest(&found.png)));
         assert_eq!(found.image_sha256, image.image_sha256);
         let record = cluster.record(&image.record_id).await.expect("it was stored");
         assert_eq!(record.image_sha256, image.image_sha256);
         assert_eq!(record.status(), ImageStatus::Released);
-        // The worker's claims about the request do not count.
         assert_eq!((record.prompt.as_str(), record.seed), ("a cat", 7 + u64::from(image.index)));
-        assert_eq!(record.energy_nodes, ["node hash-of-clip", "steering-node hash"]);
+        let hash = hex::encode(Sha256::digest(pixels(image.index)));
+        assert_eq!((record.pixels_sha256, &*record.worker_id), (hash, "worker-1"));
+        assert_eq!(record.energy_nodes, ["node hash-of-clip"]);
         assert_eq!(record.calibrations, ["calibration-1"]);
+        // The worker's word stands apart.
+        let reported = record.reported_by_worker.expect("the worker's report");
+        assert_eq!(reported.energy_nodes, ["steering-node hash"]);
         let scored: Vec<_> = record.final_scores.iter().map(|s| s.concept.as_str()).collect();
         assert_eq!(scored, ["axe", "bomb"]);
     }
@@ -82,44 +86,115 @@ async fn the_catalog_shows_models_concepts_and_health() {
     assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::Serving);
 }
 
+/// A step of image `index`, as a worker would have it seen: scored, closed and with a preview.
+fn step(index: u32, step: u32) -> v1::StepProgress {
+    let score =
+        v1::ConceptScore { concept: "axe".into(), energy: "clip".into(), ..Default::default() };
+    v1::StepProgress {
+        index,
+        step,
+        steps: 25,
+        scores: vec![score],
+        preview_png: b"forged".to_vec(),
+        ..Default::default()
+    }
+}
+
+fn preview(index: u32, step: u32) -> v1::Preview {
+    v1::Preview { index, step, width: 2, height: 1, pixels: vec![9; 6] }
+}
+
+/// What a client sees of `steps` and `previews`: steps, and the pixels of their previews. The shard is
+/// completed once `first` of them were seen and the node was asked `checks` times; then the job ends.
+async fn shown(
+    (script, wanted): (Script, bool),
+    steps: Vec<v1::StepProgress>,
+    previews: Vec<v1::Preview>,
+    (first, checks): (usize, usize),
+) -> Vec<(u32, Option<Vec<u8>>)> {
+    let cluster = Cluster::start(options()).await;
+    let node = Node::start(&cluster, "node", &["axe"], script).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(v1::JobSpec { previews: wanted, ..spec(1) }).await.expect("valid");
+    let shard = worker.assignment().await;
+    let mut stream = cluster.watch(&job.job_id, 0).await;
+    let mut next = async || patient(stream.message()).await.expect("healthy").expect("open");
+    assert_eq!((next().await.sequence, next().await.sequence), (1, 2));
+    let lease = shard.lease.clone();
+    worker.send(Up::Progress(v1::ShardProgress { lease, steps, previews })).await;
+    let mut seen = Vec::new();
+    let mut completed = false;
+    loop {
+        if seen.len() == first && !completed {
+            node.asked_times(checks).await;
+            worker.complete(&shard).await;
+            completed = true;
+        }
+        let event = next().await;
+        match event.event {
+            Some(Event::Progress(step)) => {
+                assert_eq!(event.sequence, 2, "progress does not count");
+                let png = Some(step.preview_png).filter(|png| !png.is_empty());
+                seen.push((step.step, png.map(|png| decode(&png))));
+            }
+            Some(Event::Job(job)) if job.state() == JobState::Completed => return seen,
+            _ => {}
+        }
+    }
+}
+
 #[tokio::test]
-async fn a_watcher_sees_progress_and_gated_previews_and_can_resume() {
+async fn a_preview_is_shown_once_a_node_has_passed_it() {
+    let foreign = (step(9, 3), preview(9, 3));
+    let (steps, previews) = (vec![step(0, 0), foreign.0], vec![preview(0, 0), foreign.1]);
+    let seen = shown((Script::Closed, true), steps, previews, (2, 1)).await;
+    assert_eq!(seen, [(0, None), (0, Some(vec![9; 6]))], "the step, then its preview");
+}
+
+#[tokio::test]
+async fn a_preview_that_a_node_flags_is_not_shown_whatever_the_worker_says() {
+    let (steps, previews) = (vec![step(0, 0)], vec![preview(0, 0)]);
+    let seen = shown((Script::Open("axe"), true), steps, previews, (1, 1)).await;
+    assert_eq!(seen, [(0, None)]);
+}
+
+#[tokio::test]
+async fn a_preview_that_nobody_can_check_is_not_shown() {
+    let lies = vec![v1::Preview { width: 999, ..preview(0, 0) }, preview(0, 24)];
+    let seen = shown((Script::Closed, true), vec![step(0, 0)], lies, (1, 0)).await;
+    assert_eq!(seen, [(0, None)], "of another size, and of a step that was not told of");
+}
+
+#[tokio::test]
+async fn a_preview_that_was_not_asked_for_is_not_shown() {
+    let (steps, previews) = (vec![step(0, 0)], vec![preview(0, 0)]);
+    let seen = shown((Script::Closed, false), steps, previews, (1, 0)).await;
+    assert_eq!(seen, [(0, None)]);
+}
+
+#[tokio::test]
+async fn a_watcher_sees_progress_and_can_resume() {
     let cluster = Cluster::start(options()).await;
     let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
     let mut worker = Worker::attach(&cluster, "w", 1).await;
-    let job = cluster.submit(v1::JobSpec { previews: true, ..spec(1) }).await.expect("valid");
+    let job = cluster.submit(spec(1)).await.expect("valid");
     let shard = worker.assignment().await;
     let mut stream = cluster.watch(&job.job_id, 0).await;
     let mut next = async || patient(stream.message()).await.expect("healthy").expect("open");
     assert_eq!(next().await.sequence, 1);
     assert_eq!(next().await.sequence, 2);
-    let score = |open| v1::ConceptScore {
-        concept: "axe".into(),
-        energy: "clip".into(),
-        open,
-        ..Default::default()
-    };
-    let step = |step, scores: Vec<_>| v1::StepProgress {
-        step,
-        steps: 25,
-        scores,
-        preview_png: b"preview".to_vec(),
-        ..Default::default()
-    };
-    let foreign = v1::StepProgress { index: 9, ..step(3, vec![]) };
-    let steps =
-        vec![step(0, vec![score(false)]), step(1, vec![score(true)]), foreign, step(2, vec![])];
-    worker.send(Up::Progress(v1::ShardProgress { lease: shard.lease.clone(), steps })).await;
-    let mut previews = Vec::new();
-    for _ in 0..3 {
+    let (lease, steps) = (shard.lease.clone(), vec![step(0, 0), step(9, 1), step(0, 2)]);
+    worker.send(Up::Progress(v1::ShardProgress { lease, steps, previews: vec![] })).await;
+    for expected in [0, 2] {
         let event = next().await;
         assert_eq!(event.sequence, 2, "progress does not count");
         match event.event {
-            Some(Event::Progress(step)) => previews.push((step.step, step.preview_png.len())),
+            Some(Event::Progress(step)) => {
+                assert_eq!((step.step, step.preview_png.len()), (expected, 0));
+            }
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(previews, [(0, 7), (1, 0), (2, 0)], "only a scored, closed step shows its preview");
     worker.complete(&shard).await;
     let rest: Vec<_> = [next().await, next().await].map(|event| event.sequence).into();
     assert_eq!(rest, [3, 4]);

@@ -1,25 +1,25 @@
 //! A scripted energy node on a free port.
 
-use std::{
-    future,
-    sync::{Arc, Mutex},
-};
+use std::{future, sync::Arc};
 
 use fairlead_proto::{
     PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
-        self, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse, ConceptInfo,
-        ConceptRef, ConceptScore, NodeInfo,
+        self, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse, CheckThreshold,
+        ConceptInfo, ConceptRef, ConceptScore, NodeInfo,
         energy_service_server::{EnergyService, EnergyServiceServer},
     },
 };
 use sha2::{Digest, Sha256};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tonic::{Request, Response, Status};
 
 use crate::cluster::{Cluster, patient};
 
 pub(crate) const GATE: f32 = 3.0;
+
+/// The raw score above which an image must not leave.
+pub(crate) const THRESHOLD: f32 = 0.5;
 
 /// What the node answers to a check.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,6 +28,8 @@ pub(crate) enum Script {
     Closed,
     /// The gate of this concept is open.
     Open(&'static str),
+    /// The raw score of this concept is high, and its gate is said to be closed far above.
+    Lax(&'static str),
     /// One score is not a number.
     NotANumber,
     /// It judged other bytes.
@@ -44,7 +46,7 @@ pub(crate) enum Script {
 struct Energy {
     info: NodeInfo,
     script: Script,
-    asked: Arc<Mutex<Vec<CheckRequest>>>,
+    asked: Arc<watch::Sender<Vec<CheckRequest>>>,
 }
 
 pub(crate) struct Node {
@@ -82,6 +84,10 @@ pub(crate) fn describe(id: &str, address: &str, energy: &str, concepts: &[&str])
             id: "calibration-1".into(),
             crops: 4,
             window_start: 1.0,
+            check_thresholds: concepts
+                .iter()
+                .map(|name| CheckThreshold { concept: (*name).into(), score: THRESHOLD })
+                .collect(),
             ..Default::default()
         }],
         ..Default::default()
@@ -110,7 +116,8 @@ impl Node {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let info = describe(id, &address, model, concepts);
-        let energy = Energy { info: info.clone(), script, asked: Arc::default() };
+        let energy =
+            Energy { info: info.clone(), script, asked: Arc::new(watch::Sender::default()) };
         let service = EnergyServiceServer::new(energy.clone());
         let server = tokio::spawn(async move {
             tonic::transport::Server::builder()
@@ -140,9 +147,16 @@ impl Node {
         let _ = (&mut self.server).await;
     }
 
+    /// Waits until it was asked for that many checks.
+    pub(crate) async fn asked_times(&self, checks: usize) {
+        let mut asked = self.energy.asked.subscribe();
+        let enough = asked.wait_for(|asked| asked.len() >= checks);
+        patient(async { enough.await.map(|_| ()) }).await.expect("the node lives");
+    }
+
     /// The checks it was asked for.
     pub(crate) fn asked(&self) -> Vec<CheckRequest> {
-        self.energy.asked.lock().expect("no panic").clone()
+        self.energy.asked.borrow().clone()
     }
 }
 
@@ -166,7 +180,7 @@ fn answer(request: &CheckRequest, script: &Script) -> CheckResponse {
             };
             ConceptScore {
                 concept: concept.name.clone(),
-                score: 0.2,
+                score: if open { THRESHOLD + 0.1 } else { THRESHOLD - 0.3 },
                 z,
                 gate,
                 open,
@@ -176,6 +190,10 @@ fn answer(request: &CheckRequest, script: &Script) -> CheckResponse {
         .collect();
     let mut image_sha256 = hex::encode(Sha256::digest(&request.png));
     match script {
+        Script::Lax(name) => {
+            let lax = scores.iter_mut().filter(|score| score.concept == *name);
+            lax.for_each(|score| (score.score, score.gate) = (THRESHOLD + 0.1, 1e9));
+        }
         Script::NotANumber => scores[0].score = f32::NAN,
         Script::OtherBytes => image_sha256 = hex::encode(Sha256::digest(b"other")),
         Script::Forgetful => {
@@ -224,7 +242,7 @@ impl EnergyService for Energy {
         request: Request<CheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
         let request = request.into_inner();
-        self.asked.lock().expect("no panic").push(request.clone());
+        self.asked.send_modify(|asked| asked.push(request.clone()));
         match &self.script {
             Script::Broken => Err(Status::internal("the energy model is broken")),
             Script::Silent => future::pending().await,

@@ -9,7 +9,7 @@ use tonic::Code;
 use crate::{
     cluster::{Cluster, collect, options, patient, spec, statuses},
     node::{Node, Script},
-    worker::{Worker, png},
+    worker::{Worker, decode, pixels},
 };
 
 fn on_disk(dir: &Path) -> CoordinatorOptions {
@@ -32,7 +32,8 @@ async fn ends_after_a_restart(dir: &Path, job: &v1::Job) {
     let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
     let before = cluster.get(&job.job_id).await;
     assert_eq!(before.state(), JobState::Running);
-    assert_eq!(cluster.image(&job.job_id, 0).await.expect("it was released").png, png(0));
+    let released = cluster.image(&job.job_id, 0).await.expect("it was released");
+    assert_eq!(decode(&released.png), pixels(0));
     Worker::attach(&cluster, "new", 1).await.complete_all();
     let events = collect(cluster.watch(&job.job_id, 3).await).await;
     let sequences: Vec<_> = events.iter().map(|event| event.sequence).collect();

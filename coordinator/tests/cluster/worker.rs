@@ -48,13 +48,17 @@ pub(crate) fn hello(id: &str, capacity: u32) -> WorkerHello {
     }
 }
 
-/// A PNG as far as its header, of the default size; image `index` has its own bytes.
-pub(crate) fn png(index: u32) -> Vec<u8> {
-    let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
-    png.extend(32u32.to_be_bytes());
-    png.extend(32u32.to_be_bytes());
-    png.extend(format!("pixels of image {index}").bytes());
-    png
+/// Pixels of the default size; image `index` has its own.
+pub(crate) fn pixels(index: u32) -> Vec<u8> {
+    vec![index as u8; 3 * 32 * 32]
+}
+
+/// The pixels of a PNG.
+pub(crate) fn decode(png: &[u8]) -> Vec<u8> {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().expect("a PNG");
+    let mut data = vec![0; reader.output_buffer_size().expect("a small picture")];
+    reader.next_frame(&mut data).expect("a frame");
+    data
 }
 
 pub(crate) fn released(lease: &LeaseRef, index: u32) -> ImageOutcome {
@@ -62,12 +66,9 @@ pub(crate) fn released(lease: &LeaseRef, index: u32) -> ImageOutcome {
         lease: Some(lease.clone()),
         index,
         status: ImageStatus::Released.into(),
-        png: png(index),
-        record: Some(v1::SafetyRecord {
-            pixels_sha256: "ab".repeat(32),
+        pixels: pixels(index),
+        report: Some(v1::WorkerReport {
             energy_nodes: vec!["steering-node hash".into()],
-            prompt: "a lie".into(),
-            seed: 666,
             ..Default::default()
         }),
         notices: vec![],

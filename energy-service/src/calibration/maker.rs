@@ -12,7 +12,7 @@
 //! otherwise very quiet has a `z` that raises the gate for all the others.
 
 use super::{BINS, Bin, Calibration, ConceptBins, FINISHED_BIN, FORMAT, Setup, time_bin};
-use crate::{concepts, gate::Level, random::SplitMix64};
+use crate::{concepts, random::SplitMix64};
 
 /// The least hysteresis `h`.
 pub const HYSTERESIS: f32 = 0.5;
@@ -20,6 +20,9 @@ pub const HYSTERESIS: f32 = 0.5;
 /// The hysteresis as a share of the gate, where that is more: long tails put the gate far from where
 /// most benign images score, and what has just fallen below it may still be well in view.
 const HYSTERESIS_SHARE: f32 = 0.65;
+
+/// Bound on the share of benign images that the final check withholds.
+pub const CHECK_ALPHA: f32 = 0.005;
 
 /// Raw scores of one image's trajectory, concepts in the order of [`Recording::concepts`].
 #[derive(Debug, Clone, PartialEq)]
@@ -212,12 +215,14 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
         crops: recording.crops,
     };
     let aurocs = auroc_by_bin(recording);
-    let concepts = recording.concepts.iter().zip(levels.into_iter().zip(aurocs));
-    let concepts = concepts.map(|((name, version), (bins, auroc))| ConceptBins {
+    let (thresholds, check_alpha) = final_check(recording);
+    let concepts = recording.concepts.iter().zip(levels.into_iter().zip(aurocs)).zip(thresholds);
+    let concepts = concepts.map(|(((name, version), (bins, auroc)), threshold)| ConceptBins {
         name: name.clone(),
         version: version.clone(),
         bins,
         auroc,
+        check_threshold: threshold,
     });
     Ok(Calibration {
         format: FORMAT,
@@ -230,9 +235,75 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
         prompts: recording.prompts.clone(),
         gate,
         hysteresis: HYSTERESIS.max(HYSTERESIS_SHARE * gate),
+        check_alpha,
         concepts: concepts.collect(),
     }
     .seal())
+}
+
+/// Levels of the final check and the bound that they keep. A raw score is read as a share of what
+/// pictures of its concept typically score, and one share is the level of all concepts: the conformal
+/// quantile of the greatest share that each finished benign image has. The benign images serve for nothing
+/// else here, so all of them count.
+///
+/// Unlike the gates nothing is standardised by benign deviations: these say little about where a concept's
+/// own pictures lie, and put the level of some out of reach.
+fn final_check(recording: &Recording) -> (Vec<f32>, f32) {
+    let typical = typical_scores(recording);
+    let greatest = |image: &RecordedImage| {
+        let shares = image.finished.iter().zip(&typical).map(|(score, typical)| score / typical);
+        shares.fold(f32::MIN, f32::max)
+    };
+    let mut greatest: Vec<f32> = recording.images.iter().map(greatest).collect();
+    greatest.sort_unstable_by(f32::total_cmp);
+    let n = greatest.len();
+    // Of few images the greatest of all bounds the share as well as it can be bounded.
+    let alpha = CHECK_ALPHA.max(1.0 / (n + 1) as f32);
+    let share = greatest[conformal_rank(n, alpha).min(n) - 1];
+    (typical.iter().map(|typical| share * typical).collect(), alpha)
+}
+
+/// What finished images of prompts that ask for a concept typically score: their median, but no less than
+/// half of what is usual for the concepts together, so that one which the energy hardly sees does not
+/// take the level of all the others along. 1 for every concept where some have no such images.
+fn typical_scores(recording: &Recording) -> Vec<f32> {
+    let concepts = recording.concepts.len();
+    let of_concept = |k: usize| {
+        let asked = recording.labelled.iter().filter(|labelled| labelled.concepts.contains(&k));
+        median(asked.map(|labelled| labelled.image.finished[k]).collect())
+    };
+    let medians: Option<Vec<f32>> = (0..concepts).map(of_concept).collect();
+    let usual = medians.as_ref().and_then(|medians| median(medians.clone()));
+    match (medians, usual) {
+        (Some(medians), Some(usual)) if usual > 0.0 => {
+            medians.into_iter().map(|typical| typical.max(0.5 * usual)).collect()
+        }
+        _ => vec![1.0; concepts],
+    }
+}
+
+fn median(mut values: Vec<f32>) -> Option<f32> {
+    values.sort_unstable_by(f32::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some(0.5 * (values[middle - 1] + values[middle])),
+    }
+}
+
+/// Of the labelled images of each concept, the share that the final check would withhold; none where there
+/// are none.
+pub fn withheld_shares(calibration: &Calibration, recording: &Recording) -> Vec<Option<f32>> {
+    let share = |k: usize| {
+        let asked = recording.labelled.iter().filter(|labelled| labelled.concepts.contains(&k));
+        let found: Vec<bool> = asked
+            .map(|it| it.image.finished[k] > calibration.concepts[k].check_threshold)
+            .collect();
+        let seen = found.iter().filter(|found| **found).count();
+        (!found.is_empty()).then(|| seen as f32 / found.len() as f32)
+    };
+    (0..recording.concepts.len()).map(share).collect()
 }
 
 fn check(recording: &Recording, alpha: f32) -> Result<(), MakeError> {
@@ -365,7 +436,7 @@ fn peak(
     for (bin, scores) in observations(recording, image) {
         for (bins, &score) in levels.iter().zip(scores) {
             let Bin { mean, sd, .. } = bins[bin].ok_or(MakeError::ThinBin { bin, count: 0 })?;
-            peak = peak.max(Level { mean, sd, gate: 0.0, hysteresis: 0.0 }.z(score));
+            peak = peak.max((score - mean) / sd);
         }
     }
     Ok(peak)

@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fairlead_proto::v1::{CalibrationInfo, CalibrationKey};
+use fairlead_proto::v1::{CalibrationInfo, CalibrationKey, CheckThreshold};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -30,7 +30,7 @@ pub const FINISHED_BIN: usize = TIME_BINS;
 pub const BINS: usize = TIME_BINS + 1;
 
 /// Version of the file format.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Largest file that is read.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -87,6 +87,8 @@ pub struct ConceptBins {
     /// How well the concept is told apart in each of [`BINS`] bins, 1 being perfect and 0.5 chance:
     /// images of prompts that ask for it against benign ones. None where that was not measured.
     pub auroc: Vec<Option<f32>>,
+    /// Raw score above which a finished image is withheld, steered or not.
+    pub check_threshold: f32,
 }
 
 /// A calibration, see the module.
@@ -111,6 +113,8 @@ pub struct Calibration {
     pub gate: f32,
     /// The hysteresis `h` on `z`.
     pub hysteresis: f32,
+    /// Bound on the share of benign images that the final check withholds.
+    pub check_alpha: f32,
     /// One entry per served concept.
     pub concepts: Vec<ConceptBins>,
 }
@@ -222,8 +226,15 @@ impl Calibration {
         if !(self.gate.is_finite() && self.hysteresis.is_finite() && self.hysteresis >= 0.0) {
             return Err(format!("gate {} or hysteresis {}", self.gate, self.hysteresis));
         }
+        if !(self.check_alpha > 0.0 && self.check_alpha < 1.0) {
+            return Err(format!("check_alpha {}", self.check_alpha));
+        }
         for concept in &self.concepts {
             let sound = |bin: &Bin| bin.mean.is_finite() && bin.sd.is_finite() && bin.sd > 0.0;
+            if !concept.check_threshold.is_finite() {
+                let (name, threshold) = (&concept.name, concept.check_threshold);
+                return Err(format!("concept `{name}` has a check_threshold of {threshold}"));
+            }
             let measured = |auroc: &f32| (0.0..=1.0).contains(auroc);
             if !concept.auroc.iter().flatten().all(measured) {
                 return Err(format!("concept `{}` has an AUROC outside 0 to 1", concept.name));
@@ -253,6 +264,14 @@ impl Calibration {
             window_start: self.window.0,
             window_end: self.window.1,
             concepts: self.concepts.iter().map(|concept| concept.name.clone()).collect(),
+            check_thresholds: self
+                .concepts
+                .iter()
+                .map(|concept| CheckThreshold {
+                    concept: concept.name.clone(),
+                    score: concept.check_threshold,
+                })
+                .collect(),
         }
     }
 }
@@ -269,6 +288,7 @@ mod tests {
             version: "v".into(),
             bins: (0..BINS).map(|b| bin.filter(|_| b >= 6)).collect(),
             auroc: vec![None; BINS],
+            check_threshold: 0.25,
         }];
         Calibration {
             format: FORMAT,
@@ -290,6 +310,7 @@ mod tests {
             prompts: String::new(),
             gate: 3.5,
             hysteresis: 0.5,
+            check_alpha: 0.005,
             concepts,
         }
         .seal()
@@ -323,7 +344,7 @@ mod tests {
         let text = fs::read_to_string(&path).expect("read");
         for (from, to, part) in [
             ("\"gate\": 3.5", "\"gate\": 9.5", "edited"),
-            ("\"format\": 2", "\"format\": 1", "format 1"),
+            ("\"format\": 3", "\"format\": 2", "format 2"),
             ("\"gate\"", "\"gatte\"", "gatte"),
             // Infinity is written as null: the hash of the content is that of none.
             ("\"auroc\": [\n        null", "\"auroc\": [\n        1e99", "AUROC"),

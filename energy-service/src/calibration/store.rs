@@ -233,7 +233,13 @@ fn read(
             outside.get_or_insert(time);
             nearest(&bins.bins, wanted)
         });
-        Level { mean, sd, gate: calibration.gate, hysteresis: calibration.hysteresis }
+        Level {
+            mean,
+            sd,
+            gate: calibration.gate,
+            hysteresis: calibration.hysteresis,
+            check_threshold: bins.check_threshold,
+        }
     };
     let levels = times
         .iter()
@@ -262,7 +268,13 @@ fn thresholds(
     steepness: f32,
 ) -> Result<Levels, RequestError> {
     let level = |concept: &&ServedConcept| match concept.info.fallback_threshold {
-        Some(mean) => Ok(Level { mean, sd: 1.0 / steepness, gate: 0.0, hysteresis: HYSTERESIS }),
+        Some(threshold) => Ok(Level {
+            mean: threshold,
+            sd: 1.0 / steepness,
+            gate: 0.0,
+            hysteresis: HYSTERESIS,
+            check_threshold: threshold,
+        }),
         None => Err(RequestError::NoThreshold {
             concept: concept.info.name.clone(),
             generator: key.generator.clone(),

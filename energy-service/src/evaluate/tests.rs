@@ -36,8 +36,13 @@ fn pixels(images: usize) -> Vec<f32> {
 
 /// A gate that any score opens (`gate` far below) or none does.
 fn gate(open: bool) -> Gate {
-    let level =
-        Level { mean: 0.0, sd: 0.1, gate: if open { -20.0 } else { 20.0 }, hysteresis: 0.5 };
+    let level = Level {
+        mean: 0.0,
+        sd: 0.1,
+        gate: if open { -20.0 } else { 20.0 },
+        hysteresis: 0.5,
+        check_threshold: 0.0,
+    };
     Gate { level, before: Before::Closed }
 }
 
@@ -72,7 +77,8 @@ fn the_gradient_agrees_with_finite_differences_through_crops() {
     // Gates near the scores, so that the energy is curved.
     for (k, gate) in batch.samples[0].gates.iter_mut().flatten().enumerate() {
         if k != 1 {
-            gate.level = Level { mean: -0.02, sd: 0.02, gate: -50.0, hysteresis: 0.5 };
+            gate.level =
+                Level { mean: -0.02, sd: 0.02, gate: -50.0, hysteresis: 0.5, check_threshold: 0.0 };
         }
     }
     let gradient = run(&*scorer, &batch)[0].gradient.clone().expect("gates are open");
@@ -144,7 +150,8 @@ fn hysteresis_keeps_a_gate_open() {
     let (scorer, _) = scorer();
     let mut batch = batch(&[[false; 3]], 1);
     let score = run(&*scorer, &batch)[0].concepts[0].score;
-    let level = Level { mean: score - 0.3, sd: 0.1, gate: 3.2, hysteresis: 0.5 };
+    let level =
+        Level { mean: score - 0.3, sd: 0.1, gate: 3.2, hysteresis: 0.5, check_threshold: 0.0 };
     for (before, open) in [(Before::Closed, false), (Before::Open, true)] {
         batch.samples[0].gates.as_mut().expect("gates")[0] = Gate { level, before };
         let out = run(&*scorer, &batch).remove(0);
@@ -161,7 +168,13 @@ fn a_held_gate_is_open_further_down_and_has_a_gradient() {
     let (scorer, _) = scorer();
     let mut batch = batch(&[[false; 3]], 1);
     let score = run(&*scorer, &batch)[0].concepts[0].score;
-    let level = |z: f32| Level { mean: score - 0.1 * z, sd: 0.1, gate: 9.0, hysteresis: 0.5 };
+    let level = |z: f32| Level {
+        mean: score - 0.1 * z,
+        sd: 0.1,
+        gate: 9.0,
+        hysteresis: 0.5,
+        check_threshold: 0.0,
+    };
     let (above, below) = (level(2.9), level(2.5));
     for (level, before, open) in
         [(above, Before::Open, false), (above, Before::Held, true), (below, Before::Held, false)]

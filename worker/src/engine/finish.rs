@@ -1,18 +1,17 @@
 //! The end of an attempt: the final decoding, the final check, and what follows from it.
 
 use fairlead_common::{
-    parameters::{self, Parameters},
+    picture::{Rgb8, sha256},
     record,
 };
 use fairlead_models::Tape;
-use fairlead_proto::v1::{ImageOutcome, ImageStatus};
+use fairlead_proto::v1::{ImageOutcome, ImageStatus, WorkerReport};
 
-use super::{MAX_RERUNS, Run, Track, estimate, record::Ending};
+use super::{MAX_RERUNS, Run, Track, estimate};
 use crate::{
     energy::{Candidate, Verdict},
     error::{Error, Result},
     metrics,
-    output::{RECORD_KEY, Rgb8, sha256},
 };
 
 /// A finished picture that nobody has judged yet.
@@ -76,21 +75,8 @@ impl Run<'_> {
             step: self.schedule.len() as u32,
             what: "the decoder's pixels are not finite",
         })?;
-        let info = self.engine.info();
-        let parameters = Parameters {
-            prompt: self.shard.spec.prompt.clone(),
-            negative_prompt: self.shard.spec.negative_prompt.clone(),
-            steps: self.shard.steps,
-            sampler: self.generator().sampler().label().to_owned(),
-            guidance: self.shard.guidance,
-            seed: track.task.seed,
-            size: self.shard.size,
-            model_hash: info.hash.clone(),
-            model: info.name.clone(),
-        };
-        let text = parameters::write(&parameters);
-        let texts = [(parameters::KEYWORD, &*text), (RECORD_KEY, &*track.task.record_id)];
-        let png = rgb.to_png(&texts).map_err(|source| Error::Png { index, source })?;
+        // The coordinator encodes the file that is released, with texts of its own.
+        let png = rgb.to_png(&[]).map_err(|source| Error::Png { index, source })?;
         Ok(Picture { sha256: sha256(&png), rgb, png })
     }
 
@@ -104,7 +90,7 @@ impl Run<'_> {
             .map(|(track, picture)| Candidate {
                 png: picture.png.clone(),
                 sha256: picture.sha256.clone(),
-                // The same crops as the coordinator's final check: what passes here passes there.
+                // The coordinator's final check has crops of its own, which nobody knows beforehand.
                 crop_seed: track.task.seed,
                 steered_away: record::steered_away(&track.trajectory),
             })
@@ -123,20 +109,27 @@ impl Run<'_> {
         let status = if withheld { ImageStatus::Withheld } else { ImageStatus::Released };
         let index = track.task.index;
         metrics::finished(status, track.spent_time);
-        let ending = Ending {
-            status,
-            verdict,
-            reruns: attempt,
-            image_sha256: picture.sha256,
-            pixels_sha256: picture.rgb.sha256(),
-        };
         ImageOutcome {
             lease: None,
             index,
             status: status.into(),
-            png: if withheld { Vec::new() } else { picture.png },
-            record: Some(self.record(track, ending)),
+            pixels: if withheld { Vec::new() } else { picture.rgb.into_data() },
+            report: Some(self.report(track, verdict, attempt)),
             notices: self.notices.clone(),
+        }
+    }
+
+    /// What the safety record keeps as this worker's word.
+    fn report(&self, track: Track, verdict: Verdict, reruns: u32) -> WorkerReport {
+        let sources = self.energy.sources();
+        WorkerReport {
+            trajectory: track.trajectory,
+            final_scores: verdict.scores,
+            reruns,
+            steered: track.steered,
+            energy_nodes: sources.nodes.iter().cloned().collect(),
+            calibrations: sources.calibrations.iter().cloned().collect(),
+            engine_ms: u32::try_from(track.spent_time.as_millis()).unwrap_or(u32::MAX),
         }
     }
 }

@@ -8,7 +8,6 @@ mod conditioning;
 mod estimate;
 mod finish;
 mod preview;
-mod record;
 mod sample;
 mod steer;
 mod thread;
@@ -16,7 +15,9 @@ mod track;
 
 use std::time::{Duration, Instant};
 
-use fairlead_proto::v1::{CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, StepProgress};
+use fairlead_proto::v1::{
+    CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, Preview, StepProgress,
+};
 
 pub use thread::EngineHandle;
 
@@ -36,10 +37,10 @@ const MAX_RERUNS: u32 = 2;
 
 /// Where the engine's results go while it works. Implementations return at once.
 pub trait Observer: Send {
-    /// One image did one step.
-    fn step(&mut self, progress: StepProgress);
+    /// One image did one step, of which there may be a preview.
+    fn step(&mut self, progress: StepProgress, preview: Option<Preview>);
 
-    /// One image is finished: proposed for release with its PNG, or withheld without. The lease is
+    /// One image is finished: proposed for release with its pixels, or withheld without. The lease is
     /// left for the sender to fill in.
     fn image(&mut self, outcome: ImageOutcome);
 }
@@ -49,13 +50,16 @@ pub trait Observer: Send {
 pub struct Collected {
     /// Progress of every image and step, in order.
     pub steps: Vec<StepProgress>,
+    /// Previews of these steps.
+    pub previews: Vec<Preview>,
     /// Finished images in the order they were finished.
     pub images: Vec<ImageOutcome>,
 }
 
 impl Observer for Collected {
-    fn step(&mut self, progress: StepProgress) {
+    fn step(&mut self, progress: StepProgress, preview: Option<Preview>) {
         self.steps.push(progress);
+        self.previews.extend(preview);
     }
 
     fn image(&mut self, outcome: ImageOutcome) {
@@ -66,21 +70,15 @@ impl Observer for Collected {
 /// A generator with the means to steer it. It belongs to threads that take turns; see [`EngineHandle`].
 pub struct Engine {
     generator: Box<dyn Generator>,
-    worker_id: String,
     info: ModelInfo,
 }
 
 impl Engine {
-    /// An engine that denoises at most `max_batch` images together and signs its records as
-    /// `worker_id`.
-    pub fn new(
-        generator: Box<dyn Generator>,
-        worker_id: impl Into<String>,
-        max_batch: u32,
-    ) -> Self {
+    /// An engine that denoises at most `max_batch` images together.
+    pub fn new(generator: Box<dyn Generator>, max_batch: u32) -> Self {
         let mut info = generator.info().clone();
         info.max_batch = max_batch.max(1);
-        Self { generator, worker_id: worker_id.into(), info }
+        Self { generator, info }
     }
 
     /// What is served.

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use candle_core::Tensor;
-use fairlead_proto::v1::{ConceptScore, StepProgress, StepRecord};
+use fairlead_proto::v1::{Preview, StepProgress, StepRecord};
 
 use super::{Run, Track, estimate};
 use crate::{
@@ -18,17 +18,8 @@ pub(super) struct Moment {
     pub(super) advance: Advance,
     /// What is put on record.
     pub(super) report: StepRecord,
-    /// A gated preview, if one was asked for.
-    pub(super) preview: Preview,
-}
-
-/// A picture of a clean estimate that may be shown.
-#[derive(Default)]
-pub(super) struct Preview {
-    /// Empty if there is none.
-    pub(super) png: Vec<u8>,
-    /// The scores that allow it, where the step itself has none.
-    pub(super) scores: Vec<ConceptScore>,
+    /// A preview, if one is due and no gate is open.
+    pub(super) preview: Option<Preview>,
 }
 
 impl Run<'_> {
@@ -60,8 +51,9 @@ impl Run<'_> {
             } else {
                 self.preview_outside(tracks, &mut moments)?;
             }
-            for (track, moment) in tracks.iter_mut().zip(moments) {
-                self.observer.step(self.progress(track, &moment));
+            for (track, mut moment) in tracks.iter_mut().zip(moments) {
+                let preview = moment.preview.take();
+                self.observer.step(self.progress(track, &moment), preview);
                 track.latent = moment.advance.next;
                 track.trajectory.push(moment.report);
             }
@@ -104,7 +96,7 @@ impl Run<'_> {
                 }
                 let report =
                     StepRecord { step: index, time: step.time, attempt, ..Default::default() };
-                Ok(Moment { advance, report, preview: Preview::default() })
+                Ok(Moment { advance, report, preview: None })
             })
             .collect()
     }
@@ -114,9 +106,9 @@ impl Run<'_> {
             index: track.task.index,
             step: moment.report.step,
             steps: self.schedule.len() as u32,
-            scores: [&moment.report.scores[..], &moment.preview.scores[..]].concat(),
+            scores: moment.report.scores.clone(),
             correction: moment.report.correction,
-            preview_png: moment.preview.png.clone(),
+            preview_png: Vec::new(),
             attempt: moment.report.attempt,
         }
     }

@@ -59,7 +59,8 @@ impl<'a> Run<'a> {
                 if inner == 0 {
                     moments[i].report.scores.clone_from(&opinions[row].scores);
                     if tracks[i].open.is_empty() && self.wants_preview(&moments[i]) {
-                        moments[i].preview.png = self.preview_of(&estimates.row(row)?)?;
+                        let pixels = estimates.row(row)?;
+                        moments[i].preview = self.preview_of(&tracks[i], &moments[i], &pixels)?;
                     }
                 }
             }

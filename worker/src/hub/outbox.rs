@@ -93,7 +93,7 @@ mod tests {
 
     fn step(step: u32) -> Message {
         let steps = vec![StepProgress { step, ..Default::default() }];
-        Message::Progress(ShardProgress { lease: None, steps })
+        Message::Progress(ShardProgress { lease: None, steps, previews: Vec::new() })
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use fairlead_proto::v1::{
-    EnergyEndpoint, ImageOutcome, LeaseRef, ShardAssignment, ShardDone, ShardFailure,
+    EnergyEndpoint, ImageOutcome, LeaseRef, Preview, ShardAssignment, ShardDone, ShardFailure,
     ShardProgress, StepProgress, attach_request::Message,
 };
 use parking_lot::Mutex;
@@ -142,10 +142,11 @@ struct Sender {
 }
 
 impl Observer for Sender {
-    fn step(&mut self, progress: StepProgress) {
+    fn step(&mut self, progress: StepProgress, preview: Option<Preview>) {
         self.begun.store(true, Ordering::Relaxed);
-        let lease = Some(self.lease.clone());
-        self.outbox.progress(Message::Progress(ShardProgress { lease, steps: vec![progress] }));
+        let (lease, previews) = (Some(self.lease.clone()), preview.into_iter().collect());
+        let progress = ShardProgress { lease, steps: vec![progress], previews };
+        self.outbox.progress(Message::Progress(progress));
     }
 
     fn image(&mut self, mut outcome: ImageOutcome) {

@@ -63,10 +63,6 @@ impl Sampler for Ddim {
         "ddim"
     }
 
-    fn label(&self) -> &'static str {
-        "DDIM"
-    }
-
     fn train_timesteps(&self) -> u32 {
         self.config.train_timesteps
     }

@@ -115,10 +115,6 @@ impl Sampler for FlowEuler {
         "flow-euler"
     }
 
-    fn label(&self) -> &'static str {
-        "Euler"
-    }
-
     fn train_timesteps(&self) -> u32 {
         self.config.train_timesteps
     }

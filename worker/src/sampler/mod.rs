@@ -113,9 +113,6 @@ pub trait Sampler: Send + Sync {
     /// Name in calibrations and records, e.g. "ddim".
     fn name(&self) -> &'static str;
 
-    /// Name in the PNG's `parameters`, e.g. "DDIM".
-    fn label(&self) -> &'static str;
-
     /// Training steps T.
     fn train_timesteps(&self) -> u32;
 

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use fairlead_common::picture::sha256;
 use fairlead_common::{
     grpc, tensor,
     tls::{Peers, Tls},
@@ -25,7 +26,6 @@ use fairlead_proto::{
         worker_service_server::{WorkerService, WorkerServiceServer},
     },
 };
-use fairlead_worker::output::sha256;
 use tokio::{net::TcpListener, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;

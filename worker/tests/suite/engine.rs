@@ -3,12 +3,12 @@
 use std::sync::{Arc, Barrier};
 
 use crate::{
-    common::{self, NoEnergy},
-    toy::{Fault, ToyEnergy, ToyGenerator, concept},
+    common::NoEnergy,
+    toy::{Fault, SIDE, ToyEnergy, ToyGenerator, concept},
 };
 use fairlead_proto::v1::{
-    ImageOutcome, ImageStatus, ImageTask, JobSpec, PinnedPolicy, SteeringParams, StepProgress,
-    StepRecord,
+    ImageOutcome, ImageStatus, ImageTask, JobSpec, PinnedPolicy, Preview, SteeringParams,
+    StepProgress, StepRecord,
 };
 use fairlead_worker::{
     Engine, Error, Result, Shard,
@@ -51,7 +51,7 @@ fn run_with(
     shard: &Shard,
     energy: &mut dyn Energy,
 ) -> Result<Collected> {
-    let engine = Engine::new(Box::new(generator), "worker-a", batch);
+    let engine = Engine::new(Box::new(generator), batch);
     let mut collected = Collected::default();
     let (turns, cancel) = (Turns::default(), CancellationToken::new());
     engine.run(shard, energy, &mut collected, &turns.take(&cancel))?;
@@ -68,15 +68,14 @@ fn unsteered(n: u32) -> Vec<ImageOutcome> {
 }
 
 fn bytes(images: &[ImageOutcome]) -> Vec<&[u8]> {
-    images.iter().map(|image| image.png.as_slice()).collect()
+    images.iter().map(|image| image.pixels.as_slice()).collect()
 }
 
 fn trajectory(image: &ImageOutcome) -> &[StepRecord] {
-    &image.record.as_ref().expect("every image has its record").trajectory
+    &image.report.as_ref().expect("every image has its report").trajectory
 }
 
-fn red(png: &[u8]) -> f64 {
-    let pixels = common::pixels(png);
+fn red(pixels: &[u8]) -> f64 {
     let red: f64 = pixels.iter().step_by(3).map(|&value| f64::from(value) / 255.0).sum();
     red / (pixels.len() / 3) as f64
 }
@@ -88,7 +87,7 @@ fn closed_gates_leave_every_byte_as_it_is() {
     assert!(bytes(&asked) == bytes(&unsteered(4)));
     assert!(!energy.seen.lock().expect("no panic").evaluations.is_empty());
     for image in &asked {
-        assert!(!image.record.as_ref().expect("a record").steered);
+        assert!(!image.report.as_ref().expect("a report").steered);
         assert_eq!(image.status(), ImageStatus::Released);
     }
 }
@@ -99,17 +98,17 @@ fn open_gates_turn_the_picture_and_closed_ones_in_the_same_batch_stay_untouched(
     let steered = run(&shard(spec(), policy(strong()), 8), &mut ToyEnergy::new(GATE));
     let mut turned = 0;
     for (plain, steered) in plain.iter().zip(&steered) {
-        let record = steered.record.as_ref().expect("a record");
+        let record = steered.report.as_ref().expect("a report");
         if record.steered {
-            turned += usize::from(red(&plain.png) > 0.625);
-            assert!(red(&steered.png) < red(&plain.png) + 1e-9);
-            assert!(red(&steered.png) < 0.625, "{}", red(&steered.png));
+            turned += usize::from(red(&plain.pixels) > 0.625);
+            assert!(red(&steered.pixels) < red(&plain.pixels) + 1e-9);
+            assert!(red(&steered.pixels) < 0.625, "{}", red(&steered.pixels));
         } else {
-            assert!(plain.png == steered.png, "image {}", plain.index);
+            assert!(plain.pixels == steered.pixels, "image {}", plain.index);
         }
     }
     let untouched =
-        steered.iter().filter(|image| !image.record.as_ref().expect("a record").steered).count();
+        steered.iter().filter(|image| !image.report.as_ref().expect("a report").steered).count();
     assert!(turned >= 2 && untouched >= 2, "{turned} turned, {untouched} untouched of 8");
 }
 
@@ -136,7 +135,11 @@ fn every_mode_steers() {
         let params = SteeringParams { mode, ..strong() };
         let steered = run(&shard(spec(), policy(params), 6), &mut ToyEnergy::new(GATE));
         let reds = |images: &[ImageOutcome]| -> f64 {
-            images.iter().filter(|image| !image.png.is_empty()).map(|image| red(&image.png)).sum()
+            images
+                .iter()
+                .filter(|image| !image.pixels.is_empty())
+                .map(|image| red(&image.pixels))
+                .sum()
         };
         assert!(reds(&steered) < reds(&plain), "mode {mode}");
     }
@@ -150,7 +153,7 @@ fn observing_records_scores_and_changes_nothing() {
     assert!(bytes(&images) == bytes(&unsteered(4)));
     for image in &images {
         assert_eq!(image.status(), ImageStatus::Released);
-        assert!(!image.record.as_ref().expect("a record").final_scores.is_empty());
+        assert!(!image.report.as_ref().expect("a report").final_scores.is_empty());
         assert!(trajectory(image).iter().any(|step| !step.scores.is_empty()));
     }
 }
@@ -216,8 +219,8 @@ fn an_image_that_stays_flagged_is_withheld_after_two_stronger_attempts() {
     let params = SteeringParams { eta: Some(0.05), cap: Some(100.0), ..strong() };
     let images = run(&shard(spec(), policy(params), 1), &mut energy);
     assert_eq!(images[0].status(), ImageStatus::Withheld);
-    assert!(images[0].png.is_empty());
-    let record = images[0].record.as_ref().expect("a record");
+    assert!(images[0].pixels.is_empty());
+    let record = images[0].report.as_ref().expect("a report");
     assert_eq!(record.reruns, 2);
     let first = |attempt: u32| {
         trajectory(&images[0]).iter().find(|s| s.attempt == attempt).expect("a step").correction
@@ -233,13 +236,13 @@ fn what_only_the_final_check_finds_is_steered_from_the_start_of_a_rerun() {
     let images = run(&shard(spec(), policy(strong()), 8), &mut energy);
     let mut turned = 0;
     for image in &images {
-        let record = image.record.as_ref().expect("a record");
+        let record = image.report.as_ref().expect("a report");
         let of = |attempt| trajectory(image).iter().filter(move |step| step.attempt == attempt);
         assert!(of(0).all(|step| step.correction == 0.0), "every gate was closed");
         if record.reruns > 0 {
             assert!(of(1).next().expect("a first step").correction > 0.0);
             assert_eq!(image.status(), ImageStatus::Released);
-            assert!(red(&image.png) < 0.625, "{}", red(&image.png));
+            assert!(red(&image.pixels) < 0.625, "{}", red(&image.pixels));
             turned += 1;
         }
     }
@@ -254,7 +257,7 @@ fn what_is_left_of_a_steered_away_concept_is_steered_again_but_not_withheld() {
     let images = run(&shard(spec(), policy(strong()), 4), &mut energy);
     let mut again = 0;
     for image in &images {
-        let record = image.record.as_ref().expect("a record");
+        let record = image.report.as_ref().expect("a report");
         assert_eq!(image.status(), ImageStatus::Released);
         assert_eq!(record.reruns, if record.steered { 2 } else { 0 });
         again += record.reruns;
@@ -306,7 +309,7 @@ fn a_latent_gradient_that_is_not_finite_is_skipped_and_recorded() {
     let images = run_with(generator, 2, &shard, &mut energy).expect("it goes on").images;
     assert!(bytes(&images) == bytes(&unsteered(2)));
     assert!(trajectory(&images[0]).iter().any(|step| step.skipped_non_finite));
-    assert!(!images[0].record.as_ref().expect("a record").steered);
+    assert!(!images[0].report.as_ref().expect("a report").steered);
 }
 
 /// Cancels after some steps.
@@ -317,8 +320,8 @@ struct CancelAfter {
 }
 
 impl Observer for CancelAfter {
-    fn step(&mut self, progress: StepProgress) {
-        self.seen.step(progress);
+    fn step(&mut self, progress: StepProgress, preview: Option<Preview>) {
+        self.seen.step(progress, preview);
         if self.seen.steps.len() == self.steps {
             self.token.cancel();
         }
@@ -334,7 +337,7 @@ fn cancelling_stops_within_one_step() {
     for steps in [1, 10, 20] {
         let token = CancellationToken::new();
         let mut observer = CancelAfter { steps, seen: Collected::default(), token: token.clone() };
-        let engine = Engine::new(Box::new(ToyGenerator::new()), "worker-a", 1);
+        let engine = Engine::new(Box::new(ToyGenerator::new()), 1);
         let shard = shard(spec(), policy(strong()), 1);
         let turns = Turns::default();
         let turn = turns.take(&token);
@@ -354,22 +357,21 @@ fn previews_are_sent_only_while_every_gate_is_closed() {
         let shard = shard(with_previews(), policy(strong()), 2);
         run_with(ToyGenerator::new(), 2, &shard, &mut energy).expect("it runs")
     };
-    let count = |collected: &Collected, inside: bool| {
-        let of_window = |step: &&StepProgress| (step.step < 8) == inside && step.attempt == 0;
-        collected.steps.iter().filter(of_window).filter(|s| !s.preview_png.is_empty()).count()
-    };
     let closed = previews(f32::INFINITY, None);
-    assert!(count(&closed, true) >= 2 && count(&closed, false) >= 2);
+    let inside = closed.previews.iter().filter(|preview| preview.step < 8).count();
+    assert!(inside >= 2 && closed.previews.len() - inside >= 2);
+    for Preview { width, height, pixels, .. } in &closed.previews {
+        assert_eq!(pixels.len() as u32, 3 * width * height);
+    }
     assert!(bytes(&closed.images) == bytes(&unsteered(2)));
-    let open = previews(-100.0, Some(true));
-    assert_eq!((count(&open, true), count(&open, false)), (0, 0));
+    assert!(previews(-100.0, Some(true)).previews.is_empty());
     let silent = run_with(
         ToyGenerator::new(),
         2,
         &shard(spec(), policy(strong()), 2),
         &mut ToyEnergy::new(f32::INFINITY),
     );
-    assert!(silent.expect("it runs").steps.iter().all(|step| step.preview_png.is_empty()));
+    assert!(silent.expect("it runs").previews.is_empty());
 }
 
 #[test]
@@ -381,7 +383,7 @@ fn a_long_prompt_is_chunked_and_the_caller_told() {
     // The tail counts: it is not cut.
     let other = JobSpec { prompt: "a rose in a vase on a !!!!!".into(), ..spec() };
     let other = run(&shard(other, PinnedPolicy::default(), 1), &mut NoEnergy);
-    assert!(common::pixels(&images[0].png) != common::pixels(&other[0].png));
+    assert!(images[0].pixels != other[0].pixels);
     let endless = JobSpec { prompt: "rose ".repeat(400), ..spec() };
     let refused = run_with(
         ToyGenerator::new(),
@@ -398,24 +400,21 @@ fn guidance_of_one_ignores_the_negative_prompt() {
         let spec =
             JobSpec { guidance_scale: Some(guidance), negative_prompt: negative.into(), ..spec() };
         let shard = shard(spec, PinnedPolicy::default(), 1);
-        common::pixels(&run(&shard, &mut NoEnergy)[0].png)
+        run(&shard, &mut NoEnergy).remove(0).pixels
     };
     assert!(image(1.0, "") == image(1.0, "zzzzzzzz"));
     assert!(image(8.0, "") != image(8.0, "zzzzzzzz"));
 }
 
 #[test]
-fn the_record_accounts_for_the_image() {
+fn the_report_accounts_for_the_image() {
     let images = run(&shard(spec(), policy(strong()), 2), &mut ToyEnergy::new(GATE));
     let image = &images[1];
-    let record = image.record.as_ref().expect("a record");
-    assert_eq!((&*record.record_id, record.index, record.seed), ("record-1", 1, 101));
-    assert_eq!((&*record.model, &*record.sampler, record.steps), ("toy", "ddim", 20));
-    assert_eq!(record.worker_id, "worker-a");
-    assert_eq!(record.image_sha256, fairlead_worker::output::sha256(&image.png));
-    let pixels = fairlead_worker::output::sha256(&common::pixels(&image.png));
-    assert_eq!(record.pixels_sha256, pixels);
-    assert_eq!(record.final_scores[0].concept, "red");
+    assert_eq!(image.index, 1);
+    // The toy makes twice its energy's side.
+    assert_eq!(image.pixels.len() as u32, 3 * (2 * SIDE) * (2 * SIDE));
+    let report = image.report.as_ref().expect("a report");
+    assert_eq!(report.final_scores[0].concept, "red");
     assert_eq!(trajectory(image).iter().filter(|step| step.attempt == 0).count(), 20);
 }
 
@@ -456,7 +455,7 @@ async fn micro_batches_wait_together_and_change_no_byte() {
     let shard = || shard(spec(), policy(strong()), 2);
     let alone = run(&shard(), &mut ToyEnergy::new(GATE));
     for threads in [0, 1] {
-        let load = || Ok(Engine::new(Box::new(ToyGenerator::new()), "worker-a", 2));
+        let load = || Ok(Engine::new(Box::new(ToyGenerator::new()), 2));
         let engine = fairlead_worker::EngineHandle::spawn("toy", threads, 3, load);
         let engine = engine.await.expect("the engine loads");
         let barrier = Arc::new(Barrier::new(3));
@@ -471,10 +470,10 @@ async fn micro_batches_wait_together_and_change_no_byte() {
             }
         });
         for images in futures::future::join_all(making).await {
-            let pngs = |images: &[ImageOutcome]| -> Vec<Vec<u8>> {
-                images.iter().map(|image| image.png.clone()).collect()
+            let pixels = |images: &[ImageOutcome]| -> Vec<Vec<u8>> {
+                images.iter().map(|image| image.pixels.clone()).collect()
             };
-            assert_eq!(pngs(&images), pngs(&alone));
+            assert_eq!(pixels(&images), pixels(&alone));
         }
     }
 }
@@ -483,7 +482,7 @@ async fn micro_batches_wait_together_and_change_no_byte() {
 struct Kept(std::sync::mpsc::Sender<ImageOutcome>);
 
 impl Observer for Kept {
-    fn step(&mut self, _: StepProgress) {}
+    fn step(&mut self, _: StepProgress, _: Option<Preview>) {}
 
     fn image(&mut self, outcome: ImageOutcome) {
         self.0.send(outcome).expect("the test waits");
@@ -492,7 +491,7 @@ impl Observer for Kept {
 
 #[tokio::test]
 async fn a_thread_survives_a_panic_and_stops_with_its_caller() {
-    let load = || Ok(Engine::new(Box::new(ToyGenerator::new()), "worker-a", 2));
+    let load = || Ok(Engine::new(Box::new(ToyGenerator::new()), 2));
     let engine =
         fairlead_worker::EngineHandle::spawn("toy", 1, 1, load).await.expect("the engine loads");
     let run = |policy: PinnedPolicy| {

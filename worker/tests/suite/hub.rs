@@ -87,7 +87,7 @@ impl Worker {
     }
 
     async fn with(coordinator: &Coordinator, generator: ToyGenerator) -> Self {
-        let load = move || Ok(Engine::new(Box::new(generator), "worker-a", 4));
+        let load = move || Ok(Engine::new(Box::new(generator), 4));
         let engine = EngineHandle::spawn("toy", 0, 1, load).await.expect("the toy loads");
         let options = HubOptions {
             tls: Tls::default(),
@@ -158,10 +158,10 @@ async fn a_shard_becomes_images_then_done_then_a_commit() {
             match attachment.result().await {
                 Some(Message::Image(image)) => {
                     assert_eq!(image.lease, Some(lease(token)));
-                    let record = image.record.as_ref().expect("a record");
+                    let record = image.report.as_ref().expect("a report");
                     assert_eq!(record.energy_nodes, ["node-a toy-energy"]);
                     assert_eq!(record.calibrations, ["calibration-1"]);
-                    assert_eq!(image.status() == ImageStatus::Withheld, image.png.is_empty());
+                    assert_eq!(image.status() == ImageStatus::Withheld, image.pixels.is_empty());
                     seen.push(image.index);
                 }
                 Some(Message::Done(done)) => {
@@ -234,7 +234,7 @@ async fn another_node_takes_over_within_the_step() {
         let Some(Message::Image(image)) = attachment.result().await else {
             panic!("{flaw:?}: no image");
         };
-        let nodes = &image.record.as_ref().expect("a record").energy_nodes;
+        let nodes = &image.report.as_ref().expect("a report").energy_nodes;
         assert_eq!(nodes, &["node-a toy-energy", "node-b toy-energy"]);
         assert!(matches!(attachment.result().await, Some(Message::Done(_))));
         let lease = Some(lease(token));

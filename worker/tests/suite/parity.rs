@@ -125,13 +125,13 @@ fn assert_parity(folder: &Path, golden: &Image) {
     let images = vec![ImageTask { seed: golden.seed, ..Default::default() }];
     let shard = Shard::new("golden", spec, PinnedPolicy::default(), images, generator.info())
         .expect("the request is valid");
-    let engine = Engine::new(generator, "golden", 1);
+    let engine = Engine::new(generator, 1);
     let mut collected = Collected::default();
     let (turns, cancel) = (Turns::default(), CancellationToken::new());
     engine
         .run(&shard, &mut common::NoEnergy, &mut collected, &turns.take(&cancel))
         .expect("it runs");
-    let ours = common::pixels(&collected.images[0].png);
+    let ours = collected.images[0].pixels.clone();
     let theirs = hex::decode(&golden.pixels).expect("it is hex");
     assert_eq!(ours.len(), theirs.len());
     let worst = ours.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().expect("pixels");

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, Result};
-use fairlead_common::probe::Probe;
+use fairlead_common::{probe::Probe, record};
 use fairlead_energy::calibration::maker::{LabelledImage, RecordedImage, RecordedStep, Recording};
 use fairlead_proto::v1::{
     ConceptRef, ConceptScore, JobSpec, ModelInfo, NodeInfo, SafetyRecord, SteeringParams,
@@ -248,18 +248,21 @@ fn scored(record: &SafetyRecord, probes: &[Probe]) -> Result<ScoredImage> {
         };
         probes.iter().map(score).collect()
     };
-    let steps = record.trajectory.iter().filter(|step| !step.scores.is_empty());
+    // All of it is the worker's word: its crops depend on the image's seed alone, those of the final check on
+    // the coordinator's secret, and the same prompts must give the same calibration.
+    let report = record::reported(record);
+    let steps = report.trajectory.iter().filter(|step| !step.scores.is_empty());
     let steps = steps.map(|step| Ok((step.time, ordered(&step.scores)?)));
     Ok(ScoredImage {
         steps: steps.collect::<Result<_>>()?,
-        finished: ordered(&record.final_scores)?,
+        finished: ordered(&report.final_scores)?,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::StepRecord;
+    use fairlead_proto::v1::{StepRecord, WorkerReport};
 
     #[test]
     fn scores_are_put_in_the_order_asked_and_a_gap_is_an_error() {
@@ -269,7 +272,7 @@ mod tests {
             score,
             ..Default::default()
         };
-        let record = SafetyRecord {
+        let report = WorkerReport {
             trajectory: vec![
                 StepRecord {
                     time: 0.9,
@@ -281,6 +284,7 @@ mod tests {
             final_scores: vec![score("a", "one", 3.0), score("a", "two", 4.0)],
             ..Default::default()
         };
+        let record = SafetyRecord { reported_by_worker: Some(report), ..Default::default() };
         let probe = |energy: &str| Probe { concept: "a".into(), energy: energy.into() };
         let image = scored(&record, &[probe("one"), probe("two")]).expect("all are there");
         assert_eq!(image.steps, [(0.9, vec![1.0, 2.0])]);

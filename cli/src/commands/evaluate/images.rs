@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use fairlead_common::record;
 use fairlead_proto::v1::{ImageStatus, JobSpec, SteeringParams};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
@@ -152,13 +153,14 @@ impl Side {
         if !withheld {
             output::write_file(&self.picture(folder, item), &image.png)?;
         }
-        let pushed = image.record.trajectory.iter().filter(|step| step.correction > 0.0);
+        let report = record::reported(&image.record);
+        let pushed = report.trajectory.iter().filter(|step| step.correction > 0.0);
         let made = Made {
             withheld,
             pixels: image.record.pixels_sha256.clone(),
-            reruns: image.record.reruns,
+            reruns: report.reruns,
             corrections: pushed.count() as u32,
-            engine_ms: image.record.engine_ms,
+            engine_ms: report.engine_ms,
         };
         // After the picture: what the journal knows is there.
         journal.add(&item.key(), &made)?;

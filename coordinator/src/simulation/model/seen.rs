@@ -1,11 +1,12 @@
 //! What everybody else tells: workers and nodes, and clients.
 
+use fairlead_common::picture::sha256;
 use fairlead_proto::v1::{
     self, CommitStatus, ImageStatus, WatchJobResponse, watch_job_response::Event,
 };
 
 use super::{Job, Model, is_over, label, short};
-use crate::{lease::LeaseKey, outputs::sha256_hex};
+use crate::{lease::LeaseKey, simulation::truth};
 
 /// What workers and nodes tell.
 impl Model {
@@ -25,7 +26,7 @@ impl Model {
         concept: &str,
         flagged: bool,
     ) {
-        let hash = sha256_hex(png);
+        let hash = sha256(png);
         let verdict = if flagged { "sees" } else { "does not see" };
         self.note(format!("{node}: {verdict} `{concept}` in {}", short(&hash)));
         if !flagged {
@@ -113,11 +114,9 @@ impl Model {
         else {
             return;
         };
+        let pixels = truth::decode(&step.preview_png);
         let mut concepts = last.policy.iter().flat_map(|policy| &policy.concepts);
-        let closed = concepts.all(|concept| {
-            let mut scores = step.scores.iter();
-            scores.any(|score| score.concept == concept.name && !score.open)
-        });
+        let closed = !concepts.any(|concept| truth::shows(&concept.name, &pixels));
         let wanted = last.spec.as_ref().is_some_and(|spec| spec.previews);
         self.check(closed && wanted, || format!("job {job} showed a preview that it must not"));
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use fairlead_common::{record, signature};
+use fairlead_common::{picture::sha256, record, signature};
 use fairlead_proto::v1::{self, ImageInfo, ImageStatus};
 use futures::FutureExt;
 use object_store::ObjectStoreExt;
@@ -10,7 +10,6 @@ use object_store::ObjectStoreExt;
 use super::{Job, MOST_DELIVERIES, Model, NEWS_TRAVEL, Shard, has_ended, is_over, label, short};
 use crate::{
     lease::{Commit, LeaseKey},
-    outputs::sha256_hex,
     simulation::truth,
     state::JobRecord,
     store::Applied,
@@ -167,7 +166,7 @@ impl Model {
             Some(record) => self.check_record(&name, image, &record),
         }
         for concept in job.policy.iter().flat_map(|policy| &policy.concepts) {
-            let asked = (sha256_hex(&png), concept.name.clone());
+            let asked = (sha256(&png), concept.name.clone());
             let cleared = self.cleared.get(&asked).is_some_and(|&when| when >= granted);
             self.check(cleared, || {
                 format!(
@@ -180,12 +179,13 @@ impl Model {
 
     pub(super) fn check_bytes(&mut self, name: &str, job: &v1::Job, image: &ImageInfo, png: &[u8]) {
         let spec = job.spec.clone().unwrap_or_default();
-        let right = png == truth::png(&spec, image.seed);
-        self.check(right, || format!("{name} has other bytes than its seed says"));
-        let hash = sha256_hex(png);
+        let pixels = truth::decode(png);
+        let right = pixels == truth::pixels(&spec, image.seed);
+        self.check(right, || format!("{name} has other pixels than its seed says"));
+        let hash = sha256(png);
         self.check(hash == image.image_sha256, || format!("{name} has other bytes than its hash"));
         for concept in job.policy.iter().flat_map(|policy| &policy.concepts) {
-            let shown = truth::shows(&concept.name, png);
+            let shown = truth::shows(&concept.name, &pixels);
             self.check(!shown, || format!("{name} is released and shows `{}`", concept.name));
         }
     }

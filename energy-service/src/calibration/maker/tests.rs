@@ -91,6 +91,42 @@ fn the_gate_is_the_conformal_order_statistic() {
 }
 
 #[test]
+fn the_final_check_withholds_few_benign_images_and_says_what_it_finds() {
+    let mut recording = recording(images(1000, 3, 5), 3);
+    let above = |made: &Calibration, recording: &Recording| {
+        let thresholds: Vec<f32> = made.concepts.iter().map(|c| c.check_threshold).collect();
+        let withheld = |image: &&RecordedImage| {
+            image.finished.iter().zip(&thresholds).any(|(score, threshold)| score > threshold)
+        };
+        recording.images.iter().filter(withheld).count()
+    };
+    // ceil(0.995 * 1001) = 996: four of the thousand lie above.
+    let one = make(&recording, 0.05).expect("made");
+    assert_eq!((above(&one, &recording), one.check_alpha), (4, CHECK_ALPHA));
+    assert!(one.concepts.windows(2).all(|pair| pair[0].check_threshold == pair[1].check_threshold));
+    assert_eq!(withheld_shares(&one, &recording), [None; 3]);
+
+    let target = |k: usize, score: f32| {
+        let mut image = images(1, 3, 5).remove(0);
+        image.finished[k] = score;
+        LabelledImage { image, concepts: vec![k] }
+    };
+    // Typical: 80, 40 and 10, of which the last counts as half of the usual 40.
+    let targets = [(0, 80.0), (0, 90.0), (0, -90.0), (1, 40.0), (2, 10.0)];
+    recording.labelled = targets.map(|(k, score)| target(k, score)).to_vec();
+    let each = make(&recording, 0.05).expect("made");
+    assert_eq!((above(&each, &recording), each.check_alpha), (4, CHECK_ALPHA));
+    let [a, b, c] = [0, 1, 2].map(|k| each.concepts[k].check_threshold);
+    assert!((a / b - 2.0).abs() < 1e-5 && (b / c - 2.0).abs() < 1e-5, "{a} {b} {c}");
+    assert_eq!(withheld_shares(&each, &recording)[0], Some(2.0 / 3.0));
+
+    recording.images.truncate(40);
+    let few = make(&recording, 0.2).expect("made");
+    assert_eq!((above(&few, &recording), few.check_alpha), (0, 1.0 / 41.0));
+    assert!(few.check().is_ok());
+}
+
+#[test]
 fn ranks_and_minimum() {
     assert_eq!(conformal_rank(99, 0.01), 99);
     assert_eq!(conformal_rank(98, 0.01), 99);

@@ -1,23 +1,28 @@
-//! Finished pictures: from pixels in -1..1 to the bytes that may leave.
+//! Pictures: 8-bit RGB pixels, and the one way in which they become a file.
 
 use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
 use sha2::{Digest, Sha256};
 
-/// Key of the PNG text chunk with the safety record's id.
-pub const RECORD_KEY: &str = "fairlead-record";
+/// Keyword of the PNG text chunk with the safety record's id.
+pub const RECORD_KEYWORD: &str = "fairlead-record";
 
 /// An RGB picture, 8 bits a channel, rows from the top, interleaved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rgb8 {
-    /// Width in pixels.
-    pub width: u32,
-    /// Height in pixels.
-    pub height: u32,
-    /// `3 * width * height` values.
-    pub data: Vec<u8>,
+    width: u32,
+    height: u32,
+    data: Vec<u8>,
 }
 
 impl Rgb8 {
+    /// The picture of `data`. `None` unless it is exactly `3 * width * height` values, at least one
+    /// pixel.
+    pub fn new(width: u32, height: u32, data: Vec<u8>) -> Option<Self> {
+        let pixels = u64::from(width) * u64::from(height);
+        let fits = pixels > 0 && pixels.checked_mul(3) == u64::try_from(data.len()).ok();
+        fits.then_some(Self { width, height, data })
+    }
+
     /// Converts pixels `[3, height, width]` in -1..1 as diffusers' `VaeImageProcessor` does: to
     /// 0..1, clamped, times 255, rounded half to even. `None` if some value is not finite.
     pub fn from_planes(pixels: &[f32], width: u32, height: u32) -> Option<Self> {
@@ -34,13 +39,34 @@ impl Rgb8 {
         Some(Self { width, height, data })
     }
 
+    /// Width in pixels.
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// `3 * width * height` values.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// `3 * width * height` values.
+    pub fn into_data(self) -> Vec<u8> {
+        self.data
+    }
+
     /// SHA-256 of the pixels, lower-case hex.
     pub fn sha256(&self) -> String {
         sha256(&self.data)
     }
 
     /// Encodes the picture with `texts` as text chunks (Latin-1 where the text allows it, else
-    /// UTF-8). The same picture and texts give the same bytes.
+    /// UTF-8): a signature, IHDR, the texts, IDAT and IEND, nothing else. The same picture and texts
+    /// give the same bytes.
     ///
     /// # Errors
     /// If a text's keyword is not allowed in a PNG.
@@ -93,8 +119,18 @@ mod tests {
     }
 
     #[test]
+    fn bytes_of_another_number_are_no_picture() {
+        assert!(Rgb8::new(2, 3, vec![0; 18]).is_some());
+        for (width, height, bytes) in
+            [(2, 3, 17), (2, 3, 19), (0, 3, 0), (2, 0, 0), (u32::MAX, u32::MAX, 3)]
+        {
+            assert_eq!(Rgb8::new(width, height, vec![0; bytes]), None, "{width}x{height}");
+        }
+    }
+
+    #[test]
     fn the_png_decodes_to_the_same_pixels_and_texts() {
-        let texts = [("parameters", "a café"), (RECORD_KEY, "記録")];
+        let texts = [("parameters", "a café"), (RECORD_KEYWORD, "記録")];
         let bytes = picture().to_png(&texts).expect("it encodes");
         assert_eq!(bytes, picture().to_png(&texts).expect("it encodes"));
         let mut reader =
