@@ -4,12 +4,14 @@ pub mod backoff;
 pub mod clock;
 pub mod grpc;
 pub mod ids;
+pub mod limits;
 pub mod metrics;
 pub mod parameters;
 pub mod probe;
 pub mod record;
 pub mod shutdown;
 pub mod signature;
+pub mod steering;
 pub mod telemetry;
 pub mod tensor;
 #[cfg(feature = "testing")]

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fairlead_common::{
     ids::{JobId, RecordId, ShardId},
+    limits::{self, FieldError, Shape},
     probe::Probe,
+    steering,
 };
 use fairlead_proto::v1::{self, ImageStatus};
 
@@ -15,20 +17,10 @@ use crate::{
     policy::{Policies, Policy},
     routing::{self, Calibration, LiveNode, Run},
     state::{JobRecord, Shard},
-    steering,
     store::Seen,
     suggest,
     tenants::Tenant,
 };
-
-/// Most bytes of a prompt.
-pub(crate) const MAX_PROMPT_BYTES: usize = 8 << 10;
-
-/// Most images of a job.
-pub(crate) const MAX_IMAGES: u32 = 64;
-
-/// Most sampling steps.
-pub(crate) const MAX_STEPS: u32 = 1_000;
 
 /// Most concepts of a job.
 const MAX_EXTRA_CONCEPTS: usize = 256;
@@ -64,12 +56,8 @@ pub(crate) fn admit(
     identity: Identity,
 ) -> Result<JobRecord> {
     check_request(spec)?;
-    check_count(spec.n)?;
     let model = find_model(&spec.model, cluster)?;
-    let width = side("width", spec.width, model.default_width, model)?;
-    let height = side("height", spec.height, model.default_height, model)?;
-    let steps = steps(spec.steps.unwrap_or(model.default_steps), model)?;
-    let guidance = guidance(spec.guidance_scale.unwrap_or(model.default_guidance_scale))?;
+    let Shape { width, height, steps, guidance } = Shape::of(spec, model)?;
     let policy = find_policy(&spec.policy, policies, tenant)?;
     let priority = priority(spec.priority(), tenant)?;
     let key =
@@ -100,15 +88,8 @@ pub(crate) fn calibration<'a>(policy: &v1::PinnedPolicy, run: &'a Run) -> Calibr
 }
 
 fn check_request(spec: &v1::JobSpec) -> Result<()> {
-    if spec.prompt.trim().is_empty() {
-        return Err(Error::invalid("prompt", "is empty; say what to draw"));
-    }
-    for (field, text) in [("prompt", &spec.prompt), ("negative_prompt", &spec.negative_prompt)] {
-        if text.len() > MAX_PROMPT_BYTES {
-            let problem = format!("has {} bytes; at most {MAX_PROMPT_BYTES}", text.len());
-            return Err(Error::invalid(field, problem));
-        }
-    }
+    limits::check_prompts(spec)?;
+    limits::check_count(spec.n)?;
     if v1::Priority::try_from(spec.priority).is_err() {
         return Err(Error::invalid("priority", format!("{} is none", spec.priority)));
     }
@@ -117,13 +98,6 @@ fn check_request(spec: &v1::JobSpec) -> Result<()> {
         return Err(Error::invalid("extra_concepts", problem));
     }
     Ok(())
-}
-
-fn check_count(n: u32) -> Result<()> {
-    if (1..=MAX_IMAGES).contains(&n) {
-        return Ok(());
-    }
-    Err(Error::invalid("n", format!("is {n}; ask for 1 to {MAX_IMAGES} images")))
 }
 
 fn find_model<'a>(name: &str, cluster: &Cluster<'a>) -> Result<&'a v1::ModelInfo> {
@@ -178,47 +152,12 @@ fn priority(asked: v1::Priority, tenant: &Tenant) -> Result<v1::Priority> {
     }
 }
 
-fn side(
-    field: &'static str,
-    asked: Option<u32>,
-    default: u32,
-    model: &v1::ModelInfo,
-) -> Result<u32> {
-    let (side, unit) = (asked.unwrap_or(default), model.granularity.max(1));
-    let largest = model.max_side / unit * unit;
-    if side >= unit && side <= largest && side.is_multiple_of(unit) {
-        return Ok(side);
-    }
-    let below = (side / unit * unit).clamp(unit, largest.max(unit));
-    let above = side.div_ceil(unit).saturating_mul(unit).clamp(unit, largest.max(unit));
-    let nearest = if below == above { below.to_string() } else { format!("{below} and {above}") };
-    let name = &model.name;
-    let problem = if side > largest {
-        format!("is {side}, but `{name}` makes at most {largest}; nearest valid: {nearest}")
-    } else {
-        format!("is {side}, but `{name}` needs a multiple of {unit}; nearest valid: {nearest}")
-    };
-    Err(Error::invalid(field, problem))
-}
-
-fn steps(steps: u32, model: &v1::ModelInfo) -> Result<u32> {
-    let most = match model.max_steps {
-        0 => MAX_STEPS,
-        most => most.min(MAX_STEPS),
-    };
-    if (1..=most).contains(&steps) {
-        return Ok(steps);
-    }
-    let name = &model.name;
-    Err(Error::invalid("steps", format!("is {steps}; ask `{name}` for 1 to {most}")))
-}
-
-fn guidance(scale: f32) -> Result<f32> {
-    if (1.0..=30.0).contains(&scale) {
-        return Ok(scale);
-    }
-    let problem = format!("is {scale}; it must be from 1 (off) to 30");
-    Err(Error::invalid("guidance_scale", problem))
+/// The knobs of a job: the policy's, and what the client asks for where it may.
+fn knobs(spec: &v1::JobSpec, policy: &Policy, model: &v1::ModelInfo) -> Result<v1::SteeringParams> {
+    let (own, asked) = (policy.steering_for(&model.sampler), spec.steering.unwrap_or_default());
+    steering::overridden(own, &asked, policy.leave()).map_err(|FieldError { field, problem }| {
+        Error::invalid("steering", format!("{field} {problem} (policy `{}`)", policy.name))
+    })
 }
 
 fn pin_policy(
@@ -229,15 +168,7 @@ fn pin_policy(
     model: &v1::ModelInfo,
     key: &v1::CalibrationKey,
 ) -> Result<v1::PinnedPolicy> {
-    let overrides = spec.steering.as_ref().filter(|params| !steering::is_unset(params));
-    if overrides.is_some() && !policy.allow_overrides {
-        return Err(Error::invalid(
-            "steering",
-            format!("policy `{}` does not allow overrides; leave it unset", policy.name),
-        ));
-    }
-    let steering = steering::resolve(policy.steering_for(&model.sampler), overrides)
-        .map_err(|problem| Error::invalid("steering", problem))?;
+    let steering = knobs(spec, policy, model)?;
     let mut pinned = v1::PinnedPolicy {
         name: policy.name.clone(),
         concepts: Vec::new(),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fairlead_common::signature::KeyError;
+use fairlead_common::{limits::FieldError, signature::KeyError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -211,6 +211,12 @@ impl Error {
                 Code::Internal
             }
         }
+    }
+}
+
+impl From<FieldError> for Error {
+    fn from(FieldError { field, problem }: FieldError) -> Self {
+        Self::Invalid { field, problem }
     }
 }
 

@@ -114,9 +114,12 @@ impl From<JobPriority> for Priority {
     }
 }
 
-/// Overrides of the policy's steering knobs, where the policy allows them.
+/// Steering knobs in place of the policy's: any on a cluster of one's own; beside --server those that the
+/// policy lets clients strengthen.
 #[derive(Args, Clone)]
-#[command(next_help_heading = "Steering (where the policy allows)")]
+#[command(
+    next_help_heading = "Steering (beside --server: only what the policy allows, and stronger)"
+)]
 pub(crate) struct SteeringArgs {
     /// How a correction enters the sampler.
     #[arg(long, value_enum)]
@@ -159,7 +162,7 @@ enum Mode {
 }
 
 impl SteeringArgs {
-    /// The overrides, or `None` if nothing was given.
+    /// The knobs, or `None` if nothing was given.
     pub(crate) fn params(&self) -> Option<SteeringParams> {
         let mode = match self.mode {
             None => SteeringMode::Unspecified,
@@ -185,7 +188,7 @@ impl SteeringArgs {
 
 impl RequestArgs {
     /// The job for `prompt`.
-    pub(crate) fn spec(&self, prompt: &str, steering: &SteeringArgs) -> JobSpec {
+    pub(crate) fn spec(&self, prompt: &str) -> JobSpec {
         JobSpec {
             prompt: prompt.to_owned(),
             negative_prompt: self.negative.clone(),
@@ -197,7 +200,6 @@ impl RequestArgs {
             seed: self.seed,
             policy: self.policy.clone(),
             extra_concepts: self.extra_concepts.clone(),
-            steering: steering.params(),
             max_shard_size: self.max_shard_size,
             priority: Priority::from(self.priority).into(),
             ..Default::default()
@@ -221,7 +223,11 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server, args.credentials.load()?)?, None),
         None => {
-            let start = LocalCluster::start(ClusterOptions::temporary(&args.models));
+            let options = ClusterOptions {
+                knobs: args.steering.params(),
+                ..ClusterOptions::temporary(&args.models)
+            };
+            let start = LocalCluster::start(options);
             let cluster = tokio::select! {
                 cluster = start => cluster?,
                 () = stop.cancelled() => return Err(Interrupted.into()),
@@ -246,7 +252,9 @@ async fn generate_all(
     let mut withheld = 0;
     let mut names = BTreeSet::new();
     for prompt in &args.prompts {
-        let mut spec = args.request.spec(prompt, &args.steering);
+        let mut spec = args.request.spec(prompt);
+        // A cluster of one's own has the knobs in its policies.
+        spec.steering = args.server.as_ref().and_then(|_| args.steering.params());
         spec.model = args.model_name.clone().unwrap_or_default();
         let job = client.submit(spec).await?;
         let (progress, heard) = (JobProgress::new(), Heard::default());

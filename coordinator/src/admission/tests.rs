@@ -195,7 +195,7 @@ fn bad_fields_are_refused_by_name() {
         ),
         (
             |s| s.steering = Some(v1::SteeringParams { eta: Some(9.0), ..Default::default() }),
-            "steering: eta is 9",
+            "steering: eta is 9; it must be above 0 and at most 2",
         ),
     ];
     for (spoil, expected) in cases {
@@ -258,8 +258,8 @@ fn an_empty_model_needs_exactly_one_attached() {
 fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
     let other_steps = v1::JobSpec { steps: Some(30), ..spec() };
     let error = World::new().admit(&other_steps).expect_err("not calibrated");
-    let crops = Some(v1::SteeringParams { crops: Some(2), ..Default::default() });
-    let other_crops = World::new().admit(&v1::JobSpec { steering: crops, ..spec() });
+    let two = World::new().policies("[policies.a]\nconcepts = ['*']\nsteering.crops = 2");
+    let other_crops = two.admit(&spec());
     assert!(other_crops.expect_err("not calibrated").to_string().contains("--crops 2"));
     assert_eq!(error.code(), Code::FailedPrecondition);
     let text = error.to_string();
@@ -276,14 +276,32 @@ fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
 }
 
 #[test]
-fn overrides_need_the_policys_leave() {
-    let steering = Some(v1::SteeringParams { eta: Some(0.2), ..Default::default() });
-    let spec = v1::JobSpec { steering, ..spec() };
-    let world = World::new().policies("[policies.a]\nconcepts = ['*']");
-    let error = world.admit(&spec).expect_err("not allowed").to_string();
-    assert!(error.contains("policy `a` does not allow overrides"), "{error}");
-    let record = World::new().admit(&spec).expect("the built-in policy allows it");
-    assert_eq!(record.policy().steering.expect("filled").eta(), 0.2);
+fn overrides_need_the_policys_leave_and_only_strengthen() {
+    let asks = |eta: f32| {
+        let steering = Some(v1::SteeringParams { eta: Some(eta), ..Default::default() });
+        v1::JobSpec { steering, ..spec() }
+    };
+    let policy = |lines: &str| {
+        World::new()
+            .policies(&format!("[policies.a]\nconcepts = ['*']\nsteering.eta = 0.4\n{lines}"))
+    };
+    let refused =
+        |world: &World, eta| world.admit(&asks(eta)).expect_err("not allowed").to_string();
+    let expected = "steering: eta is 0.5 and the policy's is 0.4; the policy does not allow overrides (policy `a`)";
+    assert_eq!(refused(&policy(""), 0.5), expected);
+    let same = policy("").admit(&asks(0.4)).expect("it changes nothing");
+    assert_eq!(policy("").admit(&same.spec()).expect("what was filled in").policy(), same.policy());
+    assert!(World::new().admit(&asks(0.5)).is_err(), "nor does the built-in policy");
+
+    let open = policy("allow_overrides = true");
+    let expected =
+        "steering: eta is 0.3 and the policy's is 0.4; a client may raise it only (policy `a`)";
+    assert_eq!(refused(&open, 0.3), expected);
+    let record = open.admit(&asks(0.5)).expect("it is stronger");
+    assert_eq!(record.policy().steering.expect("filled").eta(), 0.5);
+    let observing = policy("allow_overrides = true\nobserve_only = true");
+    let record = observing.admit(&asks(0.1)).expect("nothing is steered");
+    assert_eq!(record.policy().steering.expect("filled").eta(), 0.1);
 }
 
 #[test]
@@ -327,6 +345,11 @@ proptest! {
         let spec = v1::JobSpec { n, width, steps, guidance_scale: guidance, ..spec() };
         if let Ok(record) = World::new().admit(&spec) {
             prop_assert_eq!(record.job.images.len(), n as usize);
+            // The checks by which a worker reads its shards.
+            let spec = record.spec();
+            prop_assert!(limits::check_prompts(&spec).is_ok() && Shape::of(&spec, &record.model).is_ok());
+            let knobs = record.policy().steering.expect("filled");
+            prop_assert_eq!(steering::resolve(&knobs), Ok(knobs));
         }
     }
 }

@@ -16,6 +16,7 @@ mod track;
 
 use std::time::{Duration, Instant};
 
+use fairlead_common::limits::MAX_RERUNS;
 use fairlead_proto::v1::{CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, StepProgress};
 
 pub use thread::EngineHandle;
@@ -30,9 +31,6 @@ use crate::{
 };
 use conditioning::Conditioning;
 use track::Track;
-
-/// Reruns of an image that was not steered clear.
-const MAX_RERUNS: u32 = 2;
 
 /// Where the engine's results go while it works. Implementations return at once.
 pub trait Observer: Send {
