@@ -2,6 +2,7 @@
 
 pub mod backoff;
 pub mod clock;
+pub mod envelope;
 pub mod grpc;
 pub mod ids;
 pub mod limits;

@@ -96,11 +96,6 @@ fn defaults(mode: SteeringMode) -> SteeringParams {
     }
 }
 
-/// Whether no knob is set.
-pub fn is_unset(params: &SteeringParams) -> bool {
-    KNOBS.iter().all(|knob| (knob.get)(params).is_none())
-}
-
 /// The knobs of `over`, else of `under`; what neither sets stays unset.
 pub fn over(under: &SteeringParams, over: &SteeringParams) -> SteeringParams {
     let mut both = *under;

@@ -14,9 +14,9 @@ use fairlead_proto::v1::{self, ImageStatus};
 use crate::{
     error::{Error, Result},
     placement,
-    policy::{Policies, Policy},
+    policy::{Outside, Policies, Policy},
     routing::{self, Calibration, LiveNode, Run},
-    state::{JobRecord, Shard},
+    state::{JobRecord, Shard, calibration_key},
     store::Seen,
     suggest,
     tenants::Tenant,
@@ -60,9 +60,6 @@ pub(crate) fn admit(
     let Shape { width, height, steps, guidance } = Shape::of(spec, model)?;
     let policy = find_policy(&spec.policy, policies, tenant)?;
     let priority = priority(spec.priority(), tenant)?;
-    let key =
-        v1::CalibrationKey { generator: model.hash.clone(), sampler: model.sampler.clone(), steps };
-    let pinned = pin_policy(spec, policy, tenant, cluster, model, &key)?;
     let filled = v1::JobSpec {
         model: model.name.clone(),
         width: Some(width),
@@ -72,9 +69,10 @@ pub(crate) fn admit(
         seed: Some(spec.seed.unwrap_or(identity.drawn_seed)),
         policy: policy.name.clone(),
         priority: priority.into(),
-        steering: pinned.steering,
         ..spec.clone()
     };
+    let pinned = Pinning { spec: &filled, policy, tenant, cluster, model }.policy()?;
+    let filled = v1::JobSpec { steering: pinned.steering, ..filled };
     Ok(JobRecord { tenant: tenant.name.clone(), ..build(filled, pinned, model, identity) })
 }
 
@@ -130,10 +128,17 @@ fn find_policy<'a>(asked: &str, policies: &'a Policies, tenant: &Tenant) -> Resu
         let problem = format!("policy: `{asked}` is none of tenant `{}`'s: {own}", tenant.name);
         return Err(Error::Forbidden(problem));
     };
-    policies.get(name).ok_or_else(|| {
+    let policy = policies.get(name).ok_or_else(|| {
         let hint = suggest::hint(name, policies.names());
         Error::invalid("policy", format!("`{name}` is unknown{hint}"))
-    })
+    })?;
+    if policy.observe_only && !tenant.admin {
+        return Err(Error::Forbidden(format!(
+            "policy: `{}` only observes and withholds nothing; tenant `{}` is no admin",
+            policy.name, tenant.name
+        )));
+    }
+    Ok(policy)
 }
 
 /// A job's priority: what is asked for, or the tenant's highest where nothing is and that is below normal.
@@ -152,81 +157,144 @@ fn priority(asked: v1::Priority, tenant: &Tenant) -> Result<v1::Priority> {
     }
 }
 
-/// The knobs of a job: the policy's, and what the client asks for where it may.
-fn knobs(spec: &v1::JobSpec, policy: &Policy, model: &v1::ModelInfo) -> Result<v1::SteeringParams> {
-    let (own, asked) = (policy.steering_for(&model.sampler), spec.steering.unwrap_or_default());
-    steering::overridden(own, &asked, policy.leave()).map_err(|FieldError { field, problem }| {
-        Error::invalid("steering", format!("{field} {problem} (policy `{}`)", policy.name))
-    })
+/// What a job's policy is pinned from.
+#[derive(Clone, Copy)]
+struct Pinning<'a> {
+    /// The request, every default but the knobs' filled in.
+    spec: &'a v1::JobSpec,
+    policy: &'a Policy,
+    tenant: &'a Tenant,
+    cluster: &'a Cluster<'a>,
+    model: &'a v1::ModelInfo,
 }
 
-fn pin_policy(
-    spec: &v1::JobSpec,
-    policy: &Policy,
-    tenant: &Tenant,
-    cluster: &Cluster<'_>,
-    model: &v1::ModelInfo,
-    key: &v1::CalibrationKey,
-) -> Result<v1::PinnedPolicy> {
-    let steering = knobs(spec, policy, model)?;
-    let mut pinned = v1::PinnedPolicy {
-        name: policy.name.clone(),
-        concepts: Vec::new(),
-        steering: Some(steering),
-        allow_calibration_fallback: policy.allow_calibration_fallback,
-        observe_only: policy.observe_only,
-        weights: policy.weights(),
-    };
-    let run = Run::new(key.clone(), &steering);
-    let need = calibration(&pinned, &run);
-    let served = served(cluster.nodes);
-    if let Some(energy) = policy.energies.iter().find(|e| served.keys().all(|p| p.energy != **e)) {
-        return Err(Error::Unavailable(format!(
-            "policy `{}` needs the energy `{energy}`, which no live energy node runs; start one with \
-             `fairlead energy` or retry later",
-            policy.name
-        )));
-    }
-    // What lost its last node still belongs to the job: its absence is an error, not a gap.
-    let known: BTreeSet<&Probe> = served
-        .keys()
-        .chain(&cluster.seen.probes)
-        .filter(|probe| policy.asks(&probe.energy))
-        .collect();
-    let names = known.iter().map(|probe| probe.concept.as_str());
-    let mut concepts = policy.concepts_for(names, &spec.extra_concepts);
-    concepts.extend(tenant.concepts.iter().cloned());
-    for name in concepts {
-        let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
-        if probes.peek().is_none() {
-            return Err(unserved(&name, policy, tenant, cluster));
+impl<'a> Pinning<'a> {
+    fn policy(self) -> Result<v1::PinnedPolicy> {
+        let Self { spec, policy, cluster, model, .. } = self;
+        let steering = self.knobs()?;
+        let mut pinned = v1::PinnedPolicy {
+            name: policy.name.clone(),
+            concepts: Vec::new(),
+            steering: Some(steering),
+            allow_calibration_fallback: policy.allow_calibration_fallback,
+            observe_only: policy.observe_only,
+            weights: policy.weights(),
+            outside_envelope: Vec::new(),
+        };
+        let run = |may_leave| Run::new(calibration_key(model, spec, may_leave), &steering);
+        let (inside, anywhere) = (run(false), run(true));
+        let unserved = |concepts: &[v1::ConceptRef], need| {
+            routing::assign(concepts, cluster.nodes, need).unserved.into_iter().next()
+        };
+        let need = calibration(&pinned, &inside);
+        pinned.concepts = self.concepts(need)?;
+        let Some(mut missing) = unserved(&pinned.concepts, need) else { return Ok(pinned) };
+        if policy.outside == Outside::WithholdUnlessClear {
+            let need = calibration(&pinned, &anywhere);
+            pinned.concepts = self.concepts(need)?;
+            match unserved(&pinned.concepts, need) {
+                Some(still) => missing = still,
+                None => {
+                    pinned.outside_envelope = self.ways_outside(&pinned.concepts, &inside);
+                    return Ok(pinned);
+                }
+            }
         }
-        for probe in probes {
-            let Some(versions) = served.get(*probe) else {
-                let is_named = policy.concepts.contains(&name)
-                    || tenant.concepts.contains(&name)
-                    || spec.extra_concepts.contains(&name);
-                let has_other = served.keys().any(|other| other.concept == name);
-                return Err(gone(probe, !is_named && !has_other));
-            };
-            pinned.concepts.push(newest(versions, need, cluster.nodes));
+        Err(self.uncalibrated(&missing.concept, &inside))
+    }
+
+    /// The policy's knobs, and what the client asks for where it may.
+    fn knobs(self) -> Result<v1::SteeringParams> {
+        let Self { spec, policy, model, .. } = self;
+        let (own, asked) = (policy.steering_for(&model.sampler), spec.steering.unwrap_or_default());
+        let knobs = steering::overridden(own, &asked, policy.leave());
+        knobs.map_err(|FieldError { field, problem }| {
+            Error::invalid("steering", format!("{field} {problem} (policy `{}`)", policy.name))
+        })
+    }
+
+    /// All concepts of the job, each at the version to pin.
+    fn concepts(self, need: Calibration<'_>) -> Result<Vec<v1::ConceptRef>> {
+        let Self { spec, policy, tenant, cluster, .. } = self;
+        let served = served(cluster.nodes);
+        if let Some(energy) =
+            policy.energies.iter().find(|e| served.keys().all(|p| p.energy != **e))
+        {
+            return Err(Error::Unavailable(format!(
+                "policy `{}` needs the energy `{energy}`, which no live energy node runs; start one with \
+                 `fairlead energy` or retry later",
+                policy.name
+            )));
         }
+        // What lost its last node still belongs to the job: its absence is an error, not a gap.
+        let known: BTreeSet<&Probe> = served
+            .keys()
+            .chain(&cluster.seen.probes)
+            .filter(|probe| policy.asks(&probe.energy))
+            .collect();
+        let names = known.iter().map(|probe| probe.concept.as_str());
+        let mut concepts = policy.concepts_for(names, &spec.extra_concepts);
+        concepts.extend(tenant.concepts.iter().cloned());
+        let mut pinned = Vec::new();
+        for name in concepts {
+            let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
+            if probes.peek().is_none() {
+                return Err(unserved(&name, policy, tenant, cluster));
+            }
+            for probe in probes {
+                let Some(versions) = served.get(*probe) else {
+                    let is_named = policy.concepts.contains(&name)
+                        || tenant.concepts.contains(&name)
+                        || spec.extra_concepts.contains(&name);
+                    let has_other = served.keys().any(|other| other.concept == name);
+                    return Err(gone(probe, !is_named && !has_other));
+                };
+                pinned.push(newest(versions, need, cluster.nodes));
+            }
+        }
+        if pinned.is_empty() && !policy.may_be_unchecked() {
+            return Err(Error::Unavailable(format!(
+                "policy `{}` needs a concept to check, but no energy node is registered; start one \
+                 with `fairlead energy`",
+                policy.name
+            )));
+        }
+        Ok(pinned)
     }
-    if pinned.concepts.is_empty() && !policy.may_be_unchecked() {
-        return Err(Error::Unavailable(format!(
-            "policy `{}` needs a concept to check, but no energy node is registered; start one \
-             with `fairlead energy`",
-            policy.name
-        )));
+
+    /// The calibration of `concept` that lacks least for `run`, and what it lacks.
+    fn nearest(
+        self,
+        concept: &v1::ConceptRef,
+        run: &Run,
+    ) -> Option<(Vec<String>, &'a v1::CalibrationInfo)> {
+        let outside = self.cluster.nodes.iter().filter_map(|node| node.outside(concept, run));
+        outside.min_by_key(|(ways, _)| ways.len())
     }
-    match routing::assign(&pinned.concepts, cluster.nodes, need).unserved.into_iter().next() {
-        None => Ok(pinned),
-        Some(unserved) => Err(Error::NotCalibrated {
-            concept: Probe::from(&unserved.concept).to_string(),
-            model: model.name.clone(),
-            run: run.to_string(),
-            flags: run.flags(),
-        }),
+
+    fn ways_outside(self, concepts: &[v1::ConceptRef], run: &Run) -> Vec<String> {
+        let ways = concepts.iter().filter_map(|concept| Some(self.nearest(concept, run)?.0));
+        ways.flatten().collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The error for a concept without a calibration for `run`.
+    fn uncalibrated(self, concept: &v1::ConceptRef, run: &Run) -> Error {
+        let model = self.model.name.clone();
+        let name = Probe::from(concept).to_string();
+        match self.nearest(concept, run) {
+            Some((ways, info)) => Error::OutsideEnvelope {
+                concept: name,
+                model,
+                ways: ways.join("; "),
+                flags: run.extending(info),
+            },
+            None => Error::NotCalibrated {
+                concept: name,
+                model,
+                run: run.to_string(),
+                flags: run.flags(),
+            },
+        }
     }
 }
 

@@ -95,6 +95,22 @@ pub enum Error {
         /// The flags that make it.
         flags: String,
     },
+    /// A job that no calibration was made for, though there is one for its generator, sampler and steps.
+    #[error(
+        "model `{model}`: concept `{concept}` is not calibrated for this job ({ways}): extend its calibration \
+         with `fairlead calibrate {flags}` (and --concepts FILE where the concept comes from a file of yours) \
+         in the folder of its node's --calibrations, or use a policy with outside = \"withhold-unless-clear\""
+    )]
+    OutsideEnvelope {
+        /// The concept.
+        concept: String,
+        /// The generator's name.
+        model: String,
+        /// What of the job no calibration covers.
+        ways: String,
+        /// The flags that make one that does.
+        flags: String,
+    },
     /// A peer of another version, or one that contradicts the cluster.
     #[error("{0}")]
     Incompatible(String),
@@ -209,6 +225,7 @@ impl Error {
             Self::Store(StoreError::Away { .. }) => Code::Unavailable,
             Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Key(_) | Self::Io { .. } => {
                 Code::Internal
+            | Self::OutsideEnvelope { .. }
             }
         }
     }
@@ -283,6 +300,15 @@ mod tests {
             (Error::Store(StoreError::Corrupt("job 7".into())), Code::Internal),
             (Error::Policy(PolicyError::NoPolicies), Code::InvalidArgument),
             (Error::Io { what: "data dir".into(), source: io() }, Code::Internal),
+            (
+                Error::OutsideEnvelope {
+                    concept: "axe".into(),
+                    model: "m".into(),
+                    ways: "size 64x64, calibrated 32x32".into(),
+                    flags: "--size 32x32,64x64".into(),
+                },
+                Code::FailedPrecondition,
+            ),
         ]
     }
 

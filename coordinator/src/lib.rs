@@ -40,7 +40,7 @@ pub use config::{CoordinatorArgs, CoordinatorOptions, Data};
 pub use error::{Error, Result};
 pub use lease::{LeaseError, Phase};
 pub use outputs::OutputError;
-pub use policy::{Policies, Policy, PolicyError};
+pub use policy::{Outside, Policies, Policy, PolicyError};
 pub use server::run;
 pub use store::StoreError;
 pub use tenants::{Quota, Tenant, Tenants};

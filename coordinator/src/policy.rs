@@ -11,6 +11,8 @@
 //! weights = { siglip = 0.5 }           # optional: factors of their gradients, 1 if not named
 //! allow_overrides = false              # may clients set steering knobs? Only stronger than the policy's
 //! allow_calibration_fallback = false
+//! outside = "refuse"                   # a job outside its calibrations' envelope: refused, or
+//!                                      # "withhold-unless-clear": only the strictest final check lets it out
 //!
 //! [policies.default.steering]
 //! eta = 0.3
@@ -127,9 +129,22 @@ struct PolicyFile {
     #[serde(default)]
     allow_calibration_fallback: bool,
     #[serde(default)]
+    outside: Outside,
+    #[serde(default)]
     observe_only: bool,
     #[serde(default)]
     allow_unchecked: bool,
+}
+
+/// What becomes of a job whose size, guidance or negative prompt no calibration was made with.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outside {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It runs, and the final check decides at its strictest level.
+    WithholdUnlessClear,
 }
 
 /// One operator policy.
@@ -155,6 +170,8 @@ pub struct Policy {
     pub allow_overrides: bool,
     /// A missing calibration may be replaced by a recorded fallback.
     pub allow_calibration_fallback: bool,
+    /// What becomes of a job outside its calibrations' envelope.
+    pub outside: Outside,
     /// Record scores, never correct, never withhold.
     pub observe_only: bool,
     /// The policy may end up with no concept at all.
@@ -257,6 +274,7 @@ impl Policy {
             by_sampler,
             allow_overrides: file.allow_overrides,
             allow_calibration_fallback: file.allow_calibration_fallback,
+            outside: file.outside,
             observe_only: file.observe_only,
             allow_unchecked: file.allow_unchecked,
         })
@@ -284,6 +302,7 @@ impl Default for Policies {
             by_sampler: BTreeMap::new(),
             allow_overrides: false,
             allow_calibration_fallback: false,
+            outside: Outside::Refuse,
             observe_only: false,
             allow_unchecked: false,
         };
@@ -395,6 +414,7 @@ mod tests {
             [policies.strict]
             concepts = ["*", "kitchen-knife"]
             allow_calibration_fallback = true
+            outside = "withhold-unless-clear"
             energies = ["clip", "siglip"]
             weights = { siglip = 0.5 }
             steering = { eta = 0.5, mode = "shift-state" }
@@ -413,6 +433,7 @@ mod tests {
         assert_eq!((flow.eta, flow.crops), (Some(0.75), Some(2)));
         assert_eq!(flow.mode, strict.steering.mode, "what it does not name stays");
         assert!(!strict.allow_overrides && strict.allow_calibration_fallback);
+        assert_eq!(strict.outside, Outside::WithholdUnlessClear);
         assert!(strict.asks("clip") && !strict.asks("other"));
         assert_eq!(strict.weights()[0].weight, 0.5);
         assert!(policies.get("observe").expect("it is there").may_be_unchecked());

@@ -380,6 +380,8 @@ impl Coordinator {
                         nodes: vec![serving],
                     }),
                 }
+                    model_hash: node.info.model_hash.clone(),
+                    preprocessing_version: node.info.preprocessing_version,
             }
         }
         concepts.sort_by_cached_key(|served| {

@@ -1,6 +1,9 @@
 //! A job as the store keeps it: the client's view, the pinned model and its shards.
 
-use fairlead_common::ids::{JobId, ShardId};
+use fairlead_common::{
+    envelope,
+    ids::{JobId, ShardId},
+};
 use fairlead_proto::v1::{self, ImageStatus, JobState as State};
 
 use crate::{
@@ -101,12 +104,9 @@ impl JobRecord {
 
     /// What a calibration must be for to serve this job.
     pub(crate) fn run(&self) -> Run {
-        let key = v1::CalibrationKey {
-            generator: self.model.hash.clone(),
-            sampler: self.model.sampler.clone(),
-            steps: self.job.spec.as_ref().map(|spec| spec.steps()).unwrap_or_default(),
-        };
-        Run::new(key, &self.policy().steering.unwrap_or_default())
+        let policy = self.policy();
+        let key = calibration_key(&self.model, &self.spec(), !policy.outside_envelope.is_empty());
+        Run::new(key, &policy.steering.unwrap_or_default())
     }
 
     /// The shard `id`.
@@ -255,4 +255,18 @@ impl ActiveShard {
 /// Whether an image in `status` has ended.
 pub(crate) fn image_ended(status: ImageStatus) -> bool {
     !matches!(status, ImageStatus::Unspecified | ImageStatus::Pending)
+/// What a job of `spec`, every default filled in, needs a calibration of.
+pub(crate) fn calibration_key(
+    model: &v1::ModelInfo,
+    spec: &v1::JobSpec,
+    may_leave_envelope: bool,
+) -> v1::CalibrationKey {
+    v1::CalibrationKey {
+        generator: model.hash.clone(),
+        sampler: model.sampler.clone(),
+        steps: spec.steps(),
+        conditions: Some(envelope::conditions(spec, may_leave_envelope)),
+    }
+}
+
 }

@@ -10,7 +10,7 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Version of the contract; both sides of a handshake compare it and refuse a mismatch.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Version of resize, crops and normalisation between workers and energy nodes.
 pub const PREPROCESSING_VERSION: u32 = 1;

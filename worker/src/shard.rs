@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use fairlead_common::{
+    envelope,
     limits::{self, Shape},
     steering,
 };
 use fairlead_proto::v1::{
-    ConceptRef, ImageTask, JobSpec, ModelInfo, PinnedPolicy, ShardAssignment,
+    ConceptRef, ImageTask, JobSpec, ModelInfo, PinnedPolicy, RunConditions, ShardAssignment,
 };
 
 use crate::{Error, error::Result, steering::Knobs};
@@ -75,6 +76,18 @@ impl Shard {
     /// The concepts to be asked for, once for each energy that watches for them.
     pub fn concepts(&self) -> &[ConceptRef] {
         &self.policy.concepts
+    }
+
+    /// What of it decides whether a calibration is for it.
+    pub(crate) fn conditions(&self) -> RunConditions {
+        let (width, height) = self.size;
+        let filled = JobSpec {
+            width: Some(width),
+            height: Some(height),
+            guidance_scale: Some(self.guidance),
+            ..self.spec.clone()
+        };
+        envelope::conditions(&filled, !self.policy.outside_envelope.is_empty())
     }
 
     /// Factors of the energies' gradients, of those that have one.

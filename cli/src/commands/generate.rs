@@ -207,7 +207,8 @@ impl RequestArgs {
     }
 }
 
-fn parse_size(text: &str) -> Result<(u32, u32), String> {
+/// A width and a height in pixels, or one number for both.
+pub(crate) fn parse_size(text: &str) -> Result<(u32, u32), String> {
     let (width, height) = text.split_once(['x', 'X']).unwrap_or((text, text));
     let side = |s: &str| s.trim().parse::<u32>().map_err(|_| format!("`{s}` is no pixel count"));
     Ok((side(width)?, side(height)?))

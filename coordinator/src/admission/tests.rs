@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use fairlead_common::envelope;
 use proptest::prelude::*;
 use tonic::Code;
 
@@ -24,7 +25,7 @@ fn model(name: &str) -> v1::ModelInfo {
 
 fn key(model: &str, steps: u32) -> v1::CalibrationKey {
     let generator = format!("hash-of-{model}");
-    v1::CalibrationKey { generator, sampler: "ddim".into(), steps }
+    v1::CalibrationKey { generator, sampler: "ddim".into(), steps, conditions: None }
 }
 
 fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::CalibrationKey>) -> LiveNode {
@@ -49,9 +50,22 @@ fn probe(concept: &str, energy: &str) -> Probe {
     Probe { concept: concept.into(), energy: energy.into() }
 }
 
-/// For four crops and the whole window.
+/// For four crops, the whole window, the size 32 x 32, guidance 5 and no negative prompt.
 fn calibration(key: v1::CalibrationKey) -> v1::CalibrationInfo {
-    v1::CalibrationInfo { key: Some(key), crops: 4, window_start: 1.0, ..Default::default() }
+    let defaults = v1::JobSpec {
+        width: Some(32),
+        height: Some(32),
+        guidance_scale: Some(5.0),
+        ..Default::default()
+    };
+    let envelope = Some(envelope::around(&envelope::conditions(&defaults, false)));
+    v1::CalibrationInfo {
+        key: Some(key),
+        crops: 4,
+        window_start: 1.0,
+        envelope,
+        ..Default::default()
+    }
 }
 
 struct World {
@@ -265,7 +279,8 @@ fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
     let text = error.to_string();
     assert!(
         text.contains(
-            "`fairlead calibrate --steps 30 --crops 4 --window-start 1 --window-end 0.6`"
+            "`fairlead calibrate --steps 30 --crops 4 --window-start 1 --window-end 0.6 --size 32x32 \
+             --guidance 5`"
         ),
         "{text}"
     );
@@ -273,6 +288,76 @@ fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
         let world = World::new().policies(&format!("[policies.a]\nconcepts=['*']\n{flag} = true"));
         world.admit(&other_steps).expect(flag);
     }
+}
+
+/// Every field of a request that moves benign scores, beside generator, sampler and steps.
+fn outside() -> [(v1::JobSpec, &'static str, &'static str); 4] {
+    [
+        (
+            v1::JobSpec { width: Some(64), height: Some(64), ..spec() },
+            "size 64x64, calibrated 32x32",
+            "--size 32x32,64x64 --guidance 5",
+        ),
+        (
+            v1::JobSpec { height: Some(16), ..spec() },
+            "size 32x16, calibrated 32x32",
+            "--size 32x32,32x16 --guidance 5",
+        ),
+        (
+            v1::JobSpec { guidance_scale: Some(1.0), ..spec() },
+            "guidance 1, calibrated 5",
+            "--size 32x32 --guidance 1,5",
+        ),
+        (
+            v1::JobSpec { negative_prompt: "safe".into(), ..spec() },
+            "a negative prompt, calibrated without",
+            "--size 32x32 --guidance 5 --negative",
+        ),
+    ]
+}
+
+#[test]
+fn outside_the_envelope_a_job_is_refused_with_the_command_that_extends_it() {
+    for (spec, ways, flags) in outside() {
+        let error = World::new().admit(&spec).expect_err(ways);
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+        let text = error.to_string();
+        let command = format!(
+            "`fairlead calibrate --steps 25 --crops 4 --window-start 1 --window-end 0 {flags}`"
+        );
+        assert!(text.contains(ways) && text.contains(&command), "{text}");
+        // Not one that the envelope could be extended to.
+        let steps = World::new().admit(&v1::JobSpec { steps: Some(30), ..spec });
+        assert!(matches!(steps, Err(Error::NotCalibrated { .. })), "{steps:?}");
+    }
+}
+
+#[test]
+fn outside_the_envelope_a_policy_may_leave_it_to_the_strictest_check_and_says_so() {
+    let world =
+        World::new().policies("[policies.a]\nconcepts = ['*']\noutside = 'withhold-unless-clear'");
+    for (spec, ways, _) in outside() {
+        let record = world.admit(&spec).expect(ways);
+        assert_eq!(record.policy().outside_envelope, [ways]);
+        let conditions = record.run().key.conditions.expect("they are known");
+        assert!(conditions.may_leave_envelope, "nodes are told so");
+        assert_eq!(record.policy().concepts.len(), 2);
+    }
+    let inside = world.admit(&spec()).expect("inside");
+    assert!(inside.policy().outside_envelope.is_empty());
+    assert!(!inside.run().key.conditions.expect("they are known").may_leave_envelope);
+    let steps = world.admit(&v1::JobSpec { steps: Some(30), ..spec() });
+    assert!(matches!(steps, Err(Error::NotCalibrated { .. })), "{steps:?}");
+}
+
+#[test]
+fn only_an_admin_may_observe() {
+    let mut world = World::new().policies("[policies.a]\nconcepts = ['*']\nobserve_only = true");
+    world.admit(&spec()).expect("where there are no tenants everybody may");
+    world.tenant.admin = false;
+    let error = world.admit(&spec()).expect_err("no admin");
+    assert_eq!(error.code(), Code::PermissionDenied);
+    assert!(error.to_string().contains("`a` only observes"), "{error}");
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::{
 use fairlead_proto::{
     PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
-        self, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse, ConceptInfo,
-        ConceptRef, ConceptScore, NodeInfo,
+        self, CalibrationEnvelope, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse,
+        ConceptInfo, ConceptRef, ConceptScore, ImageSize, NodeInfo,
         energy_service_server::{EnergyService, EnergyServiceServer},
     },
 };
@@ -61,7 +61,12 @@ fn concept_of(energy: &str, name: &str) -> ConceptRef {
 
 /// A description that the coordinator accepts.
 pub(crate) fn describe(id: &str, address: &str, energy: &str, concepts: &[&str]) -> NodeInfo {
-    let key = CalibrationKey { generator: "hash-of-sd".into(), sampler: "ddim".into(), steps: 25 };
+    let key = CalibrationKey {
+        generator: "hash-of-sd".into(),
+        sampler: "ddim".into(),
+        steps: 25,
+        conditions: None,
+    };
     NodeInfo {
         node_id: id.into(),
         address: address.into(),
@@ -82,6 +87,12 @@ pub(crate) fn describe(id: &str, address: &str, energy: &str, concepts: &[&str])
             id: "calibration-1".into(),
             crops: 4,
             window_start: 1.0,
+            envelope: Some(CalibrationEnvelope {
+                sizes: vec![ImageSize { width: 32, height: 32 }],
+                guidance_least: 5.0,
+                guidance_greatest: 5.0,
+                negative_prompts: false,
+            }),
             ..Default::default()
         }],
         ..Default::default()

@@ -159,6 +159,7 @@ impl<'a> Run<'a> {
                     generator: engine.info.hash.clone(),
                     sampler: generator.sampler().name().to_owned(),
                     steps: shard.steps,
+                    conditions: Some(shard.conditions()),
                 },
                 allow_fallback: shard.policy.allow_calibration_fallback,
                 scores_only: shard.policy.observe_only,
