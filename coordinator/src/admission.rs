@@ -73,7 +73,11 @@ pub(crate) fn admit(
     };
     let pinned = Pinning { spec: &filled, policy, tenant, cluster, model }.policy()?;
     let filled = v1::JobSpec { steering: pinned.steering, ..filled };
-    Ok(JobRecord { tenant: tenant.name.clone(), ..build(filled, pinned, model, identity) })
+    Ok(JobRecord {
+        tenant: tenant.name.clone(),
+        withheld_per_minute: tenant.quota.withheld_per_minute.unwrap_or_default(),
+        ..build(filled, pinned, model, identity)
+    })
 }
 
 /// Calibration that a job under `policy` needs of its nodes.
@@ -399,6 +403,7 @@ fn build(
         last_sequence: 0,
         traceparent: String::new(),
         tenant: String::new(),
+        withheld_per_minute: 0,
     }
 }
 

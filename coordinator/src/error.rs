@@ -146,6 +146,20 @@ pub enum Error {
         /// Until there is room.
         wait: Duration,
     },
+    /// A tenant with more withheld images than it may have.
+    #[error(
+        "tenant `{tenant}`: too many of its images were withheld; {limit} a minute may be \
+         (withheld_per_minute); retry in {:.1} s",
+        wait.as_secs_f64()
+    )]
+    TooManyWithheld {
+        /// The tenant.
+        tenant: String,
+        /// The bound.
+        limit: u32,
+        /// Until it may ask again.
+        wait: Duration,
+    },
     /// A call without the key or certificate that it needs.
     #[error("not authenticated: {problem}")]
     Unauthenticated {
@@ -199,7 +213,7 @@ impl Error {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { .. } | Self::TenantFull { .. } => Some(FULL_RETRY),
-            Self::TooFast { wait, .. } => Some(*wait),
+            Self::TooFast { wait, .. } | Self::TooManyWithheld { wait, .. } => Some(*wait),
             _ => None,
         }
     }
@@ -211,13 +225,15 @@ impl Error {
             Self::NotFound(_) | Self::NotRegistered { .. } => Code::NotFound,
             Self::NotReleased { .. }
             | Self::NotCalibrated { .. }
+            | Self::OutsideEnvelope { .. }
             | Self::Incompatible(_)
             | Self::StillServed { .. } => Code::FailedPrecondition,
             Self::KeyReused { .. } | Self::NodeIdTaken { .. } => Code::AlreadyExists,
             Self::Unavailable(_) | Self::Stopping => Code::Unavailable,
-            Self::QueueFull { .. } | Self::TenantFull { .. } | Self::TooFast { .. } => {
-                Code::ResourceExhausted
-            }
+            Self::QueueFull { .. }
+            | Self::TenantFull { .. }
+            | Self::TooFast { .. }
+            | Self::TooManyWithheld { .. } => Code::ResourceExhausted,
             Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Damaged { .. } => Code::DataLoss,
@@ -225,7 +241,6 @@ impl Error {
             Self::Store(StoreError::Away { .. }) => Code::Unavailable,
             Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Key(_) | Self::Io { .. } => {
                 Code::Internal
-            | Self::OutsideEnvelope { .. }
             }
         }
     }
@@ -285,6 +300,15 @@ mod tests {
                 },
                 Code::FailedPrecondition,
             ),
+            (
+                Error::OutsideEnvelope {
+                    concept: "axe".into(),
+                    model: "m".into(),
+                    ways: "size 64x64, calibrated 32x32".into(),
+                    flags: "--size 32x32,64x64".into(),
+                },
+                Code::FailedPrecondition,
+            ),
             (Error::Incompatible("protocol 2".into()), Code::FailedPrecondition),
             (Error::Unavailable("no worker".into()), Code::Unavailable),
             (Error::QueueFull { limit: 4 }, Code::ResourceExhausted),
@@ -300,15 +324,6 @@ mod tests {
             (Error::Store(StoreError::Corrupt("job 7".into())), Code::Internal),
             (Error::Policy(PolicyError::NoPolicies), Code::InvalidArgument),
             (Error::Io { what: "data dir".into(), source: io() }, Code::Internal),
-            (
-                Error::OutsideEnvelope {
-                    concept: "axe".into(),
-                    model: "m".into(),
-                    ways: "size 64x64, calibrated 32x32".into(),
-                    flags: "--size 32x32,64x64".into(),
-                },
-                Code::FailedPrecondition,
-            ),
         ]
     }
 
@@ -320,6 +335,10 @@ mod tests {
         assert!(status.message().contains("retry in 1.5 s"), "{status}");
         let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
         assert_eq!(hint, Some(wait));
+        let oracle = Error::TooManyWithheld { tenant: "a".into(), limit: 20, wait };
+        let status = Status::from(oracle);
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.get_details_retry_info().is_some());
         let full = Status::from(Error::QueueFull { limit: 1 });
         assert!(full.get_details_retry_info().is_some());
     }

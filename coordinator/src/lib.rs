@@ -11,6 +11,7 @@ mod clock;
 mod config;
 mod contact;
 mod deploy;
+mod disclosure;
 mod error;
 mod events;
 mod grpc;

@@ -516,10 +516,11 @@ mod tests {
             "default_policy = 'strict'\n\
              [policies.strict]\nconcepts = ['*', 'axe']\nenergies = ['clip', 'siglip']\n\
              weights = {{ siglip = 0.5 }}\nsteering = {{ eta = 0.5, mode = 'shift-state' }}\n\
-             sampler.flow-euler = {{ eta = 0.75, crops = 2 }}\n\
+             sampler.flow-euler = {{ eta = 0.75, crops = 2 }}\noutside = 'withhold-unless-clear'\n\
              [policies.observe]\nconcepts = []\nobserve_only = true\n\
              [tenants.acme]\nkeys = ['sha256:{}']\npolicies = ['strict']\nmax_queued = 2\n\
-             images_per_minute = 60\nhighest_priority = 'low'\n",
+             images_per_minute = 60\nwithheld_per_minute = 5\nsees_scores = true\n\
+             highest_priority = 'low'\n",
             "0a".repeat(32)
         );
         Policies::parse(&valid).expect("it is right");

@@ -34,6 +34,9 @@ pub(crate) struct JobRecord {
     /// Whose it is; empty where the cluster has one tenant.
     #[prost(string, tag = "6")]
     pub(crate) tenant: String,
+    /// How many of its tenant's images may be withheld in a minute; 0 for any number.
+    #[prost(uint32, tag = "7")]
+    pub(crate) withheld_per_minute: u32,
 }
 
 /// Consecutive images of a job that one worker makes at once.
@@ -252,9 +255,6 @@ impl ActiveShard {
     }
 }
 
-/// Whether an image in `status` has ended.
-pub(crate) fn image_ended(status: ImageStatus) -> bool {
-    !matches!(status, ImageStatus::Unspecified | ImageStatus::Pending)
 /// What a job of `spec`, every default filled in, needs a calibration of.
 pub(crate) fn calibration_key(
     model: &v1::ModelInfo,
@@ -269,4 +269,7 @@ pub(crate) fn calibration_key(
     }
 }
 
+/// Whether an image in `status` has ended.
+pub(crate) fn image_ended(status: ImageStatus) -> bool {
+    !matches!(status, ImageStatus::Unspecified | ImageStatus::Pending)
 }

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use fairlead_common::{record, shutdown};
 use fairlead_proto::v1::{
-    ImageStatus, JobSpec, JobState, Priority, SafetyRecord, SteeringMode, SteeringParams,
+    ConceptScore, ImageStatus, JobSpec, JobState, Priority, SafetyRecord, SteeringMode,
+    SteeringParams,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -298,9 +299,7 @@ fn report(
     for image in &finished.images {
         let name = output::unused(&format!("{}-{}", output::slug(prompt), image.info.seed), names);
         client::save(image, folder, &name)?;
-        let top = output::top_score(&image.info.final_scores)
-            .map(|top| format!("closest now: {} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))
-            .unwrap_or_default();
+        let top = output::top_score(&image.info.final_scores).map(closest).unwrap_or_default();
         let steered = steered(&image.record);
         match image.info.status() {
             ImageStatus::Released => {
@@ -324,6 +323,14 @@ fn report(
     Ok(withheld)
 }
 
+/// How near the image came to a gate; only what was found where the tenant may not see scores.
+fn closest(ConceptScore { concept, z, gate, open, .. }: &ConceptScore) -> String {
+    match *open && *z == 0.0 && *gate == 0.0 {
+        true => format!("found: {concept}"),
+        false => format!("closest now: {concept} z {z:.1}, gate {gate:.1}"),
+    }
+}
+
 /// "steered away from kitchen-knife", or "untouched".
 fn steered(record: &SafetyRecord) -> String {
     if !record.steered {
@@ -337,7 +344,7 @@ fn steered(record: &SafetyRecord) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::{ConceptScore, StepRecord};
+    use fairlead_proto::v1::StepRecord;
 
     #[test]
     fn who_was_steered_is_told_from_what() {
@@ -360,6 +367,14 @@ mod tests {
         assert_eq!(steered(&record), "steered away from axe, bomb");
         record.steered = false;
         assert_eq!(steered(&record), "untouched");
+    }
+
+    #[test]
+    fn without_scores_it_is_told_what_was_found() {
+        let found = ConceptScore { concept: "axe".into(), open: true, ..Default::default() };
+        assert_eq!(closest(&found), "found: axe");
+        let scored = ConceptScore { z: 4.25, gate: 3.0, ..found };
+        assert_eq!(closest(&scored), "closest now: axe z 4.2, gate 3.0");
     }
 
     #[test]
