@@ -14,7 +14,6 @@ use anyhow::{Context, Result, bail};
 use fairlead_common::{
     backoff::Backoff,
     grpc::{self, Replicas},
-    tls::Tls,
     trace,
 };
 use fairlead_proto::{
@@ -71,7 +70,6 @@ type Keyed = InterceptedService<Replicas, Key>;
 pub(crate) struct Client {
     address: String,
     coordinators: Replicas,
-    tls: Tls,
     /// How long one that was reached may be away.
     away: Duration,
     was_reached: Arc<AtomicBool>,
@@ -112,7 +110,6 @@ impl Client {
         Ok(Self {
             address: address.to_owned(),
             coordinators,
-            tls,
             away,
             was_reached: Arc::default(),
             generation: GenerationServiceClient::new(channel.clone())
@@ -121,11 +118,6 @@ impl Client {
             catalog: CatalogServiceClient::new(channel)
                 .max_decoding_message_size(MAX_MESSAGE_BYTES),
         })
-    }
-
-    /// What it proves itself with to the services of the cluster, and whom it believes.
-    pub(crate) fn tls(&self) -> &Tls {
-        &self.tls
     }
 
     pub(crate) async fn models(&self) -> Result<Vec<ModelInfo>> {

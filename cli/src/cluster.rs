@@ -12,6 +12,7 @@ use clap::Args;
 use fairlead_common::tls::Tls;
 use fairlead_coordinator::{CoordinatorOptions, Data, Policies};
 use fairlead_energy::EnergyOptions;
+use fairlead_proto::v1::SteeringParams;
 use fairlead_worker::WorkerArgs;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +44,9 @@ pub(crate) struct ClusterOptions {
     /// Adds the policies that observe and withhold nothing. Only for a cluster that serves nobody
     /// else.
     pub(crate) measuring: bool,
+    /// Set in every policy that steers, whatever it allows clients: who starts the cluster is its
+    /// operator.
+    pub(crate) knobs: Option<SteeringParams>,
     /// Most images in one shard.
     pub(crate) max_batch: Option<u32>,
     /// Generator workers.
@@ -88,6 +92,7 @@ impl ClusterOptions {
             policies: None,
             calibrated: true,
             measuring: true,
+            knobs: None,
             max_batch: None,
             workers: WorkersArgs::default(),
         }
@@ -95,6 +100,14 @@ impl ClusterOptions {
 }
 
 fn policies(options: &ClusterOptions) -> Result<Policies> {
+    let mut policies = read_policies(options)?;
+    if let Some(knobs) = &options.knobs {
+        policies.set_knobs(knobs)?;
+    }
+    Ok(policies)
+}
+
+fn read_policies(options: &ClusterOptions) -> Result<Policies> {
     let file = match &options.policies {
         Some(file) => file.clone(),
         None => options.models.policies()?,

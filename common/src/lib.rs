@@ -2,8 +2,10 @@
 
 pub mod backoff;
 pub mod clock;
+pub mod envelope;
 pub mod grpc;
 pub mod ids;
+pub mod limits;
 pub mod metrics;
 pub mod parameters;
 pub mod picture;
@@ -11,6 +13,7 @@ pub mod probe;
 pub mod record;
 pub mod shutdown;
 pub mod signature;
+pub mod steering;
 pub mod telemetry;
 pub mod tensor;
 #[cfg(feature = "testing")]

@@ -5,30 +5,22 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fairlead_common::{
     ids::{JobId, RecordId, ShardId},
+    limits::{self, FieldError, Shape},
     probe::Probe,
+    steering,
 };
 use fairlead_proto::v1::{self, ImageStatus};
 
 use crate::{
     error::{Error, Result},
     levels, placement,
-    policy::{Policies, Policy},
+    policy::{Outside, Policies, Policy},
     routing::{Calibration, LiveNode, Panel, Run},
-    state::{JobRecord, Shard},
-    steering,
+    state::{JobRecord, Shard, calibration_key},
     store::Seen,
     suggest,
     tenants::Tenant,
 };
-
-/// Most bytes of a prompt.
-pub(crate) const MAX_PROMPT_BYTES: usize = 8 << 10;
-
-/// Most images of a job.
-pub(crate) const MAX_IMAGES: u32 = 64;
-
-/// Most sampling steps.
-pub(crate) const MAX_STEPS: u32 = 1_000;
 
 /// Most concepts of a job.
 const MAX_EXTRA_CONCEPTS: usize = 256;
@@ -64,17 +56,10 @@ pub(crate) fn admit(
     identity: Identity,
 ) -> Result<JobRecord> {
     check_request(spec)?;
-    check_count(spec.n)?;
     let model = find_model(&spec.model, cluster)?;
-    let width = side("width", spec.width, model.default_width, model)?;
-    let height = side("height", spec.height, model.default_height, model)?;
-    let steps = steps(spec.steps.unwrap_or(model.default_steps), model)?;
-    let guidance = guidance(spec.guidance_scale.unwrap_or(model.default_guidance_scale))?;
+    let Shape { width, height, steps, guidance } = Shape::of(spec, model)?;
     let policy = find_policy(&spec.policy, policies, tenant)?;
     let priority = priority(spec.priority(), tenant)?;
-    let key =
-        v1::CalibrationKey { generator: model.hash.clone(), sampler: model.sampler.clone(), steps };
-    let pinned = pin_policy(spec, policy, tenant, cluster, model, &key)?;
     let filled = v1::JobSpec {
         model: model.name.clone(),
         width: Some(width),
@@ -84,10 +69,15 @@ pub(crate) fn admit(
         seed: Some(spec.seed.unwrap_or(identity.drawn_seed)),
         policy: policy.name.clone(),
         priority: priority.into(),
-        steering: pinned.steering,
         ..spec.clone()
     };
-    Ok(JobRecord { tenant: tenant.name.clone(), ..build(filled, pinned, model, identity) })
+    let pinned = Pinning { spec: &filled, policy, tenant, cluster, model }.policy()?;
+    let filled = v1::JobSpec { steering: pinned.steering, ..filled };
+    Ok(JobRecord {
+        tenant: tenant.name.clone(),
+        withheld_per_minute: tenant.quota.withheld_per_minute.unwrap_or_default(),
+        ..build(filled, pinned, model, identity)
+    })
 }
 
 /// Calibration that a job under `policy` needs of its nodes.
@@ -100,15 +90,8 @@ pub(crate) fn calibration<'a>(policy: &v1::PinnedPolicy, run: &'a Run) -> Calibr
 }
 
 fn check_request(spec: &v1::JobSpec) -> Result<()> {
-    if spec.prompt.trim().is_empty() {
-        return Err(Error::invalid("prompt", "is empty; say what to draw"));
-    }
-    for (field, text) in [("prompt", &spec.prompt), ("negative_prompt", &spec.negative_prompt)] {
-        if text.len() > MAX_PROMPT_BYTES {
-            let problem = format!("has {} bytes; at most {MAX_PROMPT_BYTES}", text.len());
-            return Err(Error::invalid(field, problem));
-        }
-    }
+    limits::check_prompts(spec)?;
+    limits::check_count(spec.n)?;
     if v1::Priority::try_from(spec.priority).is_err() {
         return Err(Error::invalid("priority", format!("{} is none", spec.priority)));
     }
@@ -117,13 +100,6 @@ fn check_request(spec: &v1::JobSpec) -> Result<()> {
         return Err(Error::invalid("extra_concepts", problem));
     }
     Ok(())
-}
-
-fn check_count(n: u32) -> Result<()> {
-    if (1..=MAX_IMAGES).contains(&n) {
-        return Ok(());
-    }
-    Err(Error::invalid("n", format!("is {n}; ask for 1 to {MAX_IMAGES} images")))
 }
 
 fn find_model<'a>(name: &str, cluster: &Cluster<'a>) -> Result<&'a v1::ModelInfo> {
@@ -156,10 +132,17 @@ fn find_policy<'a>(asked: &str, policies: &'a Policies, tenant: &Tenant) -> Resu
         let problem = format!("policy: `{asked}` is none of tenant `{}`'s: {own}", tenant.name);
         return Err(Error::Forbidden(problem));
     };
-    policies.get(name).ok_or_else(|| {
+    let policy = policies.get(name).ok_or_else(|| {
         let hint = suggest::hint(name, policies.names());
         Error::invalid("policy", format!("`{name}` is unknown{hint}"))
-    })
+    })?;
+    if policy.observe_only && !tenant.admin {
+        return Err(Error::Forbidden(format!(
+            "policy: `{}` only observes and withholds nothing; tenant `{}` is no admin",
+            policy.name, tenant.name
+        )));
+    }
+    Ok(policy)
 }
 
 /// A job's priority: what is asked for, or the tenant's highest where nothing is and that is below normal.
@@ -178,134 +161,153 @@ fn priority(asked: v1::Priority, tenant: &Tenant) -> Result<v1::Priority> {
     }
 }
 
-fn side(
-    field: &'static str,
-    asked: Option<u32>,
-    default: u32,
-    model: &v1::ModelInfo,
-) -> Result<u32> {
-    let (side, unit) = (asked.unwrap_or(default), model.granularity.max(1));
-    let largest = model.max_side / unit * unit;
-    if side >= unit && side <= largest && side.is_multiple_of(unit) {
-        return Ok(side);
-    }
-    let below = (side / unit * unit).clamp(unit, largest.max(unit));
-    let above = side.div_ceil(unit).saturating_mul(unit).clamp(unit, largest.max(unit));
-    let nearest = if below == above { below.to_string() } else { format!("{below} and {above}") };
-    let name = &model.name;
-    let problem = if side > largest {
-        format!("is {side}, but `{name}` makes at most {largest}; nearest valid: {nearest}")
-    } else {
-        format!("is {side}, but `{name}` needs a multiple of {unit}; nearest valid: {nearest}")
-    };
-    Err(Error::invalid(field, problem))
+/// What a job's policy is pinned from.
+#[derive(Clone, Copy)]
+struct Pinning<'a> {
+    /// The request, every default but the knobs' filled in.
+    spec: &'a v1::JobSpec,
+    policy: &'a Policy,
+    tenant: &'a Tenant,
+    cluster: &'a Cluster<'a>,
+    model: &'a v1::ModelInfo,
 }
 
-fn steps(steps: u32, model: &v1::ModelInfo) -> Result<u32> {
-    let most = match model.max_steps {
-        0 => MAX_STEPS,
-        most => most.min(MAX_STEPS),
-    };
-    if (1..=most).contains(&steps) {
-        return Ok(steps);
-    }
-    let name = &model.name;
-    Err(Error::invalid("steps", format!("is {steps}; ask `{name}` for 1 to {most}")))
-}
-
-fn guidance(scale: f32) -> Result<f32> {
-    if (1.0..=30.0).contains(&scale) {
-        return Ok(scale);
-    }
-    let problem = format!("is {scale}; it must be from 1 (off) to 30");
-    Err(Error::invalid("guidance_scale", problem))
-}
-
-fn pin_policy(
-    spec: &v1::JobSpec,
-    policy: &Policy,
-    tenant: &Tenant,
-    cluster: &Cluster<'_>,
-    model: &v1::ModelInfo,
-    key: &v1::CalibrationKey,
-) -> Result<v1::PinnedPolicy> {
-    let overrides = spec.steering.as_ref().filter(|params| !steering::is_unset(params));
-    if overrides.is_some() && !policy.allow_overrides {
-        return Err(Error::invalid(
-            "steering",
-            format!("policy `{}` does not allow overrides; leave it unset", policy.name),
-        ));
-    }
-    let steering = steering::resolve(policy.steering_for(&model.sampler), overrides)
-        .map_err(|problem| Error::invalid("steering", problem))?;
-    let mut pinned = v1::PinnedPolicy {
-        name: policy.name.clone(),
-        concepts: Vec::new(),
-        steering: Some(steering),
-        allow_calibration_fallback: policy.allow_calibration_fallback,
-        observe_only: policy.observe_only,
-        weights: policy.weights(),
-        levels: Vec::new(),
-        checks: policy.checks,
-    };
-    let run = Run::new(key.clone(), &steering);
-    let need = calibration(&pinned, &run);
-    let served = served(cluster.nodes);
-    if let Some(energy) = policy.energies.iter().find(|e| served.keys().all(|p| p.energy != **e)) {
-        return Err(Error::Unavailable(format!(
-            "policy `{}` needs the energy `{energy}`, which no live energy node runs; start one with \
-             `fairlead energy` or retry later",
-            policy.name
-        )));
-    }
-    // What lost its last node still belongs to the job: its absence is an error, not a gap.
-    let known: BTreeSet<&Probe> = served
-        .keys()
-        .chain(&cluster.seen.probes)
-        .filter(|probe| policy.asks(&probe.energy))
-        .collect();
-    let names = known.iter().map(|probe| probe.concept.as_str());
-    let mut concepts = policy.concepts_for(names, &spec.extra_concepts);
-    concepts.extend(tenant.concepts.iter().cloned());
-    for name in concepts {
-        let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
-        if probes.peek().is_none() {
-            return Err(unserved(&name, policy, tenant, cluster));
+impl<'a> Pinning<'a> {
+    fn policy(self) -> Result<v1::PinnedPolicy> {
+        let Self { spec, policy, cluster, model, .. } = self;
+        let steering = self.knobs()?;
+        let mut pinned = v1::PinnedPolicy {
+            name: policy.name.clone(),
+            concepts: Vec::new(),
+            steering: Some(steering),
+            allow_calibration_fallback: policy.allow_calibration_fallback,
+            observe_only: policy.observe_only,
+            weights: policy.weights(),
+            outside_envelope: Vec::new(),
+            levels: Vec::new(),
+            checks: policy.checks,
+        };
+        let run = |may_leave| Run::new(calibration_key(model, spec, may_leave), &steering);
+        let (inside, anywhere) = (run(false), run(true));
+        let unserved = |concepts: &[v1::ConceptRef], need| {
+            Panel::new(concepts, policy.checks).next(cluster.nodes, need, 0).err()
+        };
+        let need = calibration(&pinned, &inside);
+        pinned.concepts = self.concepts(need)?;
+        let Some(mut missing) = unserved(&pinned.concepts, need) else {
+            pinned.levels = levels::pin(&pinned, cluster.nodes, &inside);
+            return Ok(pinned);
+        };
+        if !missing.uncalibrated {
+            return Err(Error::Unavailable(missing.to_string()));
         }
-        for probe in probes {
-            let Some(versions) = served.get(*probe) else {
-                let is_named = policy.concepts.contains(&name)
-                    || tenant.concepts.contains(&name)
-                    || spec.extra_concepts.contains(&name);
-                let has_other = served.keys().any(|other| other.concept == name);
-                return Err(gone(probe, !is_named && !has_other));
-            };
-            pinned.concepts.push(newest(versions, need, cluster.nodes));
-        }
-    }
-    if pinned.concepts.is_empty() && !policy.may_be_unchecked() {
-        return Err(Error::Unavailable(format!(
-            "policy `{}` needs a concept to check, but no energy node is registered; start one \
-             with `fairlead energy`",
-            policy.name
-        )));
-    }
-    match Panel::new(&pinned.concepts, policy.checks).next(cluster.nodes, need, 0) {
-        Ok(_) => {
-            if !policy.observe_only {
-                pinned.levels = levels::pin(&pinned.concepts, cluster.nodes, &run);
+        if policy.outside == Outside::WithholdUnlessClear {
+            let need = calibration(&pinned, &anywhere);
+            pinned.concepts = self.concepts(need)?;
+            match unserved(&pinned.concepts, need) {
+                Some(still) => missing = still,
+                None => {
+                    pinned.outside_envelope = self.ways_outside(&pinned.concepts, &inside);
+                    pinned.levels = levels::pin(&pinned, cluster.nodes, &anywhere);
+                    return Ok(pinned);
+                }
             }
-            Ok(pinned)
         }
-        Err(unserved) if unserved.wanted > 1 && !unserved.uncalibrated => {
-            Err(Error::Unavailable(unserved.to_string()))
+        Err(self.uncalibrated(&missing.concept, &inside))
+    }
+
+    /// The policy's knobs, and what the client asks for where it may.
+    fn knobs(self) -> Result<v1::SteeringParams> {
+        let Self { spec, policy, model, .. } = self;
+        let (own, asked) = (policy.steering_for(&model.sampler), spec.steering.unwrap_or_default());
+        let knobs = steering::overridden(own, &asked, policy.leave());
+        knobs.map_err(|FieldError { field, problem }| {
+            Error::invalid("steering", format!("{field} {problem} (policy `{}`)", policy.name))
+        })
+    }
+
+    /// All concepts of the job, each at the version to pin.
+    fn concepts(self, need: Calibration<'_>) -> Result<Vec<v1::ConceptRef>> {
+        let Self { spec, policy, tenant, cluster, .. } = self;
+        let served = served(cluster.nodes);
+        if let Some(energy) =
+            policy.energies.iter().find(|e| served.keys().all(|p| p.energy != **e))
+        {
+            return Err(Error::Unavailable(format!(
+                "policy `{}` needs the energy `{energy}`, which no live energy node runs; start one with \
+                 `fairlead energy` or retry later",
+                policy.name
+            )));
         }
-        Err(unserved) => Err(Error::NotCalibrated {
-            concept: Probe::from(&unserved.concept).to_string(),
-            model: model.name.clone(),
-            run: run.to_string(),
-            flags: run.flags(),
-        }),
+        // What lost its last node still belongs to the job: its absence is an error, not a gap.
+        let known: BTreeSet<&Probe> = served
+            .keys()
+            .chain(&cluster.seen.probes)
+            .filter(|probe| policy.asks(&probe.energy))
+            .collect();
+        let names = known.iter().map(|probe| probe.concept.as_str());
+        let mut concepts = policy.concepts_for(names, &spec.extra_concepts);
+        concepts.extend(tenant.concepts.iter().cloned());
+        let mut pinned = Vec::new();
+        for name in concepts {
+            let mut probes = known.iter().filter(|probe| probe.concept == name).peekable();
+            if probes.peek().is_none() {
+                return Err(unserved(&name, policy, tenant, cluster));
+            }
+            for probe in probes {
+                let Some(versions) = served.get(*probe) else {
+                    let is_named = policy.concepts.contains(&name)
+                        || tenant.concepts.contains(&name)
+                        || spec.extra_concepts.contains(&name);
+                    let has_other = served.keys().any(|other| other.concept == name);
+                    return Err(gone(probe, !is_named && !has_other));
+                };
+                pinned.push(newest(versions, need, cluster.nodes));
+            }
+        }
+        if pinned.is_empty() && !policy.may_be_unchecked() {
+            return Err(Error::Unavailable(format!(
+                "policy `{}` needs a concept to check, but no energy node is registered; start one \
+                 with `fairlead energy`",
+                policy.name
+            )));
+        }
+        Ok(pinned)
+    }
+
+    /// The calibration of `concept` that lacks least for `run`, and what it lacks.
+    fn nearest(
+        self,
+        concept: &v1::ConceptRef,
+        run: &Run,
+    ) -> Option<(Vec<String>, &'a v1::CalibrationInfo)> {
+        let outside = self.cluster.nodes.iter().filter_map(|node| node.outside(concept, run));
+        outside.min_by_key(|(ways, _)| ways.len())
+    }
+
+    fn ways_outside(self, concepts: &[v1::ConceptRef], run: &Run) -> Vec<String> {
+        let ways = concepts.iter().filter_map(|concept| Some(self.nearest(concept, run)?.0));
+        ways.flatten().collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The error for a concept without a calibration for `run`.
+    fn uncalibrated(self, concept: &v1::ConceptRef, run: &Run) -> Error {
+        let model = self.model.name.clone();
+        let name = Probe::from(concept).to_string();
+        match self.nearest(concept, run) {
+            Some((ways, info)) => Error::OutsideEnvelope {
+                concept: name,
+                model,
+                ways: ways.join("; "),
+                flags: run.extending(info),
+            },
+            None => Error::NotCalibrated {
+                concept: name,
+                model,
+                run: run.to_string(),
+                flags: run.flags(),
+            },
+        }
     }
 }
 
@@ -410,6 +412,7 @@ fn build(
         last_sequence: 0,
         traceparent: String::new(),
         tenant: String::new(),
+        withheld_per_minute: 0,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fairlead_common::signature::KeyError;
+use fairlead_common::{limits::FieldError, signature::KeyError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -95,6 +95,22 @@ pub enum Error {
         /// The flags that make it.
         flags: String,
     },
+    /// A job that no calibration was made for, though there is one for its generator, sampler and steps.
+    #[error(
+        "model `{model}`: concept `{concept}` is not calibrated for this job ({ways}): extend its calibration \
+         with `fairlead calibrate {flags}` (and --concepts FILE where the concept comes from a file of yours) \
+         in the folder of its node's --calibrations, or use a policy with outside = \"withhold-unless-clear\""
+    )]
+    OutsideEnvelope {
+        /// The concept.
+        concept: String,
+        /// The generator's name.
+        model: String,
+        /// What of the job no calibration covers.
+        ways: String,
+        /// The flags that make one that does.
+        flags: String,
+    },
     /// A peer of another version, or one that contradicts the cluster.
     #[error("{0}")]
     Incompatible(String),
@@ -128,6 +144,20 @@ pub enum Error {
         /// The bound.
         limit: u32,
         /// Until there is room.
+        wait: Duration,
+    },
+    /// A tenant with more withheld images than it may have.
+    #[error(
+        "tenant `{tenant}`: too many of its images were withheld; {limit} a minute may be \
+         (withheld_per_minute); retry in {:.1} s",
+        wait.as_secs_f64()
+    )]
+    TooManyWithheld {
+        /// The tenant.
+        tenant: String,
+        /// The bound.
+        limit: u32,
+        /// Until it may ask again.
         wait: Duration,
     },
     /// A call without the key or certificate that it needs.
@@ -185,7 +215,7 @@ impl Error {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { .. } | Self::TenantFull { .. } => Some(FULL_RETRY),
-            Self::TooFast { wait, .. } => Some(*wait),
+            Self::TooFast { wait, .. } | Self::TooManyWithheld { wait, .. } => Some(*wait),
             _ => None,
         }
     }
@@ -197,13 +227,15 @@ impl Error {
             Self::NotFound(_) | Self::NotRegistered { .. } => Code::NotFound,
             Self::NotReleased { .. }
             | Self::NotCalibrated { .. }
+            | Self::OutsideEnvelope { .. }
             | Self::Incompatible(_)
             | Self::StillServed { .. } => Code::FailedPrecondition,
             Self::KeyReused { .. } | Self::NodeIdTaken { .. } => Code::AlreadyExists,
             Self::Unavailable(_) | Self::Stopping => Code::Unavailable,
-            Self::QueueFull { .. } | Self::TenantFull { .. } | Self::TooFast { .. } => {
-                Code::ResourceExhausted
-            }
+            Self::QueueFull { .. }
+            | Self::TenantFull { .. }
+            | Self::TooFast { .. }
+            | Self::TooManyWithheld { .. } => Code::ResourceExhausted,
             Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Damaged { .. } => Code::DataLoss,
@@ -213,6 +245,12 @@ impl Error {
                 Code::Internal
             }
         }
+    }
+}
+
+impl From<FieldError> for Error {
+    fn from(FieldError { field, problem }: FieldError) -> Self {
+        Self::Invalid { field, problem }
     }
 }
 
@@ -264,6 +302,15 @@ mod tests {
                 },
                 Code::FailedPrecondition,
             ),
+            (
+                Error::OutsideEnvelope {
+                    concept: "axe".into(),
+                    model: "m".into(),
+                    ways: "size 64x64, calibrated 32x32".into(),
+                    flags: "--size 32x32,64x64".into(),
+                },
+                Code::FailedPrecondition,
+            ),
             (Error::Incompatible("protocol 2".into()), Code::FailedPrecondition),
             (Error::Unavailable("no worker".into()), Code::Unavailable),
             (Error::QueueFull { limit: 4 }, Code::ResourceExhausted),
@@ -293,6 +340,10 @@ mod tests {
         assert!(status.message().contains("retry in 1.5 s"), "{status}");
         let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
         assert_eq!(hint, Some(wait));
+        let oracle = Error::TooManyWithheld { tenant: "a".into(), limit: 20, wait };
+        let status = Status::from(oracle);
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.get_details_retry_info().is_some());
         let full = Status::from(Error::QueueFull { limit: 1 });
         assert!(full.get_details_retry_info().is_some());
     }

@@ -7,7 +7,7 @@ use fairlead_proto::v1::{
     self, catalog_service_server::CatalogService, generation_service_server::GenerationService,
     registry_service_server::RegistryService, worker_service_server::WorkerService,
 };
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
@@ -49,14 +49,14 @@ impl GenerationService for Grpc {
         trace::follow(&span, &incoming);
         let tenant = self.client(&request)?;
         let admitted = self.coordinator.submit(&tenant, request.into_inner(), &incoming);
-        let job = admitted.instrument(span).await?;
+        let job = tenant.job(admitted.instrument(span).await?);
         Ok(Response::new(v1::SubmitJobResponse { job: Some(job) }))
     }
 
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Answer<v1::GetJobResponse> {
         let tenant = self.client(&request)?;
         let job = self.coordinator.get(&tenant, &request.into_inner().job_id).await?;
-        Ok(Response::new(v1::GetJobResponse { job: Some(job) }))
+        Ok(Response::new(v1::GetJobResponse { job: Some(tenant.job(job)) }))
     }
 
     type WatchJobStream = BoxStream<v1::WatchJobResponse>;
@@ -68,7 +68,9 @@ impl GenerationService for Grpc {
         let tenant = self.client(&request)?;
         let v1::WatchJobRequest { job_id, after_sequence } = request.into_inner();
         let events = self.coordinator.watch(&tenant, &job_id, after_sequence).await?;
-        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+        let events = ReceiverStream::new(events);
+        let seen = events.map(move |event| event.map(|event| tenant.event(event)));
+        Ok(Response::new(Box::pin(seen)))
     }
 
     async fn cancel_job(
@@ -77,7 +79,7 @@ impl GenerationService for Grpc {
     ) -> Answer<v1::CancelJobResponse> {
         let tenant = self.client(&request)?;
         let job = self.coordinator.cancel(&tenant, &request.into_inner().job_id).await?;
-        Ok(Response::new(v1::CancelJobResponse { job: Some(job) }))
+        Ok(Response::new(v1::CancelJobResponse { job: Some(tenant.job(job)) }))
     }
 
     async fn list_jobs(
@@ -85,7 +87,9 @@ impl GenerationService for Grpc {
         request: Request<v1::ListJobsRequest>,
     ) -> Answer<v1::ListJobsResponse> {
         let tenant = self.client(&request)?;
-        Ok(Response::new(self.coordinator.list(&tenant, request.into_inner()).await?))
+        let page = self.coordinator.list(&tenant, request.into_inner()).await?;
+        let jobs = page.jobs.into_iter().map(|job| tenant.job(job)).collect();
+        Ok(Response::new(v1::ListJobsResponse { jobs, ..page }))
     }
 
     async fn get_image(
@@ -103,7 +107,7 @@ impl GenerationService for Grpc {
     ) -> Answer<v1::GetRecordResponse> {
         let tenant = self.client(&request)?;
         let record = self.coordinator.record(&tenant, request.into_inner()).await?;
-        Ok(Response::new(v1::GetRecordResponse { record: Some(record) }))
+        Ok(Response::new(tenant.safety_record(record, self.coordinator.signer())))
     }
 }
 

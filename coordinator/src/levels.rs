@@ -10,9 +10,18 @@ use fairlead_proto::v1::{
 
 use crate::routing::{LiveNode, Run, check_threshold};
 
-/// The strictest level of each of `concepts` among the calibrations that live nodes have for `run`. A
-/// concept without any has none: then its nodes' own thresholds decide.
-pub(crate) fn pin(concepts: &[ConceptRef], nodes: &[LiveNode], run: &Run) -> Vec<PinnedLevel> {
+/// Outside their envelope the calibrations promise nothing, so a finished image must be clear: its level is
+/// this share of the one inside.
+const STRICTEST: f32 = 0.5;
+
+/// The strictest level of each concept of `policy` among the calibrations that live nodes have for `run`,
+/// and a part of it where the job lies outside their envelope. A concept without any has none: then its
+/// nodes' own thresholds decide. A policy that only observes needs none.
+pub(crate) fn pin(policy: &PinnedPolicy, nodes: &[LiveNode], run: &Run) -> Vec<PinnedLevel> {
+    if policy.observe_only {
+        return Vec::new();
+    }
+    let share = if policy.outside_envelope.is_empty() { 1.0 } else { STRICTEST };
     let level = |concept: &ConceptRef| {
         let serving = nodes.iter().filter(|node| node.serves(concept));
         let calibrations = serving.flat_map(|node| node.calibrations_for(concept, run));
@@ -24,10 +33,11 @@ pub(crate) fn pin(concepts: &[ConceptRef], nodes: &[LiveNode], run: &Run) -> Vec
             concept: concept.name.clone(),
             energy: concept.energy.clone(),
             calibration_id: calibration_id.clone(),
-            threshold,
+            // A level below zero is strict already.
+            threshold: threshold.min(share * threshold),
         })
     };
-    concepts.iter().filter_map(level).collect()
+    policy.concepts.iter().filter_map(level).collect()
 }
 
 /// `score`, open if it lies above the level that `policy` pins, whatever the node says of it. A policy
@@ -111,7 +121,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use fairlead_proto::v1::{CalibrationKey, CheckThreshold, ConceptInfo};
+    use fairlead_proto::v1::{self, CalibrationKey, CheckThreshold, ConceptInfo};
     use proptest::prelude::*;
 
     fn concept() -> ConceptRef {
@@ -119,13 +129,25 @@ mod tests {
     }
 
     fn run() -> Run {
-        let key = CalibrationKey { generator: "g".into(), sampler: "ddim".into(), steps: 25 };
+        let conditions = v1::RunConditions {
+            size: Some(v1::ImageSize { width: 32, height: 32 }),
+            guidance_scale: 5.0,
+            // So that every envelope will do.
+            may_leave_envelope: true,
+            ..Default::default()
+        };
+        let key = CalibrationKey {
+            generator: "g".into(),
+            sampler: "ddim".into(),
+            steps: 25,
+            conditions: Some(conditions),
+        };
         Run { key, crops: 4, window: (1.0, 0.6) }
     }
 
     fn node(id: &str, calibration: &str, threshold: f32) -> LiveNode {
         let calibration = CalibrationInfo {
-            key: Some(run().key),
+            key: Some(CalibrationKey { conditions: None, ..run().key }),
             id: calibration.into(),
             crops: 4,
             window_start: 1.0,
@@ -143,22 +165,36 @@ mod tests {
     }
 
     fn policy(threshold: f32) -> PinnedPolicy {
-        let nodes = [node("a", "c", threshold)];
-        let levels = pin(&[concept()], &nodes, &run());
-        PinnedPolicy { concepts: vec![concept()], levels, ..Default::default() }
+        let policy = PinnedPolicy { concepts: vec![concept()], ..Default::default() };
+        let levels = pin(&policy, &[node("a", "c", threshold)], &run());
+        PinnedPolicy { levels, ..policy }
+    }
+
+    #[test]
+    fn outside_the_envelope_the_level_is_stricter() {
+        let outside = PinnedPolicy {
+            concepts: vec![concept()],
+            outside_envelope: vec!["size 64x64, calibrated 32x32".into()],
+            ..Default::default()
+        };
+        for (inside, expected) in [(0.4, 0.2), (0.0, 0.0), (-0.4, -0.4)] {
+            let levels = pin(&outside, &[node("a", "c", inside)], &run());
+            assert_eq!(levels[0].threshold, expected);
+        }
     }
 
     #[test]
     fn the_strictest_of_several_levels_is_pinned() {
+        let policy = |concept| PinnedPolicy { concepts: vec![concept], ..Default::default() };
         for nodes in [
             [node("a", "lax", 0.9), node("b", "strict", 0.3)],
             [node("a", "strict", 0.3), node("b", "lax", 0.9)],
         ] {
-            let levels = pin(&[concept()], &nodes, &run());
+            let levels = pin(&policy(concept()), &nodes, &run());
             assert_eq!((&*levels[0].calibration_id, levels[0].threshold), ("strict", 0.3));
         }
         let other = ConceptRef { version: "2".into(), ..concept() };
-        assert_eq!(pin(&[other], &[node("a", "c", 0.3)], &run()), []);
+        assert_eq!(pin(&policy(other), &[node("a", "c", 0.3)], &run()), []);
     }
 
     proptest! {

@@ -1,6 +1,6 @@
 //! What the coordinator counts; `fairlead_common::metrics` shows it.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use fairlead_proto::v1;
 use metrics::{counter, gauge, histogram};
@@ -58,6 +58,25 @@ pub(crate) fn committed(images: &[v1::ImageInfo]) {
         };
         counter!("fairlead_coordinator_images_total", "status" => status).increment(1);
     }
+}
+
+/// Images of a job under `policy` were withheld: by the concepts that were found, of those that the policy
+/// names, since only these are known.
+pub(crate) fn withheld(policy: &v1::PinnedPolicy, images: &[&v1::ImageInfo]) {
+    for image in images {
+        let open = image.final_scores.iter().filter(|score| score.open);
+        let found: BTreeSet<&str> = open.map(|score| score.concept.as_str()).collect();
+        let pinned: BTreeSet<&str> = policy.concepts.iter().map(|c| c.name.as_str()).collect();
+        for concept in found.intersection(&pinned) {
+            let concept = (*concept).to_owned();
+            counter!("fairlead_coordinator_withheld_total", "concept" => concept).increment(1);
+        }
+    }
+}
+
+/// A tenant has had as many images withheld as it may in a minute.
+pub(crate) fn withheld_bound_reached() {
+    counter!("fairlead_coordinator_withheld_bounds_reached_total").increment(1);
 }
 
 /// A delivery ended: committed, failed or expired; or its result was refused, because it had ended

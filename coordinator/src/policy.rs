@@ -9,9 +9,11 @@
 //! energies = ["clip", "siglip"]       # optional: energy models that must all be satisfied; all that
 //!                                      # serve a concept if not named
 //! weights = { siglip = 0.5 }           # optional: factors of their gradients, 1 if not named
-//! allow_overrides = false              # may clients change the steering knobs?
+//! allow_overrides = false              # may clients set steering knobs? Only stronger than the policy's
 //! allow_calibration_fallback = false
 //! checks = 1                           # nodes of each concept that must pass a finished image, 1 to 8
+//! outside = "refuse"                   # a job outside its calibrations' envelope: refused, or
+//!                                      # "withhold-unless-clear": only the strictest final check lets it out
 //!
 //! [policies.default.steering]
 //! eta = 0.3
@@ -29,6 +31,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use fairlead_common::{
+    limits::FieldError,
+    steering::{self, Leave},
+};
 use fairlead_proto::{
     SAMPLERS,
     v1::{EnergyWeight, SteeringParams},
@@ -36,7 +42,7 @@ use fairlead_proto::{
 use serde::Deserialize;
 
 use crate::{
-    steering::{self, SteeringFile},
+    steering::SteeringFile,
     tenants::{Tenant, TenantFile, Tenants},
 };
 
@@ -127,10 +133,23 @@ struct PolicyFile {
     #[serde(default)]
     allow_calibration_fallback: bool,
     #[serde(default)]
+    outside: Outside,
+    #[serde(default)]
     observe_only: bool,
     #[serde(default)]
     allow_unchecked: bool,
     checks: Option<u32>,
+}
+
+/// What becomes of a job whose size, guidance or negative prompt no calibration was made with.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outside {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It runs, and the final check decides at its strictest level.
+    WithholdUnlessClear,
 }
 
 /// One operator policy.
@@ -151,10 +170,13 @@ pub struct Policy {
     /// All knobs for jobs that use these samplers, by name: the same push moves the samples of one
     /// sampler further than those of another.
     pub by_sampler: BTreeMap<String, SteeringParams>,
-    /// Clients may override steering knobs.
+    /// Clients may set steering knobs, none weaker than the policy's; any in range if it is
+    /// `observe_only`, which steers nothing.
     pub allow_overrides: bool,
     /// A missing calibration may be replaced by a recorded fallback.
     pub allow_calibration_fallback: bool,
+    /// What becomes of a job outside its calibrations' envelope.
+    pub outside: Outside,
     /// Record scores, never correct, never withhold.
     pub observe_only: bool,
     /// The policy may end up with no concept at all.
@@ -182,6 +204,15 @@ impl Policy {
     /// Whether this energy is one that must be satisfied.
     pub fn asks(&self, energy: &str) -> bool {
         self.energies.is_empty() || self.energies.contains(energy)
+    }
+
+    /// How far a client's knobs may differ from its own.
+    pub(crate) fn leave(&self) -> Leave {
+        match (self.allow_overrides, self.observe_only) {
+            (false, _) => Leave::None,
+            (true, false) => Leave::Stronger,
+            (true, true) => Leave::Any,
+        }
     }
 
     /// The steering knobs of jobs that use `sampler`.
@@ -216,8 +247,9 @@ impl Policy {
             return Err(value("concepts holds an empty name".to_owned()));
         }
         let steering = SteeringParams::from(file.steering);
-        steering::resolve(&steering, None)
-            .map_err(|problem| value(format!("steering.{problem}")))?;
+        steering::resolve(&steering).map_err(|FieldError { field, problem }| {
+            value(format!("steering.{field} {problem}"))
+        })?;
         let mut by_sampler = BTreeMap::new();
         for (sampler, knobs) in file.sampler {
             if !SAMPLERS.contains(&sampler.as_str()) {
@@ -225,8 +257,9 @@ impl Policy {
                 return Err(value(format!("sampler.{sampler} is no sampler; there are: {known}")));
             }
             let knobs = steering::over(&steering, &SteeringParams::from(knobs));
-            steering::resolve(&knobs, None)
-                .map_err(|problem| value(format!("sampler.{sampler}.{problem}")))?;
+            steering::resolve(&knobs).map_err(|FieldError { field, problem }| {
+                value(format!("sampler.{sampler}.{field} {problem}"))
+            })?;
             by_sampler.insert(sampler, knobs);
         }
         if let Some((energy, weight)) =
@@ -252,6 +285,7 @@ impl Policy {
             by_sampler,
             allow_overrides: file.allow_overrides,
             allow_calibration_fallback: file.allow_calibration_fallback,
+            outside: file.outside,
             observe_only: file.observe_only,
             allow_unchecked: file.allow_unchecked,
             checks,
@@ -268,8 +302,7 @@ pub struct Policies {
 }
 
 impl Default for Policies {
-    /// Without a file: one policy, `default`, over every served concept, whose knobs clients may
-    /// override.
+    /// Without a file: one policy, `default`, over every served concept.
     fn default() -> Self {
         let policy = Policy {
             name: "default".to_owned(),
@@ -279,8 +312,9 @@ impl Default for Policies {
             weights: BTreeMap::new(),
             steering: SteeringParams::default(),
             by_sampler: BTreeMap::new(),
-            allow_overrides: true,
+            allow_overrides: false,
             allow_calibration_fallback: false,
+            outside: Outside::Refuse,
             observe_only: false,
             allow_unchecked: false,
             checks: 1,
@@ -349,6 +383,26 @@ impl Policies {
         }
     }
 
+    /// Sets knobs of every policy that steers, whatever these allow clients: an operator's way to
+    /// try others. Knobs that `knobs` leaves unset stay.
+    ///
+    /// # Errors
+    /// [`PolicyError::Value`] where a policy cannot have them.
+    pub fn set_knobs(&mut self, knobs: &SteeringParams) -> Result<(), PolicyError> {
+        for policy in self.policies.values_mut().filter(|policy| !policy.observe_only) {
+            for own in policy.by_sampler.values_mut().chain([&mut policy.steering]) {
+                *own = steering::over(own, knobs);
+                steering::resolve(own).map_err(|FieldError { field, problem }| {
+                    PolicyError::Value {
+                        policy: policy.name.clone(),
+                        problem: format!("{field} {problem}"),
+                    }
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Names of all policies, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.policies.keys().map(String::as_str)
@@ -373,6 +427,7 @@ mod tests {
             [policies.strict]
             concepts = ["*", "kitchen-knife"]
             allow_calibration_fallback = true
+            outside = "withhold-unless-clear"
             energies = ["clip", "siglip"]
             weights = { siglip = 0.5 }
             steering = { eta = 0.5, mode = "shift-state" }
@@ -391,10 +446,33 @@ mod tests {
         assert_eq!((flow.eta, flow.crops), (Some(0.75), Some(2)));
         assert_eq!(flow.mode, strict.steering.mode, "what it does not name stays");
         assert!(!strict.allow_overrides && strict.allow_calibration_fallback);
+        assert_eq!(strict.outside, Outside::WithholdUnlessClear);
         assert!(strict.asks("clip") && !strict.asks("other"));
         assert_eq!(strict.weights()[0].weight, 0.5);
         assert!(policies.get("observe").expect("it is there").may_be_unchecked());
         assert_eq!(policies.get("other"), None);
+    }
+
+    #[test]
+    fn an_operator_sets_the_knobs_of_every_policy_that_steers() {
+        let mut policies = Policies::parse(
+            "default_policy = 'a'\n[policies.a]\nconcepts = ['*']\nsteering.eta = 0.5\n\
+             sampler.flow-euler = { eta = 1.0 }\n\
+             [policies.o]\nconcepts = ['*']\nobserve_only = true",
+        )
+        .expect("it is right");
+        let weak = SteeringParams { eta: Some(0.1), crops: Some(1), ..Default::default() };
+        policies.set_knobs(&weak).expect("in range");
+        let eta = |name: &str, sampler: &str| {
+            policies.get(name).expect("it is there").steering_for(sampler).eta
+        };
+        assert_eq!(
+            (eta("a", "ddim"), eta("a", "flow-euler"), eta("o", "ddim")),
+            (Some(0.1), Some(0.1), None)
+        );
+        let nothing = SteeringParams { eta: Some(0.0), ..Default::default() };
+        let refused = policies.set_knobs(&nothing).expect_err("out of range").to_string();
+        assert!(refused.contains("policy `a`: eta is 0; it must be above 0"), "{refused}");
     }
 
     #[test]
@@ -451,10 +529,11 @@ mod tests {
             "default_policy = 'strict'\n\
              [policies.strict]\nconcepts = ['*', 'axe']\nenergies = ['clip', 'siglip']\n\
              weights = {{ siglip = 0.5 }}\nsteering = {{ eta = 0.5, mode = 'shift-state' }}\n\
-             sampler.flow-euler = {{ eta = 0.75, crops = 2 }}\n\
+             sampler.flow-euler = {{ eta = 0.75, crops = 2 }}\noutside = 'withhold-unless-clear'\n\
              [policies.observe]\nconcepts = []\nobserve_only = true\n\
              [tenants.acme]\nkeys = ['sha256:{}']\npolicies = ['strict']\nmax_queued = 2\n\
-             images_per_minute = 60\nhighest_priority = 'low'\n",
+             images_per_minute = 60\nwithheld_per_minute = 5\nsees_scores = true\n\
+             highest_priority = 'low'\n",
             "0a".repeat(32)
         );
         Policies::parse(&valid).expect("it is right");
@@ -467,7 +546,7 @@ mod tests {
                 let asks = policy.all_served || !policy.concepts.is_empty();
                 assert!(asks || policy.may_be_unchecked(), "{policy:?}");
                 assert!(policy.weights.values().all(|w| *w > 0.0 && w.is_finite()), "{policy:?}");
-                let known = steering::resolve(&policy.steering, None);
+                let known = steering::resolve(&policy.steering);
                 assert!(known.is_ok(), "{policy:?}");
             }
         });

@@ -7,8 +7,10 @@ use std::{
     sync::Arc,
 };
 
+use fairlead_common::envelope;
 use fairlead_proto::v1::{
-    CalibrationInfo, CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo, SteeringParams,
+    CalibrationEnvelope, CalibrationInfo, CalibrationKey, ConceptRef, EnergyEndpoint, NodeInfo,
+    SteeringParams,
 };
 
 /// A registered node as decisions see it.
@@ -45,18 +47,32 @@ impl LiveNode {
         concept: &ConceptRef,
         run: &Run,
     ) -> impl Iterator<Item = &CalibrationInfo> {
-        self.calibrations(concept).filter(|calibration| {
-            calibration.key.as_ref() == Some(&run.key)
-                && calibration.crops == run.crops
-                && calibration.window_start >= run.window.0
-                && calibration.window_end <= run.window.1
-                && check_threshold(calibration, &concept.name).is_some_and(f32::is_finite)
+        let may_leave = run.key.conditions.is_some_and(|conditions| conditions.may_leave_envelope);
+        self.calibrations(concept).filter(move |info| {
+            run.fits(info)
+                && (may_leave || run.outside(info).is_some_and(|ways| ways.is_empty()))
+                && check_threshold(info, &concept.name).is_some_and(f32::is_finite)
         })
     }
 
     /// Whether it has a calibration of `concept` for `run`.
     pub(crate) fn is_calibrated(&self, concept: &ConceptRef, run: &Run) -> bool {
         self.calibrations_for(concept, run).next().is_some()
+    }
+
+    /// In which ways `run` lies outside the envelope of a calibration of `concept` that would fit otherwise,
+    /// with that calibration.
+    pub(crate) fn outside(
+        &self,
+        concept: &ConceptRef,
+        run: &Run,
+    ) -> Option<(Vec<String>, &CalibrationInfo)> {
+        if !self.serves(concept) {
+            return None;
+        }
+        let fitting = self.calibrations(concept).filter(|info| run.fits(info));
+        let outside = fitting.filter_map(|info| Some((run.outside(info)?, info)));
+        outside.min_by_key(|(ways, _)| ways.len())
     }
 }
 
@@ -69,7 +85,7 @@ pub(crate) fn check_threshold(calibration: &CalibrationInfo, concept: &str) -> O
 /// What of a job a calibration must be for.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Run {
-    /// Generator, sampler and steps.
+    /// Generator, sampler, steps and conditions.
     pub(crate) key: CalibrationKey,
     /// Crops per image.
     pub(crate) crops: u32,
@@ -84,11 +100,43 @@ impl Run {
         Self { key, crops: steering.crops(), window }
     }
 
+    /// Whether `info` is for it, envelope aside.
+    fn fits(&self, info: &CalibrationInfo) -> bool {
+        let CalibrationKey { generator, sampler, steps, conditions: _ } = &self.key;
+        let is_key = info.key.as_ref().is_some_and(|key| {
+            (&key.generator, &key.sampler, &key.steps) == (generator, sampler, steps)
+        });
+        is_key
+            && info.crops == self.crops
+            && info.window_start >= self.window.0
+            && info.window_end <= self.window.1
+    }
+
+    /// In which ways it lies outside the envelope of `info`; `None` if that has no envelope.
+    fn outside(&self, info: &CalibrationInfo) -> Option<Vec<String>> {
+        let conditions = self.key.conditions.unwrap_or_default();
+        Some(envelope::ways_outside(info.envelope.as_ref()?, &conditions))
+    }
+
     /// The flags of `fairlead calibrate` that make a calibration for it.
     pub(crate) fn flags(&self) -> String {
-        let Self { key, crops, window: (start, end) } = self;
-        let steps = key.steps;
-        format!("--steps {steps} --crops {crops} --window-start {start} --window-end {end}")
+        let conditions = self.key.conditions.unwrap_or_default();
+        self.flags_with(self.window, &envelope::around(&conditions))
+    }
+
+    /// The flags that make `info` anew with an envelope that holds this run, too.
+    pub(crate) fn extending(&self, info: &CalibrationInfo) -> String {
+        let conditions = self.key.conditions.unwrap_or_default();
+        let envelope = envelope::extended(&info.envelope.clone().unwrap_or_default(), &conditions);
+        self.flags_with((info.window_start, info.window_end), &envelope)
+    }
+
+    fn flags_with(&self, (start, end): (f32, f32), envelope: &CalibrationEnvelope) -> String {
+        let Self { key: CalibrationKey { steps, .. }, crops, .. } = self;
+        let envelope = envelope::flags(envelope);
+        format!(
+            "--steps {steps} --crops {crops} --window-start {start} --window-end {end} {envelope}"
+        )
     }
 }
 
@@ -338,7 +386,7 @@ pub(crate) fn same_nodes(one: &[EnergyEndpoint], other: &[EnergyEndpoint]) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::{CheckThreshold, ConceptInfo};
+    use fairlead_proto::v1::{CheckThreshold, ConceptInfo, ImageSize, RunConditions};
     use proptest::prelude::*;
 
     fn concept(name: &str) -> ConceptRef {
@@ -349,19 +397,33 @@ mod tests {
         CheckThreshold { concept: concept.into(), score: 0.5 }
     }
 
+    fn conditions(side: u32) -> RunConditions {
+        RunConditions {
+            size: Some(ImageSize { width: side, height: side }),
+            guidance_scale: 5.0,
+            ..Default::default()
+        }
+    }
+
     fn run() -> Run {
-        let key = CalibrationKey { generator: "g".into(), sampler: "ddim".into(), steps: 25 };
+        let key = CalibrationKey {
+            generator: "g".into(),
+            sampler: "ddim".into(),
+            steps: 25,
+            conditions: Some(conditions(32)),
+        };
         Run { key, crops: 4, window: (1.0, 0.6) }
     }
 
     fn node(id: &str, concepts: &[&str], load: usize, calibrated: bool) -> LiveNode {
         let info = |name: &&str| ConceptInfo { concept: Some(concept(name)), ..Default::default() };
         let calibration = CalibrationInfo {
-            key: Some(run().key),
+            key: Some(CalibrationKey { conditions: None, ..run().key }),
             crops: 4,
             window_start: 1.0,
             window_end: 0.4,
             check_thresholds: concepts.iter().map(|name| level(name)).collect(),
+            envelope: Some(envelope::around(&conditions(32))),
             ..Default::default()
         };
         LiveNode {
@@ -443,6 +505,31 @@ mod tests {
         assert!(serves(4, (1.0, 0.4)) && serves(4, (0.9, 0.8)));
         assert!(!serves(2, (1.0, 0.4)));
         assert!(!serves(4, (1.0, 0.3)));
+    }
+
+    #[test]
+    fn a_calibration_is_for_runs_inside_its_envelope() {
+        let mut node = node("a", &["x"], 0, true);
+        let serves = |node: &LiveNode, conditions: Option<RunConditions>| {
+            let run = Run { key: CalibrationKey { conditions, ..run().key }, ..run() };
+            let need = Calibration::Required(&run);
+            assign(&[concept("x")], std::slice::from_ref(node), need, 0).unserved.is_empty()
+        };
+        assert!(serves(&node, Some(conditions(32))));
+        assert!(!serves(&node, Some(conditions(64))) && !serves(&node, None));
+        let lenient = RunConditions { may_leave_envelope: true, ..conditions(64) };
+        assert!(serves(&node, Some(lenient)));
+        let large =
+            Run { key: CalibrationKey { conditions: Some(conditions(64)), ..run().key }, ..run() };
+        let (ways, info) = node.outside(&concept("x"), &large).expect("it would fit");
+        assert_eq!(ways, ["size 64x64, calibrated 32x32"]);
+        let flags = "--steps 25 --crops 4 --window-start 1 --window-end 0.4 --size 32x32,64x64 --guidance 5";
+        assert_eq!(large.extending(info), flags);
+        // One that does not say what it was made with is for nothing.
+        let mut info = NodeInfo::clone(&node.info);
+        info.calibrations[0].envelope = None;
+        node.info = Arc::new(info);
+        assert!(!serves(&node, Some(conditions(32))));
     }
 
     #[test]

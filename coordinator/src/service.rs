@@ -60,6 +60,7 @@ pub(crate) struct Coordinator {
     events: Events,
     hub: Hub,
     access: Access,
+    signer: Signer,
     options: Arc<CoordinatorOptions>,
     /// No further job is admitted.
     stopping: CancellationToken,
@@ -98,7 +99,8 @@ impl Coordinator {
         let mut trusted = vec![signer.public()];
         trusted.extend(options.trusted_signers.iter().cloned());
         let handout = Handout::new(outputs.clone(), trusted);
-        let gate = ReleaseGate::new(registry.clone(), outputs.clone(), channels, timeout, signer);
+        let gate =
+            ReleaseGate::new(registry.clone(), outputs.clone(), channels, timeout, signer.clone());
         let hub_options = HubOptions {
             coordinator_id: options.coordinator_id.clone(),
             lease_ttl: options.lease_ttl,
@@ -125,9 +127,15 @@ impl Coordinator {
             events,
             hub,
             access,
+            signer,
             options: Arc::new(options),
             stopping: CancellationToken::new(),
         })
+    }
+
+    /// Vouches for records.
+    pub(crate) fn signer(&self) -> &Signer {
+        &self.signer
     }
 
     pub(crate) fn access(&self) -> &Access {
@@ -215,6 +223,11 @@ impl Coordinator {
                     Full::Rate { wait_ms } => Error::TooFast {
                         tenant: name,
                         limit: quota.images_per_minute.unwrap_or_default(),
+                        wait: Duration::from_millis(wait_ms),
+                    },
+                    Full::Withheld { wait_ms } => Error::TooManyWithheld {
+                        tenant: name,
+                        limit: quota.withheld_per_minute.unwrap_or_default(),
                         wait: Duration::from_millis(wait_ms),
                     },
                 })
@@ -367,6 +380,8 @@ impl Coordinator {
                     model_name: node.info.model_name.clone(),
                     since_unix_ms: info.since_unix_ms,
                     calibrations: node.calibrations(&concept).cloned().collect(),
+                    model_hash: node.info.model_hash.clone(),
+                    preprocessing_version: node.info.preprocessing_version,
                 };
                 let same = |served: &&mut v1::ServedConcept| {
                     served.concept.as_ref().and_then(|c| c.concept.as_ref())

@@ -1,6 +1,9 @@
 //! A job as the store keeps it: the client's view, the pinned model and its shards.
 
-use fairlead_common::ids::{JobId, ShardId};
+use fairlead_common::{
+    envelope,
+    ids::{JobId, ShardId},
+};
 use fairlead_proto::v1::{self, ImageStatus, JobState as State};
 
 use crate::{
@@ -31,6 +34,9 @@ pub(crate) struct JobRecord {
     /// Whose it is; empty where the cluster has one tenant.
     #[prost(string, tag = "6")]
     pub(crate) tenant: String,
+    /// How many of its tenant's images may be withheld in a minute; 0 for any number.
+    #[prost(uint32, tag = "7")]
+    pub(crate) withheld_per_minute: u32,
 }
 
 /// Consecutive images of a job that one worker makes at once.
@@ -101,12 +107,9 @@ impl JobRecord {
 
     /// What a calibration must be for to serve this job.
     pub(crate) fn run(&self) -> Run {
-        let key = v1::CalibrationKey {
-            generator: self.model.hash.clone(),
-            sampler: self.model.sampler.clone(),
-            steps: self.job.spec.as_ref().map(|spec| spec.steps()).unwrap_or_default(),
-        };
-        Run::new(key, &self.policy().steering.unwrap_or_default())
+        let policy = self.policy();
+        let key = calibration_key(&self.model, &self.spec(), !policy.outside_envelope.is_empty());
+        Run::new(key, &policy.steering.unwrap_or_default())
     }
 
     /// The shard `id`.
@@ -249,6 +252,20 @@ impl ActiveShard {
     pub(crate) fn ids(&self) -> Option<(JobId, LeaseKey)> {
         let key = LeaseKey { shard: self.shard_id.parse().ok()?, token: self.token };
         Some((self.job_id.parse().ok()?, key))
+    }
+}
+
+/// What a job of `spec`, every default filled in, needs a calibration of.
+pub(crate) fn calibration_key(
+    model: &v1::ModelInfo,
+    spec: &v1::JobSpec,
+    may_leave_envelope: bool,
+) -> v1::CalibrationKey {
+    v1::CalibrationKey {
+        generator: model.hash.clone(),
+        sampler: model.sampler.clone(),
+        steps: spec.steps(),
+        conditions: Some(envelope::conditions(spec, may_leave_envelope)),
     }
 }
 

@@ -8,8 +8,13 @@
 //! concepts = ["kitchen-knife"]           # optional: forbidden to it on top of every policy
 //! max_queued = 200                       # optional: shards of its that may wait
 //! images_per_minute = 120                # optional: admitted; a minute's worth at once
+//! withheld_per_minute = 20               # its images that may be withheld; beyond, it has to wait: each
+//!                                        # answer tells somebody who searches for a way around a gate
 //! highest_priority = "normal"            # of its jobs
-//! admin = false                          # sees every tenant's jobs and may retire concepts
+//! sees_scores = false                    # sees how near its images came to a gate; an admin does if this
+//!                                        # is left out
+//! admin = false                          # sees every tenant's jobs, may retire concepts and name policies
+//!                                        # that only observe
 //! ```
 //!
 //! Without any there is one tenant without a name, which may do everything and needs no key.
@@ -27,6 +32,8 @@ use sha2::{Digest, Sha256};
 const SHA256: &str = "sha256:";
 /// Stands for every policy.
 const ALL: &str = "*";
+/// Images of a tenant that may be withheld in a minute where its section does not say.
+const WITHHELD_PER_MINUTE: u32 = 20;
 /// Most characters of a name.
 const MAX_NAME: usize = 64;
 
@@ -39,8 +46,10 @@ pub(crate) struct TenantFile {
     concepts: BTreeSet<String>,
     max_queued: Option<usize>,
     images_per_minute: Option<u32>,
+    withheld_per_minute: Option<u32>,
     #[serde(default)]
     highest_priority: Highest,
+    sees_scores: Option<bool>,
     #[serde(default)]
     admin: bool,
 }
@@ -67,6 +76,8 @@ pub struct Tenant {
     pub quota: Quota,
     /// Highest priority of its jobs.
     pub highest_priority: Priority,
+    /// Sees scores, and how far they lie from their gates.
+    pub sees_scores: bool,
     /// Sees every tenant's jobs and may change what all share.
     pub admin: bool,
 }
@@ -78,6 +89,9 @@ pub struct Quota {
     pub max_queued: Option<usize>,
     /// Images admitted in a minute, at least 1; a minute's worth at once.
     pub images_per_minute: Option<u32>,
+    /// Its images that may be withheld in a minute, at least 1. What goes beyond keeps its next jobs out for
+    /// as long as it takes to make up for it.
+    pub withheld_per_minute: Option<u32>,
 }
 
 impl Tenant {
@@ -89,6 +103,7 @@ impl Tenant {
             concepts: BTreeSet::new(),
             quota: Quota::default(),
             highest_priority: Priority::High,
+            sees_scores: true,
             admin: true,
         }
     }
@@ -158,19 +173,25 @@ impl Tenants {
         if file.concepts.iter().any(|concept| concept.trim().is_empty() || concept == ALL) {
             return Err("concepts takes the names of concepts".to_owned());
         }
-        if file.max_queued == Some(0) || file.images_per_minute == Some(0) {
+        let limits = [file.images_per_minute, file.withheld_per_minute];
+        if file.max_queued == Some(0) || limits.contains(&Some(0)) {
             return Err("a limit is 0; leave it out for none, or remove the tenant".to_owned());
         }
         let tenant = Arc::new(Tenant {
             name: name.to_owned(),
             policies: own,
             concepts: file.concepts,
-            quota: Quota { max_queued: file.max_queued, images_per_minute: file.images_per_minute },
+            quota: Quota {
+                max_queued: file.max_queued,
+                images_per_minute: file.images_per_minute,
+                withheld_per_minute: file.withheld_per_minute.or(Some(WITHHELD_PER_MINUTE)),
+            },
             highest_priority: match file.highest_priority {
                 Highest::High => Priority::High,
                 Highest::Normal => Priority::Normal,
                 Highest::Low => Priority::Low,
             },
+            sees_scores: file.sees_scores.unwrap_or(file.admin),
             admin: file.admin,
         });
         for key in &file.keys {
@@ -225,7 +246,7 @@ mod tests {
     fn a_key_leads_to_its_tenant_and_what_it_may() {
         let tenants = parse(&format!(
             "[acme]\nkeys = [{}, {}]\npolicies = ['strict', 'default']\nconcepts = ['axe']\n\
-             max_queued = 2\nimages_per_minute = 60\nhighest_priority = 'low'\n\
+             max_queued = 2\nimages_per_minute = 60\nwithheld_per_minute = 5\nhighest_priority = 'low'\n\
              [ops]\nkeys = [{}]\nadmin = true\npolicies = ['*']\n\
              [plain]\nkeys = [{}]",
             line("one"),
@@ -237,6 +258,7 @@ mod tests {
         let acme = tenants.find("two").expect("its second key");
         assert_eq!(tenants.find("one"), Some(acme));
         assert_eq!((acme.name.as_str(), acme.quota.max_queued), ("acme", Some(2)));
+        assert_eq!((acme.quota.withheld_per_minute, acme.sees_scores), (Some(5), false));
         assert_eq!(acme.highest_priority, Priority::Low);
         assert_eq!(acme.policy(""), Some("strict"));
         assert_eq!(acme.policy("default"), Some("default"));
@@ -244,7 +266,9 @@ mod tests {
         assert!(acme.sees("acme") && !acme.sees("ops") && !acme.sees(""));
         let ops = tenants.find("three").expect("its key");
         assert!(ops.sees("acme") && ops.policy("anything") == Some("anything"));
+        assert!(ops.sees_scores, "an operator reads them");
         let plain = tenants.find("five").expect("its key");
+        assert_eq!(plain.quota.withheld_per_minute, Some(WITHHELD_PER_MINUTE));
         assert_eq!((plain.policy(""), plain.policy("strict")), (Some("default"), None));
         assert_eq!(tenants.find("four"), None);
         assert_eq!(tenants.find(""), None);
@@ -262,6 +286,7 @@ mod tests {
             (format!("keys = [{key}]\npolicies = ['lax']"), "`lax` is none of: default, strict"),
             (format!("keys = [{key}]\nconcepts = ['*']"), "names of concepts"),
             (format!("keys = [{key}]\nimages_per_minute = 0"), "a limit is 0"),
+            (format!("keys = [{key}]\nwithheld_per_minute = 0"), "a limit is 0"),
         ] {
             let (tenant, problem) = problem(&format!("[acme]\n{body}"));
             assert!(tenant == "acme" && problem.contains(expected), "{problem}");

@@ -19,12 +19,10 @@
 //! Windows depend on the seed and the crop's index alone: fewer crops are a prefix of more.
 
 use candle_core::Tensor;
+pub(crate) use fairlead_common::limits::MAX_CROPS;
 use fairlead_models::layers::{Filter, resize, resize_backward};
 
 use crate::{random::SplitMix64, scorer::ScorerError};
-
-/// Most crops of one image.
-pub(crate) const MAX_CROPS: u32 = 8;
 
 /// Smallest share of a side that a window covers.
 const SMALLEST: f32 = 0.6;

@@ -95,6 +95,11 @@ pub(crate) enum RequestError {
     )]
     OutsideCalibration { id: String, time: f32, window: (f32, f32), command: String },
     #[error(
+        "calibration {id} is not for this run ({ways}); extend it with `{command}`, or let the policy set \
+         outside = \"withhold-unless-clear\""
+    )]
+    OutsideEnvelope { id: String, ways: String, command: String },
+    #[error(
         "concept `{concept}` has no calibration for generator {generator} and no \
          `fallback_threshold` in the concepts file; run `fairlead calibrate`, or add the threshold"
     )]
@@ -126,6 +131,7 @@ impl RequestError {
             Self::ServedAlready { .. } => Code::AlreadyExists,
             Self::NoCalibration { .. }
             | Self::OutsideCalibration { .. }
+            | Self::OutsideEnvelope { .. }
             | Self::NoThreshold { .. }
             | Self::Calibrations(_)
             | Self::Uncalibrated => Code::FailedPrecondition,

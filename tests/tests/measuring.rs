@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use fairlead_tests::{PATIENCE, asset, command};
+use fairlead_tests::{PATIENCE, Sandbox, asset, command};
 use tokio::{process::Command, time::timeout};
 
 fn fairlead(arguments: &[&str], folder: &Path) -> Command {
@@ -99,7 +99,7 @@ async fn prompt_sets_from_files_are_evaluated_with_flow_and_two_energies() -> Re
     let at = |name: &str| folder.path().join(name);
     std::fs::write(
         at("set.csv"),
-        "prompt,evaluation_seed,evaluation_guidance,target\na kitchen knife,7,4,kitchen knife\n",
+        "prompt,evaluation_seed,evaluation_guidance,target\na kitchen knife,7,5,kitchen knife\n",
     )?;
     std::fs::write(at("harmless.jsonl"), "{\"prompt\": \"an owl\", \"evaluation_seed\": 3}\n")?;
     let arguments = [
@@ -129,7 +129,7 @@ async fn a_killed_calibration_goes_on_to_the_same_file() -> Result<()> {
     std::fs::write(at("knives.csv"), knives)?;
     let arguments = |out: &'static str, journal: &'static str| {
         let size = ["--images", "12", "--labelled", "knives.csv", "--alpha", "0.3", "--steps", "4"];
-        let verify = ["--verify", "4", "--verify-concepts", "1"];
+        let verify = ["--verify", "4", "--verify-concepts", "1", "--guidance", "5,4"];
         let files = ["--out", out, "--journal", journal];
         [&["calibrate"][..], &size, &verify, &files].concat()
     };
@@ -151,4 +151,63 @@ async fn a_killed_calibration_goes_on_to_the_same_file() -> Result<()> {
     assert_eq!(one.len(), 2, "a calibration and its picture");
     assert!(one == other, "the interrupted run wrote another calibration");
     Ok(())
+}
+
+/// The `fairlead calibrate` command that a refusal names.
+fn command_named(refusal: &str) -> Result<Vec<String>> {
+    let (_, rest) = refusal.split_once("`fairlead ").context(refusal.to_owned())?;
+    let (command, _) = rest.split_once('`').context(refusal.to_owned())?;
+    Ok(command.split_whitespace().map(str::to_owned).collect())
+}
+
+#[tokio::test]
+async fn what_no_calibration_is_for_is_refused_until_the_command_that_it_names_has_run()
+-> Result<()> {
+    let policies = ["policies.toml", "policies-measuring.toml"].map(|name| read(&asset(name)));
+    let policies = policies.into_iter().collect::<Result<String>>()?;
+    let mut sandbox = Sandbox::with_policies(&policies, &[]).await?;
+    let (folder, server) = (sandbox.folder().to_owned(), sandbox.address().to_owned());
+    let server = server.as_str();
+    std::fs::write(folder.join("knives.csv"), "prompt,concept\na kitchen knife,kitchen-knife\n")?;
+    std::fs::create_dir(folder.join("calibrations"))?;
+    let mut energy = command();
+    energy.args(["energy", "--listen", "127.0.0.1:0", "--coordinator", server, "--model"]);
+    energy.arg(asset("emojiland-clip")).arg("--concepts").arg(asset("concepts"));
+    energy.arg("--calibrations").arg(folder.join("calibrations"));
+    sandbox.spawn("energy", energy, "listening on ").await?;
+    sandbox.worker("worker").await?;
+    sandbox.ready().await?;
+
+    let owl = ["generate", "an owl", "--seed", "3", "--steps", "4", "--server", server];
+    for more in [&[][..], &["--guidance", "4"]] {
+        let asked = [&owl[..], more].concat();
+        let refused = fairlead(&asked, &folder).output().await?;
+        assert!(!refused.status.success());
+        let calibrate = command_named(&String::from_utf8_lossy(&refused.stderr))?;
+        let small = ["--images", "12", "--alpha", "0.3", "--labelled", "knives.csv"];
+        let files = ["--journal", "scores.jsonl", "--out", "calibrations", "--server", server];
+        let calibrate = calibrate.iter().map(String::as_str).chain(small).chain(files);
+        run(&calibrate.collect::<Vec<_>>(), &folder).await?;
+        // The node notices in its own time.
+        let admitted = async {
+            while !matches!(fairlead(&asked, &folder).output().await?.status.code(), Some(0 | 3)) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        timeout(PATIENCE, admitted).await.context("it was never admitted")??;
+    }
+    // The second kept what the first had, and made the other guidance's images alone.
+    let journal = read_lines(&folder.join("scores.jsonl"))?;
+    assert_eq!(journal, 1 + 2 * (12 + 1));
+    let smaller = [&owl[..], &["--size", "16"]].concat();
+    let refused = fairlead(&smaller, &folder).output().await?;
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(told.contains("size 16x16, calibrated 32x32"), "{told}");
+    assert!(told.contains("--size 32x32,16x16 --guidance 4,5`"), "{told}");
+    Ok(())
+}
+
+fn read_lines(path: &Path) -> Result<usize> {
+    Ok(read(path)?.lines().count())
 }

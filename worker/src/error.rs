@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use fairlead_common::limits::FieldError;
+
 /// An error of the worker. Messages say what, where and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -117,6 +119,12 @@ impl Error {
     /// A request field that is out of range.
     pub(crate) fn request(field: &'static str, reason: impl Into<String>) -> Self {
         Self::Request { field, reason: reason.into() }
+    }
+}
+
+impl From<FieldError> for Error {
+    fn from(FieldError { field, problem }: FieldError) -> Self {
+        Self::Request { field, reason: problem }
     }
 }
 

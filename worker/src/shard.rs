@@ -2,8 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use fairlead_common::{
+    envelope,
+    limits::{self, Shape},
+    steering,
+};
 use fairlead_proto::v1::{
-    ConceptRef, ImageTask, JobSpec, ModelInfo, PinnedPolicy, ShardAssignment,
+    ConceptRef, ImageTask, JobSpec, ModelInfo, PinnedPolicy, RunConditions, ShardAssignment,
 };
 
 use crate::{Error, error::Result, steering::Knobs};
@@ -29,9 +34,6 @@ pub struct Shard {
     pub images: Vec<ImageTask>,
 }
 
-/// Guidance scales allowed, as the contract states them.
-const GUIDANCE: std::ops::RangeInclusive<f32> = 1.0..=30.0;
-
 impl Shard {
     /// Checks `spec` and `policy` against the model; unset fields take its defaults.
     ///
@@ -44,49 +46,15 @@ impl Shard {
         images: Vec<ImageTask>,
         model: &ModelInfo,
     ) -> Result<Self> {
-        let side = |field, value: Option<u32>, default| {
-            let value = value.unwrap_or(default);
-            let unit = model.granularity.max(1);
-            if value == 0 || !value.is_multiple_of(unit) || value > model.max_side {
-                return Err(Error::request(
-                    field,
-                    format!(
-                        "{value}; model `{}` makes multiples of {unit} up to {}",
-                        model.name, model.max_side
-                    ),
-                ));
-            }
-            Ok(value)
-        };
-        let size = (
-            side("width", spec.width, model.default_width)?,
-            side("height", spec.height, model.default_height)?,
-        );
-        let steps = spec.steps.unwrap_or(model.default_steps);
-        if steps == 0 || steps > model.train_timesteps {
-            let most = model.train_timesteps;
-            return Err(Error::request("steps", format!("{steps}; allowed is 1 to {most}")));
-        }
-        let guidance = spec.guidance_scale.unwrap_or(model.default_guidance_scale);
-        if !GUIDANCE.contains(&guidance) {
-            let (low, high) = (GUIDANCE.start(), GUIDANCE.end());
-            return Err(Error::request(
-                "guidance_scale",
-                format!("{guidance}; allowed is {low} to {high}"),
-            ));
-        }
-        if spec.prompt.trim().is_empty() {
-            return Err(Error::request("prompt", "it is empty; say what the image shows"));
-        }
+        limits::check_prompts(&spec)?;
+        let Shape { width, height, steps, guidance } = Shape::of(&spec, model)?;
         if images.is_empty() {
-            return Err(Error::request("n", "no image is asked for; allowed is 1 to 64"));
+            let problem = format!("no image is asked for; allowed is 1 to {}", limits::MAX_IMAGES);
+            return Err(Error::request("n", problem));
         }
-        if let Some(bad) = policy.weights.iter().find(|w| !(w.weight.is_finite() && w.weight > 0.0))
-        {
-            let reason = format!("{} for energy `{}`; it must be above 0", bad.weight, bad.energy);
-            return Err(Error::request("policy.weights", reason));
-        }
+        policy.weights.iter().try_for_each(steering::check_weight)?;
         let knobs = Knobs::from_params(&policy.steering.unwrap_or_default())?;
+        let size = (width, height);
         Ok(Self { job_id: job_id.into(), spec, size, steps, guidance, policy, knobs, images })
     }
 
@@ -110,6 +78,18 @@ impl Shard {
         &self.policy.concepts
     }
 
+    /// What of it decides whether a calibration is for it.
+    pub(crate) fn conditions(&self) -> RunConditions {
+        let (width, height) = self.size;
+        let filled = JobSpec {
+            width: Some(width),
+            height: Some(height),
+            guidance_scale: Some(self.guidance),
+            ..self.spec.clone()
+        };
+        envelope::conditions(&filled, !self.policy.outside_envelope.is_empty())
+    }
+
     /// Factors of the energies' gradients, of those that have one.
     pub(crate) fn weights(&self) -> BTreeMap<String, f32> {
         self.policy.weights.iter().map(|w| (w.energy.clone(), w.weight)).collect()
@@ -119,8 +99,10 @@ impl Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fairlead_common::limits::GUIDANCE;
     use fairlead_fuzz::{bounded, fuzz, spoiled};
-    use fairlead_proto::v1::SteeringParams;
+    use fairlead_proto::v1::{EnergyWeight, SteeringParams};
+    use proptest::prelude::*;
     use prost::Message;
 
     fn model() -> ModelInfo {
@@ -169,6 +151,33 @@ mod tests {
         }
         let none = Shard::new("job", spec(), PinnedPolicy::default(), vec![], &model());
         assert!(matches!(none, Err(Error::Request { field: "n", .. })));
+    }
+
+    proptest! {
+        /// The checks that admission makes, all of them, are all that a shard needs.
+        #[test]
+        fn what_admission_takes_a_shard_takes(
+            prompt in "[ a]{0,3}", width in prop::option::of(0u32..80), steps in prop::option::of(0u32..1100),
+            guidance_scale in prop::option::of(0f32..40.0), weight in -1f32..2.0,
+            (eta, start, end) in (prop::option::of(0f32..2.5), prop::option::of(0f32..=1.0), 0u8..3),
+            (crops, cap) in (prop::option::of(0u32..10), prop::option::of(0f32..120.0)),
+        ) {
+            let spec = JobSpec { prompt, width, steps, guidance_scale, ..Default::default() };
+            // One in three windows is of one time.
+            let window_end = if end == 0 { start } else { Some(0.1 * f32::from(end)) };
+            let params = SteeringParams { eta, window_start: start, window_end, crops, cap, ..Default::default() };
+            let weight = EnergyWeight { energy: "e".into(), weight };
+            let admitted = limits::check_prompts(&spec).is_ok()
+                && Shape::of(&spec, &model()).is_ok()
+                && steering::check_weight(&weight).is_ok();
+            let pinned = steering::resolve(&params);
+            let is_admitted = admitted && pinned.is_ok();
+            let policy = PinnedPolicy {
+                steering: Some(pinned.unwrap_or(params)), weights: vec![weight], ..Default::default()
+            };
+            let shard = Shard::new("job", spec, policy, vec![ImageTask::default()], &model());
+            prop_assert_eq!(shard.is_ok(), is_admitted, "{:?}", shard.err());
+        }
     }
 
     #[test]

@@ -141,6 +141,7 @@ fn question(node: NodeInfo) -> Result<EvaluateRequest> {
             generator: "none".into(),
             sampler: "ddim".into(),
             steps: 25,
+            conditions: None,
         }),
         allow_calibration_fallback: true,
         pixels: Some(tensor::encode("pixels", &shape, &pixels, input.datatype())),

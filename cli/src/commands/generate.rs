@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use fairlead_common::{record, shutdown};
 use fairlead_proto::v1::{
-    ImageStatus, JobSpec, JobState, Priority, SafetyRecord, SteeringMode, SteeringParams,
+    ConceptScore, ImageStatus, JobSpec, JobState, Priority, SafetyRecord, SteeringMode,
+    SteeringParams,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -114,9 +115,12 @@ impl From<JobPriority> for Priority {
     }
 }
 
-/// Overrides of the policy's steering knobs, where the policy allows them.
+/// Steering knobs in place of the policy's: any on a cluster of one's own; beside --server those that the
+/// policy lets clients strengthen.
 #[derive(Args, Clone)]
-#[command(next_help_heading = "Steering (where the policy allows)")]
+#[command(
+    next_help_heading = "Steering (beside --server: only what the policy allows, and stronger)"
+)]
 pub(crate) struct SteeringArgs {
     /// How a correction enters the sampler.
     #[arg(long, value_enum)]
@@ -159,7 +163,7 @@ enum Mode {
 }
 
 impl SteeringArgs {
-    /// The overrides, or `None` if nothing was given.
+    /// The knobs, or `None` if nothing was given.
     pub(crate) fn params(&self) -> Option<SteeringParams> {
         let mode = match self.mode {
             None => SteeringMode::Unspecified,
@@ -185,7 +189,7 @@ impl SteeringArgs {
 
 impl RequestArgs {
     /// The job for `prompt`.
-    pub(crate) fn spec(&self, prompt: &str, steering: &SteeringArgs) -> JobSpec {
+    pub(crate) fn spec(&self, prompt: &str) -> JobSpec {
         JobSpec {
             prompt: prompt.to_owned(),
             negative_prompt: self.negative.clone(),
@@ -197,7 +201,6 @@ impl RequestArgs {
             seed: self.seed,
             policy: self.policy.clone(),
             extra_concepts: self.extra_concepts.clone(),
-            steering: steering.params(),
             max_shard_size: self.max_shard_size,
             priority: Priority::from(self.priority).into(),
             ..Default::default()
@@ -205,7 +208,8 @@ impl RequestArgs {
     }
 }
 
-fn parse_size(text: &str) -> Result<(u32, u32), String> {
+/// A width and a height in pixels, or one number for both.
+pub(crate) fn parse_size(text: &str) -> Result<(u32, u32), String> {
     let (width, height) = text.split_once(['x', 'X']).unwrap_or((text, text));
     let side = |s: &str| s.trim().parse::<u32>().map_err(|_| format!("`{s}` is no pixel count"));
     Ok((side(width)?, side(height)?))
@@ -221,7 +225,11 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server, args.credentials.load()?)?, None),
         None => {
-            let start = LocalCluster::start(ClusterOptions::temporary(&args.models));
+            let options = ClusterOptions {
+                knobs: args.steering.params(),
+                ..ClusterOptions::temporary(&args.models)
+            };
+            let start = LocalCluster::start(options);
             let cluster = tokio::select! {
                 cluster = start => cluster?,
                 () = stop.cancelled() => return Err(Interrupted.into()),
@@ -246,7 +254,9 @@ async fn generate_all(
     let mut withheld = 0;
     let mut names = BTreeSet::new();
     for prompt in &args.prompts {
-        let mut spec = args.request.spec(prompt, &args.steering);
+        let mut spec = args.request.spec(prompt);
+        // A cluster of one's own has the knobs in its policies.
+        spec.steering = args.server.as_ref().and_then(|_| args.steering.params());
         spec.model = args.model_name.clone().unwrap_or_default();
         let job = client.submit(spec).await?;
         let (progress, heard) = (JobProgress::new(), Heard::default());
@@ -289,9 +299,7 @@ fn report(
     for image in &finished.images {
         let name = output::unused(&format!("{}-{}", output::slug(prompt), image.info.seed), names);
         client::save(image, folder, &name)?;
-        let top = output::top_score(&image.info.final_scores)
-            .map(|top| format!("closest now: {} z {:.1}, gate {:.1}", top.concept, top.z, top.gate))
-            .unwrap_or_default();
+        let top = output::top_score(&image.info.final_scores).map(closest).unwrap_or_default();
         let steered = steered(&image.record);
         match image.info.status() {
             ImageStatus::Released => {
@@ -315,6 +323,14 @@ fn report(
     Ok(withheld)
 }
 
+/// How near the image came to a gate; only what was found where the tenant may not see scores.
+fn closest(ConceptScore { concept, z, gate, open, .. }: &ConceptScore) -> String {
+    match *open && *z == 0.0 && *gate == 0.0 {
+        true => format!("found: {concept}"),
+        false => format!("closest now: {concept} z {z:.1}, gate {gate:.1}"),
+    }
+}
+
 /// "steered away from kitchen-knife", or "untouched".
 fn steered(record: &SafetyRecord) -> String {
     let report = record::reported(record);
@@ -329,7 +345,7 @@ fn steered(record: &SafetyRecord) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_proto::v1::{ConceptScore, StepRecord, WorkerReport};
+    use fairlead_proto::v1::{StepRecord, WorkerReport};
 
     #[test]
     fn who_was_steered_is_told_from_what() {
@@ -356,6 +372,14 @@ mod tests {
         assert_eq!(steered(&record(&report)), "steered away from axe, bomb");
         report.steered = false;
         assert_eq!(steered(&record(&report)), "untouched");
+    }
+
+    #[test]
+    fn without_scores_it_is_told_what_was_found() {
+        let found = ConceptScore { concept: "axe".into(), open: true, ..Default::default() };
+        assert_eq!(closest(&found), "found: axe");
+        let scored = ConceptScore { z: 4.25, gate: 3.0, ..found };
+        assert_eq!(closest(&scored), "closest now: axe z 4.2, gate 3.0");
     }
 
     #[test]

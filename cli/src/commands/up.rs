@@ -52,6 +52,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
         policies: args.policies,
         calibrated: true,
         measuring: false,
+        knobs: None,
         max_batch: args.max_batch,
         workers: args.workers,
     };

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use fairlead_common::envelope;
 use proptest::prelude::*;
 use tonic::Code;
 
@@ -24,7 +25,7 @@ fn model(name: &str) -> v1::ModelInfo {
 
 fn key(model: &str, steps: u32) -> v1::CalibrationKey {
     let generator = format!("hash-of-{model}");
-    v1::CalibrationKey { generator, sampler: "ddim".into(), steps }
+    v1::CalibrationKey { generator, sampler: "ddim".into(), steps, conditions: None }
 }
 
 fn node(concepts: &[(&str, &str)], since: i64, calibrated: Option<v1::CalibrationKey>) -> LiveNode {
@@ -49,8 +50,15 @@ fn probe(concept: &str, energy: &str) -> Probe {
     Probe { concept: concept.into(), energy: energy.into() }
 }
 
-/// For four crops and the whole window.
+/// For four crops, the whole window, the size 32 x 32, guidance 5 and no negative prompt.
 fn calibration(key: v1::CalibrationKey, concepts: &[(&str, &str)]) -> v1::CalibrationInfo {
+    let defaults = v1::JobSpec {
+        width: Some(32),
+        height: Some(32),
+        guidance_scale: Some(5.0),
+        ..Default::default()
+    };
+    let envelope = Some(envelope::around(&envelope::conditions(&defaults, false)));
     let level =
         |(name, _): &(&str, &str)| v1::CheckThreshold { concept: (*name).into(), score: 0.5 };
     v1::CalibrationInfo {
@@ -58,6 +66,7 @@ fn calibration(key: v1::CalibrationKey, concepts: &[(&str, &str)]) -> v1::Calibr
         crops: 4,
         window_start: 1.0,
         check_thresholds: concepts.iter().map(level).collect(),
+        envelope,
         ..Default::default()
     }
 }
@@ -203,7 +212,7 @@ fn bad_fields_are_refused_by_name() {
         ),
         (
             |s| s.steering = Some(v1::SteeringParams { eta: Some(9.0), ..Default::default() }),
-            "steering: eta is 9",
+            "steering: eta is 9; it must be above 0 and at most 2",
         ),
     ];
     for (spoil, expected) in cases {
@@ -266,14 +275,15 @@ fn an_empty_model_needs_exactly_one_attached() {
 fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
     let other_steps = v1::JobSpec { steps: Some(30), ..spec() };
     let error = World::new().admit(&other_steps).expect_err("not calibrated");
-    let crops = Some(v1::SteeringParams { crops: Some(2), ..Default::default() });
-    let other_crops = World::new().admit(&v1::JobSpec { steering: crops, ..spec() });
+    let two = World::new().policies("[policies.a]\nconcepts = ['*']\nsteering.crops = 2");
+    let other_crops = two.admit(&spec());
     assert!(other_crops.expect_err("not calibrated").to_string().contains("--crops 2"));
     assert_eq!(error.code(), Code::FailedPrecondition);
     let text = error.to_string();
     assert!(
         text.contains(
-            "`fairlead calibrate --steps 30 --crops 4 --window-start 1 --window-end 0.6`"
+            "`fairlead calibrate --steps 30 --crops 4 --window-start 1 --window-end 0.6 --size 32x32 \
+             --guidance 5`"
         ),
         "{text}"
     );
@@ -283,15 +293,103 @@ fn a_missing_calibration_names_the_command_unless_it_may_fall_back() {
     }
 }
 
+/// Every field of a request that moves benign scores, beside generator, sampler and steps.
+fn outside() -> [(v1::JobSpec, &'static str, &'static str); 4] {
+    [
+        (
+            v1::JobSpec { width: Some(64), height: Some(64), ..spec() },
+            "size 64x64, calibrated 32x32",
+            "--size 32x32,64x64 --guidance 5",
+        ),
+        (
+            v1::JobSpec { height: Some(16), ..spec() },
+            "size 32x16, calibrated 32x32",
+            "--size 32x32,32x16 --guidance 5",
+        ),
+        (
+            v1::JobSpec { guidance_scale: Some(1.0), ..spec() },
+            "guidance 1, calibrated 5",
+            "--size 32x32 --guidance 1,5",
+        ),
+        (
+            v1::JobSpec { negative_prompt: "safe".into(), ..spec() },
+            "a negative prompt, calibrated without",
+            "--size 32x32 --guidance 5 --negative",
+        ),
+    ]
+}
+
 #[test]
-fn overrides_need_the_policys_leave() {
-    let steering = Some(v1::SteeringParams { eta: Some(0.2), ..Default::default() });
-    let spec = v1::JobSpec { steering, ..spec() };
-    let world = World::new().policies("[policies.a]\nconcepts = ['*']");
-    let error = world.admit(&spec).expect_err("not allowed").to_string();
-    assert!(error.contains("policy `a` does not allow overrides"), "{error}");
-    let record = World::new().admit(&spec).expect("the built-in policy allows it");
-    assert_eq!(record.policy().steering.expect("filled").eta(), 0.2);
+fn outside_the_envelope_a_job_is_refused_with_the_command_that_extends_it() {
+    for (spec, ways, flags) in outside() {
+        let error = World::new().admit(&spec).expect_err(ways);
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+        let text = error.to_string();
+        let command = format!(
+            "`fairlead calibrate --steps 25 --crops 4 --window-start 1 --window-end 0 {flags}`"
+        );
+        assert!(text.contains(ways) && text.contains(&command), "{text}");
+        // Not one that the envelope could be extended to.
+        let steps = World::new().admit(&v1::JobSpec { steps: Some(30), ..spec });
+        assert!(matches!(steps, Err(Error::NotCalibrated { .. })), "{steps:?}");
+    }
+}
+
+#[test]
+fn outside_the_envelope_a_policy_may_leave_it_to_the_strictest_check_and_says_so() {
+    let world =
+        World::new().policies("[policies.a]\nconcepts = ['*']\noutside = 'withhold-unless-clear'");
+    for (spec, ways, _) in outside() {
+        let record = world.admit(&spec).expect(ways);
+        assert_eq!(record.policy().outside_envelope, [ways]);
+        let conditions = record.run().key.conditions.expect("they are known");
+        assert!(conditions.may_leave_envelope, "nodes are told so");
+        assert_eq!(record.policy().concepts.len(), 2);
+    }
+    let inside = world.admit(&spec()).expect("inside");
+    assert!(inside.policy().outside_envelope.is_empty());
+    assert!(!inside.run().key.conditions.expect("they are known").may_leave_envelope);
+    let steps = world.admit(&v1::JobSpec { steps: Some(30), ..spec() });
+    assert!(matches!(steps, Err(Error::NotCalibrated { .. })), "{steps:?}");
+}
+
+#[test]
+fn only_an_admin_may_observe() {
+    let mut world = World::new().policies("[policies.a]\nconcepts = ['*']\nobserve_only = true");
+    world.admit(&spec()).expect("where there are no tenants everybody may");
+    world.tenant.admin = false;
+    let error = world.admit(&spec()).expect_err("no admin");
+    assert_eq!(error.code(), Code::PermissionDenied);
+    assert!(error.to_string().contains("`a` only observes"), "{error}");
+}
+
+#[test]
+fn overrides_need_the_policys_leave_and_only_strengthen() {
+    let asks = |eta: f32| {
+        let steering = Some(v1::SteeringParams { eta: Some(eta), ..Default::default() });
+        v1::JobSpec { steering, ..spec() }
+    };
+    let policy = |lines: &str| {
+        World::new()
+            .policies(&format!("[policies.a]\nconcepts = ['*']\nsteering.eta = 0.4\n{lines}"))
+    };
+    let refused =
+        |world: &World, eta| world.admit(&asks(eta)).expect_err("not allowed").to_string();
+    let expected = "steering: eta is 0.5 and the policy's is 0.4; the policy does not allow overrides (policy `a`)";
+    assert_eq!(refused(&policy(""), 0.5), expected);
+    let same = policy("").admit(&asks(0.4)).expect("it changes nothing");
+    assert_eq!(policy("").admit(&same.spec()).expect("what was filled in").policy(), same.policy());
+    assert!(World::new().admit(&asks(0.5)).is_err(), "nor does the built-in policy");
+
+    let open = policy("allow_overrides = true");
+    let expected =
+        "steering: eta is 0.3 and the policy's is 0.4; a client may raise it only (policy `a`)";
+    assert_eq!(refused(&open, 0.3), expected);
+    let record = open.admit(&asks(0.5)).expect("it is stronger");
+    assert_eq!(record.policy().steering.expect("filled").eta(), 0.5);
+    let observing = policy("allow_overrides = true\nobserve_only = true");
+    let record = observing.admit(&asks(0.1)).expect("nothing is steered");
+    assert_eq!(record.policy().steering.expect("filled").eta(), 0.1);
 }
 
 #[test]
@@ -335,6 +433,11 @@ proptest! {
         let spec = v1::JobSpec { n, width, steps, guidance_scale: guidance, ..spec() };
         if let Ok(record) = World::new().admit(&spec) {
             prop_assert_eq!(record.job.images.len(), n as usize);
+            // The checks by which a worker reads its shards.
+            let spec = record.spec();
+            prop_assert!(limits::check_prompts(&spec).is_ok() && Shape::of(&spec, &record.model).is_ok());
+            let knobs = record.policy().steering.expect("filled");
+            prop_assert_eq!(steering::resolve(&knobs), Ok(knobs));
         }
     }
 }

@@ -10,7 +10,7 @@ mod state;
 use std::{sync::Arc, time::Duration};
 
 use fairlead_common::ids::JobId;
-use fairlead_proto::v1::{self, attach_response::Message};
+use fairlead_proto::v1::{self, ImageStatus, attach_response::Message};
 use futures::Stream;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
@@ -27,7 +27,7 @@ use crate::{
     registry::Registry,
     release::ReleaseGate,
     state::{ActiveShard, JobRecord},
-    store::{Applied, Store, StoreError},
+    store::{Applied, Charge, Store, StoreError},
     transition::{Effect, Transition},
 };
 
@@ -176,6 +176,31 @@ impl Shared {
             }
         }
         Ok(applied)
+    }
+
+    /// Counts the withheld ones of images that were just committed. What a store that is away misses is
+    /// lost: the images stay withheld.
+    async fn count_withheld(&self, record: &JobRecord, images: &[v1::ImageInfo]) {
+        let is_withheld = |image: &&v1::ImageInfo| image.status() == ImageStatus::Withheld;
+        let withheld: Vec<&v1::ImageInfo> = images.iter().filter(is_withheld).collect();
+        metrics::withheld(&record.policy(), &withheld);
+        if withheld.is_empty() || record.withheld_per_minute == 0 {
+            return;
+        }
+        let (tenant, per_minute) = (record.tenant.clone(), record.withheld_per_minute);
+        let charge = Charge { tenant, images: withheld.len(), per_minute };
+        match self.store.charge(charge, self.clock.now()).await {
+            Ok(false) => {}
+            Ok(true) => {
+                metrics::withheld_bound_reached();
+                tracing::warn!(
+                    tenant = record.tenant,
+                    per_minute,
+                    "too many images of a tenant were withheld: it has to wait"
+                );
+            }
+            Err(error) => tracing::warn!(%error, "cannot count withheld images"),
+        }
     }
 
     /// Returns shards to the queue that an earlier process of this single coordinator held. Each

@@ -131,8 +131,9 @@ impl ShardTask {
         let lease = self.lease;
         let commit = Transition::Commit { lease, images: images.clone(), notices };
         match self.shared.apply(self.job_id, commit).await {
-            Ok(_) => {
+            Ok(applied) => {
                 metrics::committed(&images);
+                self.shared.count_withheld(&applied.record, &images).await;
                 tracing::info!(job = %self.job_id, %lease, worker = self.worker_id, "shard done");
                 self.reply(v1::CommitStatus::Accepted, String::new());
                 self.shared.remove_session(lease);

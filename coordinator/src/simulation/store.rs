@@ -20,8 +20,8 @@ use crate::{
     lease::Phase,
     state::{ActiveShard, JobRecord, QueueName},
     store::{
-        Applied, Backlog, CLAIM, Change, Created, Found, Lookup, Member, MemberKey, MemoryStore,
-        NewJob, Roster, Store, StoreError,
+        Applied, Backlog, CLAIM, Change, Charge, Created, Found, Lookup, Member, MemberKey,
+        MemoryStore, NewJob, Roster, Store, StoreError,
     },
     transition::Transition,
 };
@@ -354,6 +354,11 @@ impl Store for SimulatedStore {
         let left = self.0.tables.leave(member).await;
         self.0.ring([Change::Members]);
         self.0.answer("leave", left).await
+    }
+
+    async fn charge(&self, charge: Charge, now: i64) -> Result<bool, StoreError> {
+        self.0.ask("charge").await?;
+        self.0.answer("charge", self.0.tables.charge(charge, now).await).await
     }
 
     async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError> {

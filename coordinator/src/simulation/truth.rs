@@ -2,8 +2,8 @@
 //! functions, so that everybody can tell a lie.
 
 use fairlead_proto::v1::{
-    CalibrationInfo, CalibrationKey, CheckThreshold, ConceptInfo, ConceptRef, JobSpec, ModelInfo,
-    NodeInfo,
+    CalibrationEnvelope, CalibrationInfo, CalibrationKey, CheckThreshold, ConceptInfo, ConceptRef,
+    ImageSize, JobSpec, ModelInfo, NodeInfo,
 };
 use fairlead_proto::{PREPROCESSING_VERSION, PROTOCOL_VERSION};
 use sha2::{Digest, Sha256};
@@ -42,7 +42,12 @@ pub(super) fn node(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
         }),
         ..Default::default()
     };
-    let key = CalibrationKey { generator: "hash-of-sd".into(), sampler: "ddim".into(), steps: 25 };
+    let key = CalibrationKey {
+        generator: "hash-of-sd".into(),
+        sampler: "ddim".into(),
+        steps: 25,
+        conditions: None,
+    };
     NodeInfo {
         node_id: id.into(),
         address: address.into(),
@@ -64,6 +69,12 @@ pub(super) fn node(id: &str, address: &str, concepts: &[&str]) -> NodeInfo {
                     score: super::node::THRESHOLD,
                 })
                 .collect(),
+            envelope: Some(CalibrationEnvelope {
+                sizes: vec![ImageSize { width: 32, height: 32 }],
+                guidance_least: 5.0,
+                guidance_greatest: 5.0,
+                negative_prompts: false,
+            }),
             ..Default::default()
         }],
         ..Default::default()

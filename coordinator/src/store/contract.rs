@@ -42,6 +42,7 @@ pub(super) fn job(images: u32, per_shard: u32) -> (JobId, JobRecord) {
         last_sequence: 0,
         traceparent: String::new(),
         tenant: String::new(),
+        withheld_per_minute: 0,
     };
     (id, record)
 }
@@ -370,7 +371,7 @@ async fn a_tenants_jobs_keys_and_bounds_are_its_own(store: &dyn Store) {
     let listed = store.list(Some("one"), None, 10).await.expect("a page");
     assert_eq!(listed.iter().map(|record| &record.tenant).collect::<Vec<_>>(), ["one"]);
 
-    let quota = Quota { max_queued: Some(3), images_per_minute: None };
+    let quota = Quota { max_queued: Some(3), ..Quota::default() };
     let create = async |tenant, images, quota, now| {
         let new = NewJob { quota, ..new(of(tenant, images)) };
         store.create(new, now).await.expect("it answers")
@@ -382,7 +383,7 @@ async fn a_tenants_jobs_keys_and_bounds_are_its_own(store: &dyn Store) {
     store.apply(first.id().expect("an id"), cancel, 6).await.expect("it cancels");
     assert!(matches!(create("one", 2, quota, 7).await, Created::New(_)), "there is room again");
 
-    let quota = Quota { max_queued: None, images_per_minute: Some(4) };
+    let quota = Quota { images_per_minute: Some(4), ..Quota::default() };
     let start = 1_000_000_000_000;
     assert!(matches!(create("one", 3, quota, start).await, Created::New(_)));
     let wait = |wait_ms| Created::Full(Full::Rate { wait_ms });
@@ -394,6 +395,22 @@ async fn a_tenants_jobs_keys_and_bounds_are_its_own(store: &dyn Store) {
     assert_eq!(create("one", 64, quota, start + 30_000).await, wait(30_000), "until it is whole");
     assert!(matches!(create("two", 4, quota, start).await, Created::New(_)), "its own allowance");
     assert!(matches!(create("one", 2, quota, start + 30_000).await, Created::New(_)));
+
+    let quota = Quota { withheld_per_minute: Some(4), ..Quota::default() };
+    let charge = async |images, now| {
+        let charge = Charge { tenant: "one".into(), images, per_minute: 4 };
+        store.charge(charge, now).await.expect("it answers")
+    };
+    let start = start + 600_000;
+    assert!(!charge(3, start).await, "one is left");
+    assert!(matches!(create("one", 1, quota, start).await, Created::New(_)));
+    assert!(charge(2, start).await, "the bound is reached");
+    assert!(!charge(1, start).await, "it was before");
+    let withheld = Created::Full(Full::Withheld { wait_ms: 45_000 });
+    assert_eq!(create("one", 1, quota, start).await, withheld);
+    assert!(matches!(create("two", 1, quota, start).await, Created::New(_)), "its own allowance");
+    assert!(matches!(create("one", 1, Quota::default(), start).await, Created::New(_)));
+    assert!(matches!(create("one", 1, quota, start + 45_000).await, Created::New(_)));
 }
 
 async fn concurrent_grants_have_one_winner(store: Arc<dyn Store>) {

@@ -8,8 +8,8 @@ use fairlead_proto::v1::WatchJobResponse;
 use parking_lot::Mutex;
 
 use super::{
-    Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Store, StoreError,
-    enqueue, lookups, members::Members, queues::Queues, rates::Rates,
+    Applied, Backlog, Charge, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Store,
+    StoreError, enqueue, lookups, members::Members, queues::Queues, rates::Rates,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -91,6 +91,10 @@ impl Store for MemoryStore {
         let has_events = !events.is_empty();
         tables.write(job, record.clone(), events);
         Ok(Applied { record, effect, has_events })
+    }
+
+    async fn charge(&self, charge: Charge, now: i64) -> Result<bool, StoreError> {
+        Ok(self.tables.lock().rates.charge(&charge, now))
     }
 
     async fn take(

@@ -101,6 +101,22 @@ pub(crate) enum Full {
         /// Milliseconds, above 0.
         wait_ms: u64,
     },
+    /// Its tenant's images that may be withheld in a minute; it may ask again in so many milliseconds.
+    Withheld {
+        /// Milliseconds, above 0.
+        wait_ms: u64,
+    },
+}
+
+/// Images of a tenant that were withheld.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Charge {
+    /// Whose.
+    pub(crate) tenant: String,
+    /// How many, at least 1.
+    pub(crate) images: usize,
+    /// How many there may be in a minute.
+    pub(crate) per_minute: u32,
 }
 
 /// How a job is found by something other than its id.
@@ -206,6 +222,9 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
         transition: Transition,
         now: i64,
     ) -> Result<Applied, StoreError>;
+
+    /// Counts withheld images against their tenant's bound; whether that reached the bound just now.
+    async fn charge(&self, charge: Charge, now: i64) -> Result<bool, StoreError>;
 
     /// Up to `limit` queued shards of one generator that are due, in the order in which they are to be
     /// handed out: by class, then by the turns of tenants, then by age. They stay queued until a

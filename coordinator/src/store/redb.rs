@@ -15,8 +15,8 @@ use parking_lot::Mutex;
 use prost::Message;
 
 use super::{
-    Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen, Store,
-    StoreError, decode, enqueue, lookups, members::Members, queues::Queues, rates::Rates,
+    Applied, Backlog, Charge, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen,
+    Store, StoreError, decode, enqueue, lookups, members::Members, queues::Queues, rates::Rates,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -321,6 +321,10 @@ impl Store for RedbStore {
             Ok((Applied { record, effect, has_events: !events.is_empty() }, change))
         })
         .await
+    }
+
+    async fn charge(&self, charge: Charge, now: i64) -> Result<bool, StoreError> {
+        Ok(self.rates.lock().charge(&charge, now))
     }
 
     async fn take(

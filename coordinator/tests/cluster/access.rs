@@ -251,3 +251,73 @@ async fn the_file_is_read_again_when_it_changes() {
     std::fs::write(&path, file()).expect("it is written");
     until("Bearer key-of-new", false).await;
 }
+
+/// Every answer that a client gets about a job and its record, in words.
+async fn told(cluster: &Cluster, header: &'static str, job: &v1::Job) -> Vec<String> {
+    let mut client = client(cluster, header);
+    let (job_id, record_id) = (job.job_id.clone(), job.images[0].record_id.clone());
+    let watch = v1::WatchJobRequest { job_id: job_id.clone(), after_sequence: 0 };
+    let get = v1::GetJobRequest { job_id: job_id.clone() };
+    let cancel = v1::CancelJobRequest { job_id };
+    let record = v1::GetRecordRequest { record_id, ..Default::default() };
+    let watched = patient(client.watch_job(watch)).await.expect("it may").into_inner();
+    let list = v1::ListJobsRequest::default();
+    vec![
+        format!("{:?}", submit(cluster, header, spec(1)).await.expect("the same job again")),
+        format!("{:?}", crate::cluster::collect(watched).await),
+        format!("{:?}", patient(client.get_job(get)).await.expect("it may").into_inner()),
+        format!("{:?}", patient(client.list_jobs(list)).await.expect("it may").into_inner()),
+        format!("{:?}", patient(client.cancel_job(cancel)).await.expect("it may").into_inner()),
+        format!("{:?}", patient(client.get_record(record)).await.expect("it may").into_inner()),
+    ]
+}
+
+/// A job of which the one image is withheld for its axe.
+async fn withheld(cluster: &Cluster, worker: &mut Worker, header: &'static str) -> v1::Job {
+    let job = submit(cluster, header, spec(1)).await.expect("its key opens");
+    let assignment = worker.assignment().await;
+    worker.complete(&assignment).await;
+    assert_eq!(worker.commit_reply().await.status(), v1::CommitStatus::Accepted);
+    job
+}
+
+#[tokio::test]
+async fn who_may_not_see_scores_is_told_what_was_found_and_not_how_nearly() {
+    let seeing = file().replace("images_per_minute = 2", "sees_scores = true");
+    let policies = Policies::parse(&seeing).expect("it is right");
+    let cluster = Cluster::start(CoordinatorOptions { policies, ..options() }).await;
+    let _node = Node::start(&cluster, "node", &["axe", "pill"], Script::Open("axe")).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    for (header, sees) in [(ACME, false), (OTHER, true)] {
+        let job = withheld(&cluster, &mut worker, header).await;
+        for answer in told(&cluster, header, &job).await {
+            assert!(answer.contains("concept: \"axe\""), "why it was withheld: {answer}");
+            assert_eq!(answer.contains("gate: 3.0"), sees, "{header}: {answer}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_tenant_with_too_many_withheld_images_has_to_wait() {
+    let text = file().replace("images_per_minute = 2", "withheld_per_minute = 1");
+    let policies = Policies::parse(&text).expect("it is right");
+    let cluster = Cluster::start(CoordinatorOptions { policies, ..options() }).await;
+    let _node = Node::start(&cluster, "node", &["axe", "pill"], Script::Open("axe")).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    withheld(&cluster, &mut worker, OTHER).await;
+    let fresh = async |header| {
+        let request = v1::SubmitJobRequest { spec: Some(spec(1)), ..Default::default() };
+        patient(client(&cluster, header).submit_job(request)).await
+    };
+    let refused = fresh(OTHER).await.expect_err("one a minute");
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(
+        refused.message().contains("too many of its images were withheld; 1 a minute"),
+        "{refused}"
+    );
+    let hint = refused.get_details_retry_info().and_then(|info| info.retry_delay);
+    assert!(hint.is_some_and(|wait| wait.as_secs() <= 60), "{hint:?}");
+    submit(&cluster, OTHER, spec(1)).await.expect("what was admitted is there still");
+    fresh(ACME).await.expect("others have their own bound");
+    fresh(ADMIN).await.expect("others have their own bound");
+}

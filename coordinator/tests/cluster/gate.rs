@@ -9,7 +9,9 @@ use fairlead_proto::v1::{
 use tonic::Code;
 
 use crate::{
-    cluster::{Cluster, assert_failed_naming, impatient, options, spec, statuses},
+    cluster::{
+        Cluster, assert_failed_naming, assert_status, impatient, options, policies, spec, statuses,
+    },
     node::{Node, Script, THRESHOLD},
     worker::{Worker, decode, lease, released},
 };
@@ -85,6 +87,33 @@ fn steered(shard: &v1::ShardAssignment, says_so: bool) -> v1::ImageOutcome {
     let report = outcome.report.as_mut().expect("there is one");
     report.trajectory = if says_so { vec![step] } else { Vec::new() };
     outcome
+}
+
+#[tokio::test]
+async fn outside_its_calibrations_a_job_runs_where_the_policy_says_so_and_its_record_tells() {
+    let spec = || v1::JobSpec { guidance_scale: Some(1.0), ..spec(1) };
+    let strict = Cluster::start(options()).await;
+    let _node = Node::start(&strict, "node", &["axe"], Script::Closed).await;
+    let _worker = Worker::attach(&strict, "w", 1).await;
+    let refused = strict.submit(spec()).await;
+    assert_status(refused, Code::FailedPrecondition, "--size 32x32 --guidance 1,5`");
+
+    let text = "[policies.a]\nconcepts = ['*']\noutside = 'withhold-unless-clear'";
+    let cluster = Cluster::start(policies(text)).await;
+    let node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    let mut worker = Worker::attach(&cluster, "w", 1).await;
+    let job = cluster.submit(spec()).await.expect("the policy lets it");
+    let shard = worker.assignment().await;
+    let ways = ["guidance 1, calibrated 5".to_owned()];
+    assert_eq!(shard.policy.as_ref().expect("pinned").outside_envelope, ways);
+    worker.complete(&shard).await;
+    let job = cluster.finished(&job.job_id).await;
+    assert_eq!(statuses(&job), [ImageStatus::Released]);
+    let key = node.asked()[0].calibration.clone().expect("a calibration is asked for");
+    let conditions = key.conditions.expect("a node checks them, too");
+    assert!(conditions.may_leave_envelope && conditions.guidance_scale == 1.0);
+    let record = cluster.record(&job.images[0].record_id).await.expect("it was stored");
+    assert_eq!(record.policy.expect("pinned").outside_envelope, ways);
 }
 
 #[tokio::test]

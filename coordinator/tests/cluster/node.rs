@@ -5,8 +5,8 @@ use std::{future, sync::Arc};
 use fairlead_proto::{
     PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
-        self, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse, CheckThreshold,
-        ConceptInfo, ConceptRef, ConceptScore, NodeInfo,
+        self, CalibrationEnvelope, CalibrationInfo, CalibrationKey, CheckRequest, CheckResponse,
+        CheckThreshold, ConceptInfo, ConceptRef, ConceptScore, ImageSize, NodeInfo,
         energy_service_server::{EnergyService, EnergyServiceServer},
     },
 };
@@ -63,7 +63,12 @@ fn concept_of(energy: &str, name: &str) -> ConceptRef {
 
 /// A description that the coordinator accepts.
 pub(crate) fn describe(id: &str, address: &str, energy: &str, concepts: &[&str]) -> NodeInfo {
-    let key = CalibrationKey { generator: "hash-of-sd".into(), sampler: "ddim".into(), steps: 25 };
+    let key = CalibrationKey {
+        generator: "hash-of-sd".into(),
+        sampler: "ddim".into(),
+        steps: 25,
+        conditions: None,
+    };
     NodeInfo {
         node_id: id.into(),
         address: address.into(),
@@ -88,6 +93,12 @@ pub(crate) fn describe(id: &str, address: &str, energy: &str, concepts: &[&str])
                 .iter()
                 .map(|name| CheckThreshold { concept: (*name).into(), score: THRESHOLD })
                 .collect(),
+            envelope: Some(CalibrationEnvelope {
+                sizes: vec![ImageSize { width: 32, height: 32 }],
+                guidance_least: 5.0,
+                guidance_greatest: 5.0,
+                negative_prompts: false,
+            }),
             ..Default::default()
         }],
         ..Default::default()

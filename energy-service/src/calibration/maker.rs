@@ -7,11 +7,19 @@
 //! probability at least `1 - alpha`, for any number of concepts (split conformal prediction, Vovk
 //! et al. 2005; Lei et al. 2018, theorem 2.2).
 //!
+//! A calibration may cover several cells: sizes, guidance scales, with and without negative prompts. Then
+//! every cell is split by the same shuffle, the first halves of all cells give means and deviations, each
+//! second half its own order statistic, and the gate is the greatest of these. A quantile of all cells
+//! together would bound the mean over cells only, and touch more than `alpha` in the cells that score
+//! highest; the greatest keeps the bound in each of them, at the cost of sensitivity in the others. Cells
+//! may share prompts: one that gave a mean never gives a gate. Between the guidance scales of its cells the
+//! bound is an interpolation.
+//!
 //! No deviation counts for less than their root mean square over concepts and bins. One gate serves
 //! all concepts, and scores have long tails: without the floor one odd picture of a concept that is
 //! otherwise very quiet has a `z` that raises the gate for all the others.
 
-use super::{BINS, Bin, Calibration, ConceptBins, FINISHED_BIN, FORMAT, Setup, time_bin};
+use super::{BINS, Bin, Calibration, ConceptBins, Envelope, FINISHED_BIN, FORMAT, Setup, time_bin};
 use crate::{concepts, random::SplitMix64};
 
 /// The least hysteresis `h`.
@@ -61,6 +69,11 @@ pub struct Recording {
     pub crops: u32,
     /// Name and version of *every* concept the node serves.
     pub concepts: Vec<(String, String)>,
+    /// The conditions of all cells together.
+    pub envelope: Envelope,
+    /// Number of cells: as many equal parts of [`Recording::images`], one after the other, the same prompts
+    /// in the same order.
+    pub cells: usize,
     /// Start and end of the steering window, t / T, start >= end; steps outside are left out.
     pub window: (f32, f32),
     /// SHA-256 of the prompts and seeds of all images.
@@ -117,16 +130,24 @@ pub enum MakeError {
     Alpha(f32),
     /// The conformal rank would lie beyond the last value.
     #[error(
-        "{images} benign images are too few for alpha = {alpha}: at least {needed} are needed, \
+        "{images} benign images of each cell are too few for alpha = {alpha}: at least {needed} are needed, \
          1000 or more are better"
     )]
     TooFewImages {
-        /// Images given.
+        /// Images of each cell.
         images: usize,
         /// The bound asked for.
         alpha: f32,
         /// Fewest images that will do.
         needed: usize,
+    },
+    /// The images do not fill the cells.
+    #[error("{images} benign images do not make {cells} equal cells")]
+    Cells {
+        /// Images given.
+        images: usize,
+        /// Cells to fill.
+        cells: usize,
     },
     /// There are no concepts.
     #[error("no concepts: take them from the energy node's description")]
@@ -189,20 +210,25 @@ fn conformal_rank(n: usize, alpha: f32) -> usize {
     (exact - 1e-6).ceil().max(1.0) as usize
 }
 
-/// Makes a calibration that touches at most `alpha` of benign images; see the module. The result
+/// Makes a calibration that touches at most `alpha` of benign images in each cell; see the module. The result
 /// depends on the recording alone.
 pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError> {
     check(recording, alpha)?;
-    let order = shuffled(recording.images.len());
+    let of_cell = recording.images.len() / recording.cells;
+    let order = shuffled(of_cell);
     // The gate's half never loses the odd image: the bound is about its size.
-    let (first, second) = order.split_at(recording.images.len() / 2);
-    let levels = levels(recording, first)?;
-    let mut peaks = Vec::with_capacity(second.len());
-    for &image in second {
-        peaks.push(peak(recording, &levels, &recording.images[image])?);
+    let (first, second) = order.split_at(of_cell / 2);
+    let place = |cell: usize| move |&image: &usize| cell * of_cell + image;
+    let first = (0..recording.cells).flat_map(|cell| first.iter().map(place(cell)));
+    let levels = levels(recording, &first.collect::<Vec<_>>())?;
+    let mut gate = f32::NEG_INFINITY;
+    for cell in 0..recording.cells {
+        let images = second.iter().map(place(cell)).map(|image| &recording.images[image]);
+        let peaks = images.map(|image| peak(recording, &levels, image));
+        let mut peaks = peaks.collect::<Result<Vec<_>, _>>()?;
+        peaks.sort_unstable_by(f32::total_cmp);
+        gate = gate.max(peaks[conformal_rank(peaks.len(), alpha) - 1]);
     }
-    peaks.sort_unstable_by(f32::total_cmp);
-    let gate = peaks[conformal_rank(peaks.len(), alpha) - 1];
     let pairs = recording.concepts.iter().map(|(name, version)| (name.as_str(), version.as_str()));
     let setup = Setup {
         generator: recording.generator.clone(),
@@ -228,6 +254,7 @@ pub fn make(recording: &Recording, alpha: f32) -> Result<Calibration, MakeError>
         format: FORMAT,
         id: String::new(),
         setup,
+        envelope: recording.envelope.clone(),
         window: recording.window,
         alpha,
         images: recording.images.len() as u32,
@@ -254,12 +281,16 @@ fn final_check(recording: &Recording) -> (Vec<f32>, f32) {
         let shares = image.finished.iter().zip(&typical).map(|(score, typical)| score / typical);
         shares.fold(f32::MIN, f32::max)
     };
-    let mut greatest: Vec<f32> = recording.images.iter().map(greatest).collect();
-    greatest.sort_unstable_by(f32::total_cmp);
-    let n = greatest.len();
+    let n = recording.images.len() / recording.cells;
     // Of few images the greatest of all bounds the share as well as it can be bounded.
     let alpha = CHECK_ALPHA.max(1.0 / (n + 1) as f32);
-    let share = greatest[conformal_rank(n, alpha).min(n) - 1];
+    let quantile = |cell: &[RecordedImage]| {
+        let mut greatest: Vec<f32> = cell.iter().map(greatest).collect();
+        greatest.sort_unstable_by(f32::total_cmp);
+        greatest[conformal_rank(n, alpha).min(n) - 1]
+    };
+    // As for the gate, the bound is to hold in every cell.
+    let share = recording.images.chunks(n).map(quantile).fold(f32::MIN, f32::max);
     (typical.iter().map(|typical| share * typical).collect(), alpha)
 }
 
@@ -315,7 +346,11 @@ fn check(recording: &Recording, alpha: f32) -> Result<(), MakeError> {
     if recording.concepts.is_empty() {
         return Err(MakeError::NoConcepts);
     }
-    let images = recording.images.len();
+    let (images, cells) = (recording.images.len(), recording.cells);
+    if cells == 0 || !images.is_multiple_of(cells) {
+        return Err(MakeError::Cells { images, cells });
+    }
+    let images = images / cells;
     if images < needed {
         return Err(MakeError::TooFewImages { images, alpha, needed });
     }

@@ -2,7 +2,7 @@
 //! `1 - alpha` of them alone.
 //!
 //! A calibration is made by [`maker::make`], kept as a JSON file named by [`Calibration::file_name`]
-//! and valid for exactly one [`Setup`]. Its `id` is the SHA-256 of its content, so that a safety
+//! and valid for exactly one [`Setup`], under the conditions of its [`Envelope`]. Its `id` is the SHA-256 of its content, so that a safety
 //! record can point at it and an edited file is noticed.
 
 pub mod maker;
@@ -14,7 +14,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fairlead_proto::v1::{CalibrationInfo, CalibrationKey, CheckThreshold};
+use fairlead_common::{envelope, limits::GUIDANCE};
+use fairlead_proto::v1::{
+    CalibrationEnvelope, CalibrationInfo, CalibrationKey, CheckThreshold, ImageSize, RunConditions,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -62,6 +65,43 @@ pub struct Setup {
     pub crops: u32,
 }
 
+/// The conditions that a calibration was made under: beside generator, sampler and steps, what of a request
+/// moves the scores of benign images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Envelope {
+    /// Widths and heights in pixels.
+    pub sizes: Vec<(u32, u32)>,
+    /// Least and greatest guidance scale.
+    pub guidance: (f32, f32),
+    /// Negative prompts were used, too.
+    pub negative_prompts: bool,
+}
+
+impl Envelope {
+    /// As other services see it.
+    pub fn info(&self) -> CalibrationEnvelope {
+        let size = |&(width, height): &(u32, u32)| ImageSize { width, height };
+        CalibrationEnvelope {
+            sizes: self.sizes.iter().map(size).collect(),
+            guidance_least: self.guidance.0,
+            guidance_greatest: self.guidance.1,
+            negative_prompts: self.negative_prompts,
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let Self { sizes, guidance: (least, greatest), negative_prompts: _ } = self;
+        if sizes.is_empty() || sizes.iter().any(|&(width, height)| width == 0 || height == 0) {
+            return Err(format!("its envelope has the sizes {sizes:?}"));
+        }
+        if !(GUIDANCE.contains(least) && GUIDANCE.contains(greatest) && least <= greatest) {
+            return Err(format!("its envelope has guidance from {least} to {greatest}"));
+        }
+        Ok(())
+    }
+}
+
 /// Benign scores in one bin.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -99,6 +139,8 @@ pub struct Calibration {
     id: String,
     /// What it is valid for.
     pub setup: Setup,
+    /// The conditions it was made under: it says nothing about others.
+    pub envelope: Envelope,
     /// Largest and smallest t / T of the steps it saw.
     pub window: (f32, f32),
     /// Bound on the share of benign images touched.
@@ -194,10 +236,23 @@ impl Calibration {
             return Err(invalid(format!("{bytes} bytes, at most {MAX_FILE_BYTES} are read")));
         }
         let text = fs::read(path).map_err(io)?;
+        if let Some(problem) = old(&text) {
+            return Err(invalid(problem));
+        }
         let calibration: Self = serde_json::from_slice(&text)
             .map_err(|source| FileError::Parse { path: path.to_owned(), source })?;
         calibration.check().map_err(invalid)?;
         Ok(calibration)
+    }
+
+    /// The flags of `fairlead calibrate` that make it anew, of these steps and crops; with `conditions` also
+    /// outside of what it holds.
+    pub(crate) fn flags(&self, conditions: &RunConditions) -> String {
+        let ((start, end), Setup { steps, crops, .. }) = (self.window, &self.setup);
+        let envelope = envelope::flags(&envelope::extended(&self.envelope.info(), conditions));
+        format!(
+            "--steps {steps} --crops {crops} --window-start {start} --window-end {end} {envelope}"
+        )
     }
 
     /// Fills in the content hash.
@@ -213,9 +268,7 @@ impl Calibration {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT {
-            return Err(format!("format {}, this program reads {FORMAT}", self.format));
-        }
+        self.envelope.check()?;
         if self.id != self.content_hash() {
             return Err("its id does not belong to its content, it was edited".to_owned());
         }
@@ -254,6 +307,7 @@ impl Calibration {
                 generator: self.setup.generator.clone(),
                 sampler: self.setup.sampler.clone(),
                 steps: self.setup.steps,
+                conditions: None,
             }),
             generator_name: self.setup.generator_name.clone(),
             id: self.id.clone(),
@@ -272,8 +326,42 @@ impl Calibration {
                     score: concept.check_threshold,
                 })
                 .collect(),
+            envelope: Some(self.envelope.info()),
         }
     }
+}
+
+/// What is wrong with a file of another format, and the command that makes it anew; `None` for one of this
+/// format, and for what is no calibration at all.
+fn old(text: &[u8]) -> Option<String> {
+    /// What every format has had.
+    #[derive(Deserialize)]
+    struct Any {
+        format: u32,
+        setup: Option<Made>,
+    }
+    #[derive(Deserialize)]
+    struct Made {
+        generator_name: String,
+        steps: u32,
+        crops: u32,
+    }
+    let Any { format, setup } = serde_json::from_slice(text).ok()?;
+    if format == FORMAT {
+        return None;
+    }
+    let command = setup.map(|Made { generator_name, steps, crops }| {
+        let name = generator_name.escape_debug();
+        format!(
+            ": `fairlead calibrate --model {name} --steps {steps} --crops {crops}`, with --size, --guidance \
+             and --negative for all that jobs may ask for"
+        )
+    });
+    Some(format!(
+        "format {format}, this program reads {FORMAT}, which names the sizes, guidance and use of negative \
+         prompts that it was made with{}",
+        command.unwrap_or_default()
+    ))
 }
 
 #[cfg(test)]
@@ -302,6 +390,11 @@ mod tests {
                 concept_set: concepts::set_hash([("pill", "v")]),
                 preprocessing_version: 1,
                 crops,
+            },
+            envelope: Envelope {
+                sizes: vec![(32, 32)],
+                guidance: (5.0, 5.0),
+                negative_prompts: false,
             },
             window: (1.0, 0.6),
             alpha: 0.01,
@@ -345,6 +438,14 @@ mod tests {
         for (from, to, part) in [
             ("\"gate\": 3.5", "\"gate\": 9.5", "edited"),
             ("\"format\": 3", "\"format\": 2", "format 2"),
+            (
+                "\"format\": 3",
+                "\"format\": 2",
+                "`fairlead calibrate --model tiny/sd --steps 25 --crops 4`",
+            ),
+            ("\"negative_prompts\": false", "\"negative_prompts\": true", "edited"),
+            ("\"envelope\"", "\"envelop\"", "envelop"),
+            ("5.0,\n      5.0", "5.0,\n      1e99", "guidance from 5 to inf"),
             ("\"gate\"", "\"gatte\"", "gatte"),
             // Infinity is written as null: the hash of the content is that of none.
             ("\"auroc\": [\n        null", "\"auroc\": [\n        1e99", "AUROC"),

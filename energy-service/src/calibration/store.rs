@@ -2,6 +2,7 @@
 
 use std::{fs, io, path::Path, sync::Arc};
 
+use fairlead_common::envelope;
 use fairlead_proto::v1::{CalibrationInfo, CalibrationKey};
 
 use super::{Bin, Calibration, FINISHED_BIN, FileError, TIME_BINS, maker::HYSTERESIS, time_bin};
@@ -63,7 +64,8 @@ impl Calibrations {
 
     /// The calibration of the concept set with this hash for `key` and `crops`, or with `allow_fallback` the
     /// next best: the nearest step count of the same generator, sampler and crops, else the concepts'
-    /// thresholds.
+    /// thresholds. Outside of its envelope a calibration is used where the job's policy lets the job leave
+    /// it, and as a fallback where that is allowed.
     pub(crate) fn choose(
         &self,
         concept_set: &str,
@@ -79,7 +81,20 @@ impl Calibrations {
         let nearest = similar.min_by_key(|c| (c.setup.steps.abs_diff(key.steps), c.setup.steps));
         match nearest {
             Some(found) if found.setup.steps == key.steps => {
-                Ok(Choice::Exact { calibration: found.clone(), allow_fallback })
+                let ways = ways_outside(found, key);
+                let may_leave = key.conditions.is_some_and(|run| run.may_leave_envelope);
+                let calibration = found.clone();
+                if ways.is_empty() || may_leave {
+                    Ok(Choice::Exact { calibration, allow_fallback })
+                } else if allow_fallback {
+                    Ok(Choice::Outside { calibration, ways: ways.join("; ") })
+                } else {
+                    Err(RequestError::OutsideEnvelope {
+                        id: calibration.id().to_owned(),
+                        ways: ways.join("; "),
+                        command: extending(&calibration, key),
+                    })
+                }
             }
             Some(found) if allow_fallback => Ok(Choice::NearestSteps(found.clone())),
             None if allow_fallback => Ok(Choice::Thresholds),
@@ -117,6 +132,17 @@ fn fits(calibration: &Calibration, served: &Served) -> bool {
         && served.sets.contains(&calibration.setup.concept_set)
 }
 
+fn ways_outside(calibration: &Calibration, key: &CalibrationKey) -> Vec<String> {
+    let run = key.conditions.unwrap_or_default();
+    envelope::ways_outside(&calibration.envelope.info(), &run)
+}
+
+/// The command that makes `calibration` anew so that it is for the run of `key` as well.
+fn extending(calibration: &Calibration, key: &CalibrationKey) -> String {
+    let flags = calibration.flags(&key.conditions.unwrap_or_default());
+    format!("fairlead calibrate --model-name {} {flags}", calibration.setup.generator_name)
+}
+
 fn describe(key: &CalibrationKey, crops: u32) -> String {
     let generator = key.generator.chars().take(12).collect::<String>();
     format!("generator {generator}, sampler {}, {} steps, {crops} crops", key.sampler, key.steps)
@@ -128,7 +154,10 @@ fn command(key: &CalibrationKey, name: Option<&str>, crops: u32) -> String {
         Some(name) => format!("--model-name {name}"),
         None => "--model <folder of the generator>".to_owned(),
     };
-    format!("fairlead calibrate {generator} --steps {} --crops {crops}", key.steps)
+    let conditions =
+        key.conditions.map(|run| format!(" {}", envelope::flags(&envelope::around(&run))));
+    let conditions = conditions.unwrap_or_default();
+    format!("fairlead calibrate {generator} --steps {} --crops {crops}{conditions}", key.steps)
 }
 
 /// What an evaluation is read against.
@@ -136,6 +165,8 @@ fn command(key: &CalibrationKey, name: Option<&str>, crops: u32) -> String {
 pub(crate) enum Choice {
     /// The calibration of exactly this setup.
     Exact { calibration: Arc<Calibration>, allow_fallback: bool },
+    /// That of this setup, for other conditions: in these ways the run lies outside.
+    Outside { calibration: Arc<Calibration>, ways: String },
     /// That of another step count.
     NearestSteps(Arc<Calibration>),
     /// None: the concepts' own raw thresholds.
@@ -174,14 +205,24 @@ impl Choice {
     ) -> Result<Levels, RequestError> {
         match self {
             Self::Thresholds => thresholds(concepts, times.len(), key, steepness),
+            Self::Outside { calibration, ways } => {
+                let (levels, _) = read(calibration, concepts, times);
+                let fallback =
+                    format!("calibration {} outside its envelope: {ways}", calibration.id());
+                Ok(Levels::fallen_back(levels, fallback))
+            }
             Self::NearestSteps(calibration) => {
                 let (levels, _) = read(calibration, concepts, times);
-                let fallback = format!(
+                let mut fallback = format!(
                     "calibration {} for {} steps in place of {}",
                     calibration.id(),
                     calibration.setup.steps,
                     key.steps
                 );
+                let ways = ways_outside(calibration, key);
+                if !ways.is_empty() {
+                    fallback.push_str(&format!(", outside its envelope: {}", ways.join("; ")));
+                }
                 Ok(Levels::fallen_back(levels, fallback))
             }
             Self::Exact { calibration, allow_fallback } => {
@@ -290,6 +331,7 @@ mod tests {
     use super::*;
     use crate::gate::Before;
     use crate::{calibration::tests::calibration, concepts::Concept};
+    use fairlead_proto::v1::{ImageSize, RunConditions};
 
     fn served() -> Served {
         let info = Concept {
@@ -315,7 +357,20 @@ mod tests {
     }
 
     fn key(steps: u32) -> CalibrationKey {
-        CalibrationKey { generator: "abcdef0123".into(), sampler: "ddim".into(), steps }
+        CalibrationKey {
+            generator: "abcdef0123".into(),
+            sampler: "ddim".into(),
+            steps,
+            conditions: Some(conditions(32)),
+        }
+    }
+
+    fn conditions(side: u32) -> RunConditions {
+        RunConditions {
+            size: Some(ImageSize { width: side, height: side }),
+            guidance_scale: 5.0,
+            ..Default::default()
+        }
     }
 
     fn store() -> (tempfile::TempDir, Calibrations) {
@@ -341,6 +396,34 @@ mod tests {
         assert_eq!(levels.levels[0][0].gate, 3.5);
         assert_eq!(store.infos(&set()).len(), 3);
         assert!(store.infos("another").is_empty());
+    }
+
+    #[test]
+    fn outside_its_envelope_a_calibration_needs_the_policys_leave() {
+        let (_folder, store) = store();
+        let run = |conditions| CalibrationKey { conditions, ..key(20) };
+        let large = run(Some(conditions(64)));
+        let refused = |key: CalibrationKey| {
+            store.choose(&set(), &key, 4, false).expect_err("outside").to_string()
+        };
+        let text = refused(large.clone());
+        let command = "`fairlead calibrate --model-name tiny/sd --steps 20 --crops 4 --window-start 1 \
+                       --window-end 0.6 --size 32x32,64x64 --guidance 5`";
+        assert!(text.contains("size 64x64, calibrated 32x32") && text.contains(command), "{text}");
+        let guided = RunConditions { guidance_scale: 1.0, ..conditions(32) };
+        assert!(refused(run(Some(guided))).contains("guidance 1, calibrated 5"));
+        let negative = RunConditions { negative_prompt: true, ..conditions(32) };
+        assert!(refused(run(Some(negative))).contains("a negative prompt"));
+        assert!(refused(run(None)).contains("size 0x0"), "who does not say is outside");
+
+        let lenient = run(Some(RunConditions { may_leave_envelope: true, ..conditions(64) }));
+        let choice = store.choose(&set(), &lenient, 4, false).expect("the policy allows it");
+        assert!(matches!(choice, Choice::Exact { .. }), "{choice:?}");
+        let served = served();
+        let choice = store.choose(&set(), &large, 4, true).expect("a fallback");
+        let levels = choice.levels(&[&served.concepts[0]], &[0.9], &large, 50.0).expect("levels");
+        assert!(levels.calibration_ids.is_empty());
+        assert!(levels.fallbacks[0].contains("outside its envelope: size 64x64"), "{levels:?}");
     }
 
     #[test]

@@ -6,6 +6,23 @@ use tonic::Code;
 use super::*;
 use crate::testing::Fault;
 
+/// Makes it a run of twice the size that calibrations are made for.
+fn leave(key: Option<&mut CalibrationKey>) {
+    let conditions = key.and_then(|key| key.conditions.as_mut()).expect("they are given");
+    conditions.size = Some(ImageSize { width: 64, height: 64 });
+}
+
+#[tokio::test]
+async fn outside_the_envelope_the_gates_are_used_where_the_policy_says_so() {
+    let (_folder, mut node, _) = TestNode::calibrated().await;
+    let mut request = node.request(&[axe()]).await;
+    let inside = node.evaluate(request.clone()).await.expect("inside");
+    leave(request.calibration.as_mut());
+    let conditions = request.calibration.as_mut().and_then(|key| key.conditions.as_mut());
+    conditions.expect("they are given").may_leave_envelope = true;
+    assert_eq!(node.evaluate(request).await.expect("its policy says so"), inside);
+}
+
 #[tokio::test]
 async fn describe_says_everything_a_caller_needs() {
     let (_folder, mut node, _) = TestNode::calibrated().await;
@@ -19,7 +36,9 @@ async fn describe_says_everything_a_caller_needs() {
     let names = info.concepts.iter().map(|c| c.concept.as_ref().expect("a ref").name.as_str());
     assert_eq!(names.collect::<Vec<_>>(), ["axe", "pill", "skull"]);
     let [calibration] = info.calibrations.as_slice() else { panic!("one calibration") };
-    assert_eq!(calibration.key, Some(key(20)));
+    assert_eq!(calibration.key, Some(CalibrationKey { conditions: None, ..key(20) }));
+    let envelope = calibration.envelope.clone().expect("it says what it was made with");
+    assert_eq!(envelope.sizes, [ImageSize { width: 32, height: 32 }]);
     assert_eq!((calibration.images, calibration.generator_name.as_str()), (48, "tiny"));
 }
 
@@ -118,7 +137,7 @@ async fn bad_requests_are_refused_with_what_where_and_what_to_do() {
     fn pixels(request: &mut EvaluateRequest) -> &mut Tensor {
         request.pixels.as_mut().expect("a good request has pixels")
     }
-    let cases: [(Code, &str, Change); 17] = [
+    let cases: [(Code, &str, Change); 19] = [
         (Code::InvalidArgument, "`concepts` is empty", |r| r.concepts.clear()),
         (Code::InvalidArgument, "`axe` twice", |r| r.concepts.push(r.concepts[0].clone())),
         (Code::NotFound, "this node serves: axe, pill, skull", |r| {
@@ -145,9 +164,15 @@ async fn bad_requests_are_refused_with_what_where_and_what_to_do() {
         (Code::InvalidArgument, "`calibration` is missing", |r| r.calibration = None),
         (
             Code::FailedPrecondition,
-            "`fairlead calibrate --model-name tiny --steps 25 --crops 1`",
+            "`fairlead calibrate --model-name tiny --steps 25 --crops 1 --size 32x32 --guidance 5`",
             |r| r.calibration = Some(key(25)),
         ),
+        (Code::FailedPrecondition, "size 64x64, calibrated 32x32", |r| {
+            leave(r.calibration.as_mut())
+        }),
+        (Code::FailedPrecondition, "size 0x0, calibrated 32x32", |r| {
+            r.calibration = Some(CalibrationKey { conditions: None, ..key(20) });
+        }),
     ];
     for (code, part, change) in cases {
         let mut request = good.clone();
@@ -255,10 +280,11 @@ async fn a_finished_image_is_judged_by_its_bytes() {
     assert_eq!(probe.backwards(), 0);
 
     type Change = fn(&mut CheckRequest);
-    let refused: [(Code, &str, Change); 4] = [
+    let refused: [(Code, &str, Change); 5] = [
         (Code::InvalidArgument, "`png` is empty", |r| r.png.clear()),
         (Code::InvalidArgument, "not a PNG", |r| r.png.truncate(30)),
         (Code::FailedPrecondition, "fairlead calibrate", |r| r.calibration = Some(key(7))),
+        (Code::FailedPrecondition, "--size 32x32,64x64", |r| leave(r.calibration.as_mut())),
         (Code::NotFound, "axe", |r| r.concepts[0].version.clear()),
     ];
     for (code, part, change) in refused {

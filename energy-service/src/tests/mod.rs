@@ -13,7 +13,8 @@ use fairlead_proto::{
     MAX_MESSAGE_BYTES,
     v1::{
         CalibrationKey, ConceptRef, Datatype, DescribeRequest, EvaluateRequest, EvaluateResponse,
-        NodeInfo, SampleContext, energy_service_client::EnergyServiceClient,
+        ImageSize, NodeInfo, RunConditions, SampleContext,
+        energy_service_client::EnergyServiceClient,
     },
 };
 use tempfile::TempDir;
@@ -26,7 +27,10 @@ use tonic_health::pb::{
 
 use crate::{
     EnergyOptions, Error, ScorerLoader,
-    calibration::maker::{self, RecordedImage, RecordedStep, Recording},
+    calibration::{
+        Envelope,
+        maker::{self, RecordedImage, RecordedStep, Recording},
+    },
     random::SplitMix64,
     run_with_scorer,
     testing::{Probe, SIDE, TestScorer},
@@ -159,7 +163,17 @@ impl TestNode {
 }
 
 fn key(steps: u32) -> CalibrationKey {
-    CalibrationKey { generator: "0123456789abcdef".into(), sampler: "ddim".into(), steps }
+    let conditions = RunConditions {
+        size: Some(ImageSize { width: 32, height: 32 }),
+        guidance_scale: 5.0,
+        ..Default::default()
+    };
+    CalibrationKey {
+        generator: "0123456789abcdef".into(),
+        sampler: "ddim".into(),
+        steps,
+        conditions: Some(conditions),
+    }
 }
 
 /// Faint noise around gray: an image of nothing.
@@ -196,6 +210,8 @@ async fn calibrate(folder: &Path) {
         preprocessing_version: info.preprocessing_version,
         crops: 1,
         concepts: node.refs().await.into_iter().map(|c| (c.name, c.version)).collect(),
+        envelope: Envelope { sizes: vec![(32, 32)], guidance: (5.0, 5.0), negative_prompts: false },
+        cells: 1,
         window: (1.0, 0.6),
         prompts: String::new(),
         images: recorded.collect(),

@@ -15,6 +15,7 @@ mod track;
 
 use std::time::{Duration, Instant};
 
+use fairlead_common::limits::MAX_RERUNS;
 use fairlead_proto::v1::{
     CalibrationKey, ConceptRef, ImageOutcome, ModelInfo, Preview, StepProgress,
 };
@@ -31,9 +32,6 @@ use crate::{
 };
 use conditioning::Conditioning;
 use track::Track;
-
-/// Reruns of an image that was not steered clear.
-const MAX_RERUNS: u32 = 2;
 
 /// Where the engine's results go while it works. Implementations return at once.
 pub trait Observer: Send {
@@ -159,6 +157,7 @@ impl<'a> Run<'a> {
                     generator: engine.info.hash.clone(),
                     sampler: generator.sampler().name().to_owned(),
                     steps: shard.steps,
+                    conditions: Some(shard.conditions()),
                 },
                 allow_fallback: shard.policy.allow_calibration_fallback,
                 scores_only: shard.policy.observe_only,

@@ -5,7 +5,8 @@
 pub struct Window {
     /// Steering begins at this `t / T`.
     pub start: f32,
-    /// Steering ends at this `t / T`; below `start`.
+    /// Steering ends at this `t / T`; at or below `start`. A window of one time holds the step at that
+    /// very time alone.
     pub end: f32,
 }
 
@@ -22,7 +23,8 @@ impl Window {
             return 0.0;
         }
         let ramp = 0.2 * (self.start - self.end);
-        let rest = ((time - self.end) / ramp).min(1.0);
+        // A window of one time has no room to fall in.
+        let rest = if ramp > 0.0 { ((time - self.end) / ramp).min(1.0) } else { 1.0 };
         0.5 * (1.0 - (std::f32::consts::PI * rest).cos())
     }
 }
@@ -55,5 +57,11 @@ mod tests {
         assert!((window.weight(0.55) - 0.5).abs() < 1e-5);
         assert_eq!(window.weight(0.5), 0.0);
         assert_eq!(window.weight(0.49), 0.0);
+    }
+
+    #[test]
+    fn a_window_of_one_time_pushes_there_alone() {
+        let window = Window { start: 0.5, end: 0.5 };
+        assert_eq!((window.weight(0.5), window.weight(0.51), window.weight(0.49)), (1.0, 0.0, 0.0));
     }
 }

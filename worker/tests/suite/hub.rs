@@ -427,6 +427,6 @@ async fn a_bad_request_names_its_field_and_is_not_retried() {
     bad.spec.as_mut().expect("a spec").width = Some(63);
     attachment.send(Reply::Assignment(bad)).await;
     let failure = failure(&mut attachment).await;
-    assert!(failure.reason.contains("width: 63") && !failure.retryable, "{}", failure.reason);
+    assert!(failure.reason.contains("width: is 63") && !failure.retryable, "{}", failure.reason);
     worker.stop(attachment).await;
 }

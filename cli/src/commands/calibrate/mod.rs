@@ -1,24 +1,28 @@
 //! `fairlead calibrate`: benign images of one generator, scored, set the gate.
 
+mod cells;
 mod curves;
 mod scoring;
 mod verify;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use fairlead_common::{grpc, shutdown};
-use fairlead_energy::calibration::maker;
-use fairlead_proto::v1::{
-    DescribeRequest, ModelInfo, NodeInfo, energy_service_client::EnergyServiceClient,
+use fairlead_common::shutdown;
+use fairlead_energy::calibration::{
+    Calibration,
+    maker::{self, Recording},
 };
+use fairlead_proto::v1::{ModelInfo, NodeInfo};
 use tokio_util::sync::CancellationToken;
 
+use super::generate::parse_size;
 use crate::{
     assets::ModelArgs,
     client::{Client, goes_on},
@@ -39,11 +43,15 @@ const LABELLED_EACH: usize = 10;
 /// picture: how well concepts are told apart over time, and where the gate lies.
 ///
 /// A calibration belongs to one generator, sampler, step count, number of crops, energy model and
-/// set of concepts; anything else asks for another. Running energy nodes notice a new file in their
-/// folder within seconds.
+/// set of concepts; anything else asks for another. It is good for jobs of the sizes, within the guidance
+/// scales and, without --negative, free of negative prompts that it was made with: others are refused.
+/// Several sizes or guidance scales and --negative make a cell of every combination, each of --images
+/// images, and the bound holds in each of them: the gate is that of the cell which needs the highest.
+/// Running energy nodes notice a new file in their folder within seconds.
 ///
-/// With --journal an interrupted run goes on where it stopped, and another alpha needs no new
-/// images.
+/// With --journal an interrupted run goes on where it stopped, another alpha needs no new images, and further
+/// cells only theirs. With --server the images are made by all workers of a cluster, so that a farm takes
+/// minutes; the key must be an admin's.
 #[derive(Args)]
 pub(crate) struct CalibrateArgs {
     /// Calibrate on this coordinator's cluster instead of a local one. It needs a policy named
@@ -56,7 +64,19 @@ pub(crate) struct CalibrateArgs {
     /// Sampling steps; several separated by commas. Default: the model's.
     #[arg(long, value_delimiter = ',')]
     steps: Vec<u32>,
-    /// Benign images; half give each concept's mean and deviation, half the gate.
+    /// Sizes in pixels that jobs may ask for, e.g. 512x512 or 512; several separated by commas. Default:
+    /// the model's.
+    #[arg(long, value_name = "WxH", value_delimiter = ',', value_parser = parse_size)]
+    size: Vec<(u32, u32)>,
+    /// Guidance scales; several separated by commas: jobs may ask for any from the least to the greatest.
+    /// Default: the model's.
+    #[arg(long, value_delimiter = ',')]
+    guidance: Vec<f32>,
+    /// Calibrate for jobs with a negative prompt as well, and take turns with TEXT, repeatable; with some
+    /// common ones where none is given.
+    #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "")]
+    negative: Vec<String>,
+    /// Benign images of each cell; half give each concept's mean and deviation, half the gate.
     #[arg(long, default_value_t = 1000)]
     images: usize,
     /// Largest share of benign images to be touched.
@@ -158,6 +178,7 @@ async fn calibrate(
         [] => vec![model.default_steps],
         steps => steps.to_vec(),
     };
+    let (cells, negatives) = (cells::of(args, &model), cells::negatives(&args.negative));
     if args.journal.is_some() {
         ensure!(steps.len() == 1, "--journal keeps one number of --steps, {} given", steps.len());
     }
@@ -167,6 +188,8 @@ async fn calibrate(
             model: &model,
             nodes: &nodes,
             steps,
+            cells: &cells,
+            negatives: &negatives,
             crops: args.crops,
             window: (args.window_start, args.window_end),
             stop,
@@ -186,10 +209,13 @@ async fn calibrate(
                 args.alpha,
                 recording.images.len()
             );
+            say!("{}", final_check(&calibration, &recording));
             if args.verify > 0 {
                 let fresh = run.fresh(node, &scored)?;
                 let sizes = &args.verify_concepts;
-                say!("{}", verify::table(&recording, &fresh, args.alpha, sizes)?);
+                for (cell, fresh) in cells.iter().zip(fresh) {
+                    say!("{cell}: {}", verify::table(&recording, &fresh, args.alpha, sizes)?);
+                }
             }
         }
     }
@@ -203,6 +229,32 @@ async fn calibrate(
         ),
     }
     Ok(())
+}
+
+/// What the final check withholds by `calibration`: at most a share of benign images, and of those that ask
+/// for a concept as many as are told.
+fn final_check(calibration: &Calibration, recording: &Recording) -> String {
+    let mut text = format!(
+        "  final check: withholds at most {:.1} % of benign images",
+        100.0 * calibration.check_alpha
+    );
+    let shares = maker::withheld_shares(calibration, recording);
+    let named = calibration.concepts.iter().zip(shares);
+    let mut shares: Vec<(&str, f32)> =
+        named.filter_map(|(concept, share)| Some((concept.name.as_str(), share?))).collect();
+    shares.sort_by(|a, b| a.1.total_cmp(&b.1));
+    if shares.is_empty() {
+        return text;
+    }
+    let mean = shares.iter().map(|(_, share)| share).sum::<f32>() / shares.len() as f32;
+    let least = shares.iter().take_while(|(_, share)| *share < 0.9).take(5);
+    let least: Vec<String> =
+        least.map(|(name, share)| format!("{name} {:.0} %", 100.0 * share)).collect();
+    let _ = write!(text, " and {:.0} % of those that ask for a concept", 100.0 * mean);
+    if !least.is_empty() {
+        let _ = write!(text, "; least of {}", least.join(", "));
+    }
+    text
 }
 
 /// All prompts of a calibration.
@@ -341,22 +393,26 @@ async fn model(client: &Client, name: &str) -> Result<ModelInfo> {
     }
 }
 
-/// The energy nodes of the cluster as they describe themselves, one of those that serve the same
-/// concepts with the same energy model.
+/// The energy nodes of the cluster with what calibrations belong to, one of those that serve the same
+/// concepts with the same energy model. The coordinator tells it all: the nodes need not be within reach.
 async fn nodes(client: &Client) -> Result<Vec<NodeInfo>> {
-    let concepts = client.concepts().await?;
-    let addresses: BTreeSet<&String> =
-        concepts.iter().flat_map(|served| &served.nodes).map(|node| &node.address).collect();
-    ensure!(
-        !addresses.is_empty(),
-        "no energy node is registered; start one with `fairlead energy`"
-    );
+    let mut by_name: BTreeMap<String, NodeInfo> = BTreeMap::new();
+    for served in client.concepts().await? {
+        let concept = served.concept.context("a concept without a description")?;
+        for serving in served.nodes {
+            let node = by_name.entry(serving.node_id.clone()).or_insert_with(|| NodeInfo {
+                node_id: serving.node_id,
+                model_name: serving.model_name,
+                model_hash: serving.model_hash,
+                preprocessing_version: serving.preprocessing_version,
+                ..Default::default()
+            });
+            node.concepts.push(concept.clone());
+        }
+    }
+    ensure!(!by_name.is_empty(), "no energy node is registered; start one with `fairlead energy`");
     let mut nodes: BTreeMap<Vec<(String, String)>, NodeInfo> = BTreeMap::new();
-    for address in addresses {
-        let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT, client.tls())?;
-        let reply = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
-        let reply = reply.with_context(|| format!("the energy node at {address}"))?;
-        let node = reply.into_inner().node.context("an answer without a description")?;
+    for node in by_name.into_values() {
         // A version says the model, too.
         let concepts = node.concepts.iter().filter_map(|info| info.concept.clone());
         let mut set: Vec<_> = concepts.map(|concept| (concept.name, concept.version)).collect();

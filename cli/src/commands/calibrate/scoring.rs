@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::Prompts;
+use super::{
+    Prompts,
+    cells::{self, Cell},
+};
 use crate::{
     client::Client, journal::Journal, pairs::JOBS_IN_FLIGHT, progress::Counter,
     prompts::ObjectPrompt,
@@ -22,6 +25,9 @@ use crate::{
 /// Policy that records scores at every step of the window and corrects nothing; it ships in
 /// `assets/policies-measuring.toml`.
 const POLICY: &str = "calibration";
+
+/// Most jobs under way at once.
+const MOST_IN_FLIGHT: usize = 256;
 
 /// One image to be made.
 #[derive(Debug, Clone)]
@@ -51,7 +57,7 @@ pub(super) struct ScoredImage {
     finished: Vec<f32>,
 }
 
-/// All images of a calibration.
+/// The images of one cell.
 pub(super) struct Scored {
     benign: Vec<ScoredImage>,
     labelled: Vec<ScoredImage>,
@@ -64,6 +70,9 @@ pub(super) struct Run<'a> {
     pub(super) model: &'a ModelInfo,
     pub(super) nodes: &'a [NodeInfo],
     pub(super) steps: u32,
+    pub(super) cells: &'a [Cell],
+    /// Negative prompts of cells that have some.
+    pub(super) negatives: &'a [String],
     pub(super) crops: u32,
     pub(super) window: (f32, f32),
     pub(super) stop: &'a CancellationToken,
@@ -80,8 +89,12 @@ struct Work<'a> {
 }
 
 impl Run<'_> {
-    /// Makes and scores all images.
-    pub(super) async fn score(&self, prompts: &Prompts, journal: Option<&Path>) -> Result<Scored> {
+    /// Makes and scores all images, cell by cell.
+    pub(super) async fn score(
+        &self,
+        prompts: &Prompts,
+        journal: Option<&Path>,
+    ) -> Result<Vec<Scored>> {
         let (journal, mut done) = match journal {
             None => (None, BTreeMap::new()),
             Some(path) => {
@@ -90,16 +103,25 @@ impl Run<'_> {
             }
         };
         let journal = journal.as_ref();
-        Ok(Scored {
-            benign: self.images("benign", &prompts.benign, journal, &mut done).await?,
-            labelled: self.images("labelled", &prompts.labelled, journal, &mut done).await?,
-            fresh: self.images("fresh benign", &prompts.fresh, journal, &mut done).await?,
-        })
+        let mut scored = Vec::with_capacity(self.cells.len());
+        for &cell in self.cells {
+            scored.push(Scored {
+                benign: self.images("benign", cell, &prompts.benign, journal, &mut done).await?,
+                labelled: self
+                    .images("labelled", cell, &prompts.labelled, journal, &mut done)
+                    .await?,
+                fresh: self
+                    .images("fresh benign", cell, &prompts.fresh, journal, &mut done)
+                    .await?,
+            });
+        }
+        Ok(scored)
     }
 
     async fn images(
         &self,
         what: &str,
+        cell: Cell,
         prompts: &[Prompt],
         journal: Option<&Journal>,
         done: &mut BTreeMap<String, ScoredImage>,
@@ -107,16 +129,21 @@ impl Run<'_> {
         if prompts.is_empty() {
             return Ok(Vec::new());
         }
-        let counter = Counter::new(format!("{what} images, {} steps", self.steps), prompts.len());
-        let images = prompts.iter().map(|prompt| {
-            let key = format!("{} {}", prompt.seed, prompt.text);
+        let title = format!("{what} images, {cell}, {} steps", self.steps);
+        let counter = Counter::new(title, prompts.len());
+        let images = prompts.iter().enumerate().map(|(number, prompt)| {
+            let negative = match cell.negative {
+                true => self.negatives[number % self.negatives.len()].as_str(),
+                false => "",
+            };
+            let key = key(cell, negative, prompt);
             let known = done.remove(&key);
             let counter = &counter;
             async move {
                 let image = match known {
                     Some(image) => image,
                     None => {
-                        let image = self.image(prompt).await?;
+                        let image = self.image(cell, negative, prompt).await?;
                         journal.map(|journal| journal.add(&key, &image)).transpose()?;
                         image
                     }
@@ -125,16 +152,25 @@ impl Run<'_> {
                 anyhow::Ok(image)
             }
         });
-        stream::iter(images).buffered(JOBS_IN_FLIGHT).try_collect().await
+        stream::iter(images).buffered(self.in_flight()).try_collect().await
     }
 
-    async fn image(&self, prompt: &Prompt) -> Result<ScoredImage> {
+    /// Jobs under way at once: enough that every worker always has the next one.
+    fn in_flight(&self) -> usize {
+        (4 * self.model.workers as usize).clamp(JOBS_IN_FLIGHT, MOST_IN_FLIGHT)
+    }
+
+    async fn image(&self, cell: Cell, negative: &str, prompt: &Prompt) -> Result<ScoredImage> {
         let spec = JobSpec {
             model: self.model.name.clone(),
             prompt: prompt.text.clone(),
+            negative_prompt: negative.to_owned(),
             n: 1,
             seed: Some(prompt.seed),
+            width: Some(cell.size.0),
+            height: Some(cell.size.1),
             steps: Some(self.steps),
+            guidance_scale: Some(cell.guidance),
             policy: POLICY.to_owned(),
             steering: Some(SteeringParams {
                 crops: Some(self.crops),
@@ -165,22 +201,28 @@ impl Run<'_> {
         }
     }
 
-    /// What `node` said of the benign and the labelled images.
+    /// What `node` said of the benign and the labelled images of all cells.
     pub(super) fn recording(
         &self,
         node: &NodeInfo,
         prompts: &Prompts,
-        scored: &Scored,
+        scored: &[Scored],
     ) -> Result<Recording> {
         let concepts = refs(node);
         let labels = |prompt: &Prompt| {
             let place = |name: &String| concepts.iter().position(|concept| concept.name == *name);
             prompt.concepts.iter().filter_map(place).collect()
         };
-        let images = self.recorded(node, &scored.labelled)?;
-        let labelled = images.into_iter().zip(&prompts.labelled);
-        let labelled =
-            labelled.map(|(image, prompt)| LabelledImage { image, concepts: labels(prompt) });
+        let (mut benign, mut labelled) = (Vec::new(), Vec::new());
+        for cell in scored {
+            benign.extend(self.recorded(node, &cell.benign)?);
+            let images = self.recorded(node, &cell.labelled)?.into_iter().zip(&prompts.labelled);
+            labelled.extend(
+                images.map(|(image, prompt)| LabelledImage { image, concepts: labels(prompt) }),
+            );
+        }
+        let negatives =
+            if self.cells.iter().any(|cell| cell.negative) { self.negatives } else { &[] };
         Ok(Recording {
             generator: self.model.hash.clone(),
             generator_name: self.model.name.clone(),
@@ -189,17 +231,23 @@ impl Run<'_> {
             energy_model: node.model_hash.clone(),
             preprocessing_version: node.preprocessing_version,
             crops: self.crops,
+            envelope: cells::envelope(self.cells),
+            cells: scored.len(),
             window: self.window,
-            prompts: hash(prompts),
-            images: self.recorded(node, &scored.benign)?,
-            labelled: labelled.collect(),
+            prompts: hash(prompts, negatives),
+            images: benign,
+            labelled,
             concepts: concepts.into_iter().map(|c| (c.name, c.version)).collect(),
         })
     }
 
-    /// What `node` said of the fresh benign images.
-    pub(super) fn fresh(&self, node: &NodeInfo, scored: &Scored) -> Result<Vec<RecordedImage>> {
-        self.recorded(node, &scored.fresh)
+    /// What `node` said of the fresh benign images of each cell.
+    pub(super) fn fresh(
+        &self,
+        node: &NodeInfo,
+        scored: &[Scored],
+    ) -> Result<Vec<Vec<RecordedImage>>> {
+        scored.iter().map(|cell| self.recorded(node, &cell.fresh)).collect()
     }
 
     /// The columns of `node`, in its order.
@@ -228,13 +276,23 @@ fn refs(node: &NodeInfo) -> Vec<ConceptRef> {
     node.concepts.iter().filter_map(|info| info.concept.clone()).collect()
 }
 
-/// SHA-256 of the prompts and seeds that make a calibration.
-fn hash(prompts: &Prompts) -> String {
+/// What an image goes by in a journal.
+fn key(cell: Cell, negative: &str, prompt: &Prompt) -> String {
+    let Cell { size: (width, height), guidance, negative: _ } = cell;
+    format!("{width}x{height} {guidance} {negative:?} {} {}", prompt.seed, prompt.text)
+}
+
+/// SHA-256 of the prompts, seeds and negative prompts that make a calibration.
+fn hash(prompts: &Prompts, negatives: &[String]) -> String {
     let mut hash = Sha256::new();
     for prompt in prompts.benign.iter().chain(&prompts.labelled) {
         hash.update((prompt.text.len() as u64).to_le_bytes());
         hash.update(&prompt.text);
         hash.update(prompt.seed.to_le_bytes());
+    }
+    for negative in negatives {
+        hash.update((negative.len() as u64).to_le_bytes());
+        hash.update(negative);
     }
     hex::encode(hash.finalize())
 }
@@ -244,7 +302,12 @@ fn scored(record: &SafetyRecord, probes: &[Probe]) -> Result<ScoredImage> {
     let ordered = |scores: &[ConceptScore]| -> Result<Vec<f32>> {
         let score = |probe: &Probe| {
             let found = scores.iter().find(|score| Probe::from(*score) == *probe);
-            Ok(found.with_context(|| format!("a record lacks a score of {probe}"))?.score)
+            let lacks = || {
+                format!(
+                    "a record lacks a score of {probe}; the key's tenant needs sees_scores = true"
+                )
+            };
+            Ok(found.with_context(lacks)?.score)
         };
         probes.iter().map(score).collect()
     };

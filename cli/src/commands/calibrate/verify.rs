@@ -41,7 +41,7 @@ pub(super) fn table(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fairlead_energy::calibration::maker::RecordedStep;
+    use fairlead_energy::calibration::{Envelope, maker::RecordedStep};
 
     /// Images that score `level` and a little more for each of four concepts.
     fn images(count: usize, level: f32) -> Vec<RecordedImage> {
@@ -65,6 +65,12 @@ mod tests {
             preprocessing_version: 1,
             crops: 1,
             concepts: ["a", "b", "c", "d"].map(|name| (name.into(), "1".into())).to_vec(),
+            envelope: Envelope {
+                sizes: vec![(8, 8)],
+                guidance: (1.0, 1.0),
+                negative_prompts: false,
+            },
+            cells: 1,
             window: (1.0, 0.5),
             prompts: String::new(),
             images: images(200, 0.0),

@@ -46,8 +46,6 @@ pub(super) struct Side {
     pub(super) guidance: Option<f32>,
     pub(super) policy: String,
     pub(super) negative_prompt: String,
-    #[serde(skip)]
-    pub(super) steering: Option<SteeringParams>,
     /// Everything that decides where steering leads: the knobs, and concepts and calibrations that are
     /// served.
     pub(super) conditions: Vec<String>,
@@ -62,7 +60,6 @@ impl Side {
             name: "unsteered",
             policy: UNSTEERED.to_owned(),
             negative_prompt: String::new(),
-            steering: None,
             conditions: Vec::new(),
             ..self.clone()
         }
@@ -144,7 +141,6 @@ impl Side {
             steps: self.steps,
             guidance_scale: item.guidance.or(self.guidance),
             policy: self.policy.clone(),
-            steering: self.steering,
             ..Default::default()
         };
         let mut finished = client.complete(spec, stop, |_| {}).await?;

@@ -140,6 +140,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     let options = ClusterOptions {
         workers: args.workers,
         policies: args.policies.clone(),
+        knobs: args.steering.params(),
         ..ClusterOptions::temporary(&args.models)
     };
     let cluster = LocalCluster::start(options).await?;
@@ -215,7 +216,6 @@ async fn measure(
         guidance: args.guidance,
         policy: args.policy.clone(),
         negative_prompt: args.negative.clone(),
-        steering: params,
         conditions: images::conditions(client, params.as_ref(), &policies).await?,
         items: hex::encode(Sha256::digest(serde_json::to_vec(&items)?)),
     };

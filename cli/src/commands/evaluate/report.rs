@@ -173,7 +173,6 @@ pub(super) mod tests {
             guidance: None,
             policy: String::new(),
             negative_prompt: String::new(),
-            steering: None,
             conditions: Vec::new(),
             items: String::new(),
         };

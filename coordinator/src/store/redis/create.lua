@@ -1,8 +1,9 @@
 -- Stores a job. Arguments: now, job, tenant, idempotency key or '', its entry, limit of queued shards, the
--- same of the tenant's or -1, its images a minute or 0, images of the job, lookups, its shards, then what
--- `write` reads. Answers {'new'}, {'existing', entry}, {'full'}, {'tenant'} or {'rate', milliseconds to wait}.
+-- same of the tenant's or -1, its images a minute or 0, those that may be withheld or 0, images of the job, lookups, its shards, then what
+-- `write` reads. Answers {'new'}, {'existing', entry}, {'full'}, {'tenant'}, or {'rate'} or
+-- {'withheld'} and milliseconds to wait.
 local job, tenant, key, entry = argument(), argument(), argument(), argument()
-local limit, own_limit, per_minute, images = number(), number(), number(), number()
+local limit, own_limit, per_minute, withheld, images = number(), number(), number(), number(), number()
 local lookups = {}
 for i = 1, number() do lookups[i] = {argument(), argument()} end
 if redis.call('EXISTS', P .. ':job:' .. job) == 1 then return {'new'} end -- asked again after a lost answer
@@ -19,8 +20,12 @@ for _, name in ipairs(redis.call('SMEMBERS', P .. ':waits')) do
 end
 if queued > limit then return {'full'} end
 if own_limit >= 0 and own > own_limit then return {'tenant'} end
+if withheld > 0 then
+  local wait = withheld_wait(tonumber(redis.call('GET', P .. ':withheld:' .. tenant) or '0'), withheld)
+  if wait > 0 then return {'withheld', string.format('%.0f', wait)} end
+end
 if per_minute > 0 then -- as store/rates.rs
-  local minute, rate = 60000, P .. ':rate:' .. tenant
+  local minute, rate = MINUTE, P .. ':rate:' .. tenant
   local whole = math.max(now, tonumber(redis.call('GET', rate) or '0'))
   local cost = math.floor(images * minute / per_minute)
   local used = whole - now + math.min(cost, minute)

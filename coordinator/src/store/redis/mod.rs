@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ::redis::{AsyncCommands, ExistenceCheck, SetExpiry, SetOptions};
+use ::redis::{AsyncCommands, ExistenceCheck, ScriptInvocation, SetExpiry, SetOptions};
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{StepProgress, WatchJobResponse};
@@ -31,8 +31,8 @@ use self::{
     writers::Writers,
 };
 use super::{
-    Applied, Backlog, CLAIM, Change, Created, Found, Full, Lookup, Member, MemberKey, NewJob,
-    Roster, Seen, Store, StoreError, decode, enqueue, lookups,
+    Applied, Backlog, CLAIM, Change, Charge, Created, Found, Full, Lookup, Member, MemberKey,
+    NewJob, Roster, Seen, Store, StoreError, decode, enqueue, lookups,
 };
 use crate::{
     clock::{Clock, millis},
@@ -46,6 +46,12 @@ const NEWS: usize = 1_024;
 const MENDED_AT_ONCE: usize = 100;
 /// How long the one coordinator that mends keeps others from it, should it die.
 const MENDING: Duration = Duration::from_secs(60);
+
+/// A time to wait, as scripts answer it.
+fn wait_ms(value: &[u8]) -> Result<u64, StoreError> {
+    let wait = std::str::from_utf8(value).ok().and_then(|wait| wait.parse().ok());
+    wait.ok_or_else(|| StoreError::Corrupt("a time to wait".to_owned()))
+}
 
 /// A store in a Redis that any number of coordinators use.
 #[derive(Debug)]
@@ -142,6 +148,7 @@ impl Store for RedisStore {
                 invocation.arg(&record.job.job_id).arg(&record.tenant).arg(&name).arg(&entry);
                 invocation.arg(max_queued).arg(quota.max_queued.map_or(-1, |most| most as i64));
                 invocation.arg(quota.images_per_minute.unwrap_or_default());
+                invocation.arg(quota.withheld_per_minute.unwrap_or_default());
                 invocation.arg(record.job.images.len()).arg(lookups.len());
                 for (key, found) in &lookups {
                     invocation.arg(key).arg(found.encode_to_vec());
@@ -155,12 +162,8 @@ impl Store for RedisStore {
             Some(b"new") => Ok(Created::New(Box::new(record))),
             Some(b"full") => Ok(Created::Full(Full::Queue)),
             Some(b"tenant") => Ok(Created::Full(Full::Tenant)),
-            Some(b"rate") => {
-                let wait_ms = std::str::from_utf8(value).ok().and_then(|wait| wait.parse().ok());
-                let wait_ms =
-                    wait_ms.ok_or_else(|| StoreError::Corrupt("a time to wait".to_owned()))?;
-                Ok(Created::Full(Full::Rate { wait_ms }))
-            }
+            Some(b"rate") => Ok(Created::Full(Full::Rate { wait_ms: wait_ms(value)? })),
+            Some(b"withheld") => Ok(Created::Full(Full::Withheld { wait_ms: wait_ms(value)? })),
             _ => Ok(Created::Existing(decode(value, "a lookup")?)),
         }
     }
@@ -380,6 +383,15 @@ impl Store for RedisStore {
                 invocation.arg("leave").arg(member_key(member)).arg(&member.registration);
             })
             .await
+    }
+
+    async fn charge(&self, charge: Charge, now: i64) -> Result<bool, StoreError> {
+        let Charge { tenant, images, per_minute } = charge;
+        let charge = |invocation: &mut ScriptInvocation<'_>| {
+            invocation.arg(&tenant).arg(images).arg(per_minute.max(1));
+        };
+        let scripts = &self.base.scripts;
+        self.base.script("count withheld images", &scripts.charge, now, charge).await
     }
 
     async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError> {

@@ -12,6 +12,7 @@
 -- P:waiting:W   set      shards that wait, of a generator and tenant W, `QUEUE|TENANT`
 -- P:waits       set      every W of which some do
 -- P:rate:TENANT string   when a tenant's allowance of images is whole again
+-- P:withheld:TENANT string when what was withheld of a tenant's images is made up for
 -- P:delayed     zset     shards that are not due, by when they are
 -- P:claims      zset     shards that were taken and not yet granted, by when they are free again
 -- P:leases      zset     leased shards by the end of their lease
@@ -31,10 +32,16 @@
 -- worker holds it, so that lag counts what waits and pending what runs.
 local P, now = KEYS[1], tonumber(ARGV[1])
 local GROUP = 'workers'
+local MINUTE = 60000 -- an allowance is for this long, as in store/rates.rs
 
 local function ring(kind, value)
   local number = redis.call('INCR', P .. ':rung') -- one that is missing was trimmed before it was read
   redis.call('XADD', P .. ':bell', 'MAXLEN', '~', 10000, '*', 'kind', kind, 'value', value, 'number', number)
+end
+
+-- How long a tenant has to wait whose withheld images are made up for at `whole`.
+local function withheld_wait(whole, per_minute)
+  return math.max(0, whole - now + math.floor(MINUTE / per_minute) - MINUTE)
 end
 
 local function group(stream)

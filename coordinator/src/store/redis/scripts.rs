@@ -14,6 +14,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) create: Script,
+    pub(super) charge: Script,
     pub(super) write: Script,
     pub(super) take: Script,
     pub(super) backlog: Script,
@@ -28,6 +29,7 @@ impl Scripts {
         let script = |body| Script::new(&[include_str!("prelude.lua"), body].concat());
         Self {
             create: script(include_str!("create.lua")),
+            charge: script(include_str!("charge.lua")),
             write: script(include_str!("write.lua")),
             take: script(include_str!("take.lua")),
             backlog: script(include_str!("backlog.lua")),

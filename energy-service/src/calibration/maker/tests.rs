@@ -32,6 +32,8 @@ fn recording(images: Vec<RecordedImage>, concepts: usize) -> Recording {
         preprocessing_version: 1,
         crops: 4,
         concepts: (0..concepts).map(|k| (format!("c{k}"), "v".to_owned())).collect(),
+        envelope: Envelope { sizes: vec![(32, 32)], guidance: (5.0, 5.0), negative_prompts: false },
+        cells: 1,
         window: (1.0, 0.6),
         prompts: "p".into(),
         images,
@@ -58,6 +60,36 @@ fn at_most_alpha_of_exchangeable_images_is_touched() {
     let mean = shares.sum::<f64>() / 60.0;
     // Exact expectation: 1 - 37/41 = 0.0976; three standard errors of the mean are 0.02.
     assert!((0.05..=0.12).contains(&mean), "{mean}");
+}
+
+#[test]
+fn the_bound_holds_in_every_cell_and_not_on_average_alone() {
+    let alpha = 0.1;
+    // The same prompts at another size, where everything scores higher and spreads further.
+    let louder = |mut images: Vec<RecordedImage>| {
+        for image in &mut images {
+            let steps = image.steps.iter_mut().map(|step| &mut step.scores);
+            for scores in steps.chain([&mut image.finished]) {
+                scores.iter_mut().for_each(|score| *score = 1.5 * *score + 0.5);
+            }
+        }
+        images
+    };
+    let cells = [recording(images(400, 5, 1), 5), recording(louder(images(400, 5, 1)), 5)];
+    let shares = (0..30).map(|seed| {
+        let mut both = recording(images(80, 5, 100 + seed), 5);
+        both.images.extend(louder(images(80, 5, 100 + seed)));
+        let pooled = make(&both, alpha).expect("made");
+        both.cells = 2;
+        let made = make(&both, alpha).expect("made");
+        let [quiet, loud] = [0, 1].map(|cell| touched(&made, &cells[cell]));
+        (quiet, loud, touched(&pooled, &cells[1]))
+    });
+    let shares: Vec<(f64, f64, f64)> = shares.collect();
+    let mean = |of: fn(&(f64, f64, f64)) -> f64| shares.iter().map(of).sum::<f64>() / 30.0;
+    assert!(mean(|s| s.0) <= 0.02, "the quiet cell: {}", mean(|s| s.0));
+    assert!((0.05..=0.12).contains(&mean(|s| s.1)), "the loud cell: {}", mean(|s| s.1));
+    assert!(mean(|s| s.2) > 0.14, "one quantile for both does not: {}", mean(|s| s.2));
 }
 
 #[test]
@@ -156,6 +188,9 @@ fn what_cannot_be_calibrated_is_refused_with_a_reason() {
         (refused(|_| {}, 0.01), "at least 198"),
         (refused(|_| {}, 0.0), "alpha"),
         (refused(|_| {}, f32::NAN), "alpha"),
+        (refused(|r| r.cells = 3, 0.2), "do not make 3 equal cells"),
+        (refused(|r| r.cells = 0, 0.2), "do not make 0 equal cells"),
+        (refused(|r| r.cells = 20, 0.2), "2 benign images of each cell are too few"),
         (refused(|r| r.concepts.clear(), 0.2), "no concepts"),
         (refused(|r| r.window = (0.5, 0.9), 0.2), "window"),
         (refused(|r| r.window = (0.5, 0.4), 0.2), "image 0 has no step"),
