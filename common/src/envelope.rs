@@ -25,11 +25,10 @@ pub fn ways_outside(envelope: &CalibrationEnvelope, run: &RunConditions) -> Vec<
     if !envelope.sizes.contains(&size) {
         ways.push(format!("size {}, calibrated {}", text(&size), sizes(envelope)));
     }
-    let (least, greatest) = (envelope.guidance_least, envelope.guidance_greatest);
-    if !(least..=greatest).contains(&run.guidance_scale) {
-        let range =
-            if least == greatest { least.to_string() } else { format!("{least} to {greatest}") };
-        ways.push(format!("guidance {}, calibrated {range}", run.guidance_scale));
+    let range = envelope.guidance_least..=envelope.guidance_greatest;
+    if !range.contains(&run.guidance_scale) {
+        let calibrated = guidance(envelope, " to ");
+        ways.push(format!("guidance {}, calibrated {calibrated}", run.guidance_scale));
     }
     if run.negative_prompt && !envelope.negative_prompts {
         ways.push("a negative prompt, calibrated without".to_owned());
@@ -57,13 +56,23 @@ pub fn extended(envelope: &CalibrationEnvelope, run: &RunConditions) -> Calibrat
     wider
 }
 
+/// An envelope, for people.
+pub fn describe(envelope: &CalibrationEnvelope) -> String {
+    let negative =
+        if envelope.negative_prompts { "negative prompts" } else { "no negative prompt" };
+    format!("{}, guidance {}, {negative}", sizes(envelope), guidance(envelope, " to "))
+}
+
 /// The flags of `fairlead calibrate` that make a calibration with this envelope.
 pub fn flags(envelope: &CalibrationEnvelope) -> String {
-    let CalibrationEnvelope { guidance_least: least, guidance_greatest: greatest, .. } = envelope;
-    let guidance =
-        if least == greatest { least.to_string() } else { format!("{least},{greatest}") };
+    let guidance = guidance(envelope, ",");
     let negative = if envelope.negative_prompts { " --negative" } else { "" };
     format!("--size {} --guidance {guidance}{negative}", sizes(envelope))
+}
+
+fn guidance(envelope: &CalibrationEnvelope, between: &str) -> String {
+    let (least, greatest) = (envelope.guidance_least, envelope.guidance_greatest);
+    if least == greatest { least.to_string() } else { format!("{least}{between}{greatest}") }
 }
 
 fn sizes(envelope: &CalibrationEnvelope) -> String {
@@ -119,7 +128,10 @@ mod tests {
     fn the_flags_name_the_old_and_the_new() {
         let envelope = extended(&around(&run(32, 5.0, false)), &run(64, 7.5, true));
         assert_eq!(flags(&envelope), "--size 32x32,64x64 --guidance 5,7.5 --negative");
-        assert_eq!(flags(&around(&run(32, 5.0, false))), "--size 32x32 --guidance 5");
+        assert_eq!(describe(&envelope), "32x32,64x64, guidance 5 to 7.5, negative prompts");
+        let least = around(&run(32, 5.0, false));
+        assert_eq!(flags(&least), "--size 32x32 --guidance 5");
+        assert_eq!(describe(&least), "32x32, guidance 5, no negative prompt");
     }
 
     proptest! {

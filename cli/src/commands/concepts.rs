@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Result;
 use clap::Args;
+use fairlead_common::envelope;
 use fairlead_energy::ConceptSet;
 use fairlead_proto::v1::{CalibrationInfo, ConceptRef, ServedConcept, ServingNode};
 
@@ -148,12 +149,13 @@ fn list_nodes(served: &[ServedConcept]) {
 fn calibration(info: &CalibrationInfo) -> String {
     let key = info.key.clone().unwrap_or_default();
     let CalibrationInfo { generator_name, id, alpha, gate, images, crops, concepts, .. } = info;
+    let envelope = info.envelope.as_ref().map_or("no envelope".to_owned(), envelope::describe);
     let concepts = match concepts.as_slice() {
         [one] => one.clone(),
         several => format!("{} concepts", several.len()),
     };
     format!(
-        "{generator_name}: {}, {} steps, {crops} crops, window {} to {}; gate {gate:.2} (alpha {alpha}, {images} \
+        "{generator_name}: {}, {} steps, {crops} crops, window {} to {}; {envelope}; gate {gate:.2} (alpha {alpha}, {images} \
          images), {concepts}, id {}",
         key.sampler,
         key.steps,

@@ -51,7 +51,8 @@ const LABELLED_EACH: usize = 10;
 ///
 /// With --journal an interrupted run goes on where it stopped, another alpha needs no new images, and further
 /// cells only theirs. With --server the images are made by all workers of a cluster, so that a farm takes
-/// minutes; the key must be an admin's.
+/// minutes; the key must be an admin's. What energies score on the way to an image is known from the worker
+/// that made it: calibrate with workers that you trust.
 #[derive(Args)]
 pub(crate) struct CalibrateArgs {
     /// Calibrate on this coordinator's cluster instead of a local one. It needs a policy named
