@@ -486,6 +486,30 @@ fn wrong_inputs_are_named() {
     assert!(matches!(nothing_saved, Err(Error::TapeEmpty)));
 }
 
+/// On a GPU candle counts the columns of a convolution in 32 bits: 1,365 x 1,365 pixels of 256
+/// channels are the most, beyond which pixels would be whatever lay in memory.
+#[test]
+fn an_image_too_large_for_the_device_is_refused_before_it_is_computed() {
+    let conv = Conv2d::new(noise(&[2, 256, 3, 3], 1), None, Conv2dConfig::SAME_3X3).unwrap();
+    // One number that stands for all pixels: nothing of this size is ever allocated.
+    let pixels = |side: usize| {
+        Tensor::zeros((1, 1, 1, 1), DType::F32, &device())
+            .unwrap()
+            .broadcast_as((1, 256, side, side))
+    };
+    let off = &mut Tape::off();
+    let forward = |x: &Tensor, tape: &mut Tape| composed_of_candle_ops(|| conv.forward(x, tape));
+    let message = forward(&pixels(1366).unwrap(), off).unwrap_err().to_string();
+    assert!(
+        message.contains("1366 x 1366 pixels of 256 channels make 4299162624 columns"),
+        "{message}"
+    );
+    assert!(message.contains("ask for a smaller image"), "{message}");
+    let narrow = Conv2d::new(noise(&[256, 2, 3, 3], 1), None, Conv2dConfig::SAME_3X3).unwrap();
+    let message = composed_of_candle_ops(|| narrow.backward(&pixels(1366).unwrap(), off));
+    assert!(message.unwrap_err().to_string().contains("ask for a smaller image"));
+}
+
 /// A number that is not finite must come out as one, so that the run-time can refuse the image.
 #[test]
 fn not_a_number_is_never_hidden() {

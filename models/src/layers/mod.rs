@@ -23,6 +23,7 @@ use crate::{Error, Result};
 
 pub use activation::Activation;
 pub use attention::Attention;
+pub(crate) use composed::MOST_COLUMNS;
 pub use conv::{Conv2d, Conv2dConfig, Padding};
 pub use linear::Linear;
 pub use modulation::{add_scaled, scale_backward, scale_shift};
