@@ -486,6 +486,27 @@ fn wrong_inputs_are_named() {
     assert!(matches!(nothing_saved, Err(Error::TapeEmpty)));
 }
 
+/// Whatever the filter, the backward pass is the transpose of the forward pass: `<A x, y> = <x, A'
+/// y>`.
+#[test]
+fn every_filter_has_a_gradient() {
+    let dot = |a: &Tensor, b: &Tensor| {
+        let product = (a * b).unwrap().sum_all().unwrap();
+        product.to_scalar::<f32>().unwrap()
+    };
+    for number in 0..6 {
+        let filter = Filter::from_pillow(number).unwrap();
+        for (from, to) in [([9, 6], [4, 13]), ([5, 7], [11, 2]), ([3, 3], [3, 3])] {
+            let (x, y) = (noise(&[2, 3, from[0], from[1]], 1), noise(&[2, 3, to[0], to[1]], 2));
+            let forward = dot(&resize(&x, to[0], to[1], filter).unwrap(), &y);
+            let backward = dot(&x, &resize_backward(&y, from[0], from[1], filter).unwrap());
+            let error = (forward - backward).abs();
+            assert!(error < 1e-4, "{filter:?} {from:?} {to:?}: {forward} {backward}");
+        }
+    }
+    assert_eq!(Filter::from_pillow(6), None);
+}
+
 /// On a GPU candle counts the columns of a convolution in 32 bits: 1,365 x 1,365 pixels of 256
 /// channels are the most, beyond which pixels would be whatever lay in memory.
 #[test]

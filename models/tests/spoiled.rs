@@ -164,7 +164,7 @@ fn spoiled_pipelines_open_or_are_refused_by_name() {
     let open: Load = |dir| {
         let folder = PipelineFolder::open(dir)?;
         folder.components().try_for_each(|name| folder.component(name).map(drop))?;
-        folder.hash().map(drop)
+        folder.folder().hash().map(drop)
     };
     let copy = Copy { load: open, folder, size: index.len() };
     open(copy.path()).unwrap();
