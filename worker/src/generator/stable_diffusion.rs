@@ -30,9 +30,7 @@ pub(super) fn load(
     device: &Device,
 ) -> Result<Box<dyn Generator>> {
     let notices = folder.account(&COMPONENTS, &UNUSED)?;
-    let scheduler = folder.component("scheduler")?;
-    scheduler.file("scheduler_config.json");
-    let mut chosen = sampler::for_stable_diffusion(&scheduler.path())?;
+    let mut chosen = sampler::for_stable_diffusion(folder)?;
     chosen.notices.extend(notices);
     let tokenizer = ClipTokenizer::load(&folder.component("tokenizer")?)?;
     let text_encoder = ClipTextModel::load(&folder.component("text_encoder")?, device)?;

@@ -100,9 +100,7 @@ pub(super) fn load(
     device: &Device,
 ) -> Result<Box<dyn Generator>> {
     let notices = folder.account(&COMPONENTS, &UNUSED)?;
-    let scheduler = folder.component("scheduler")?;
-    scheduler.file("scheduler_config.json");
-    let mut chosen = sampler::for_flow(&scheduler.path())?;
+    let mut chosen = sampler::for_flow(folder)?;
     chosen.notices.extend(notices);
     let clips = [Clip::load(folder, "", device)?, Clip::load(folder, "_2", device)?];
     let vae = AutoencoderKl::load(&folder.component("vae")?, device)?;
