@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::clip::ClipModel;
+use crate::clip::{ClipModel, open_clip};
 use crate::layers::Filter;
 use crate::siglip::SiglipModel;
 use crate::tokenizer::{ClipTokenizer, EncodedPrompt, FileTokenizer};
@@ -47,7 +47,7 @@ type Load = fn(&ModelFolder, &Device) -> Result<Box<dyn ContrastiveModel>>;
 /// Values of `model_type` in `config.json`.
 const TABLE: &[(&str, Load)] = &[("clip", Clip::load), ("siglip", Siglip::load)];
 
-/// Loads the transformers folder `dir` of a contrastive model, tokenizer included.
+/// Loads the transformers or open_clip folder `dir` of a contrastive model, tokenizer included.
 ///
 /// # Errors
 /// When its `model_type` is not supported, or as the model's own `load`.
@@ -56,6 +56,9 @@ pub fn load_contrastive(
     device: &Device,
 ) -> Result<Box<dyn ContrastiveModel>> {
     let folder = dir.into();
+    if open_clip::is_one(&folder) {
+        return Clip::load(&folder, device);
+    }
     let fields = folder.config("config.json")?;
     let given = fields.get("model_type").and_then(|kind| kind.as_str());
     match TABLE.iter().find(|(kind, _)| Some(*kind) == given) {

@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::config::ClipConfig;
+use super::open_clip;
 use super::text::ClipTextModel;
 use super::vision::VisionTower;
 use crate::layers::Linear;
@@ -25,12 +26,16 @@ pub struct ClipModel {
 
 impl ClipModel {
     /// Reads a transformers folder: `config.json`, `model.safetensors` (or its shards) and
-    /// `preprocessor_config.json`.
+    /// `preprocessor_config.json`; or one of open_clip: `open_clip_config.json` and
+    /// `open_clip_model.safetensors`.
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
     pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
         let folder = dir.into();
+        if open_clip::is_one(&folder) {
+            return open_clip::load(&folder, device);
+        }
         let config = ClipConfig::read(&folder.file("config.json"))?;
         let preprocess =
             ImagePreprocess::read(&folder, config.image_size, &ImagePreprocess::OPENAI)?;
