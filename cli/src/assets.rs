@@ -11,10 +11,12 @@ use fairlead_models::DeviceName;
 #[command(next_help_heading = "Models")]
 pub(crate) struct ModelArgs {
     /// Generator: a diffusers folder (model_index.json inside), e.g. a Stable Diffusion checkout,
-    /// or the name of an embedded one: emojiland-sd (default), emojiland-sd3. Repeatable.
+    /// the id org/name of one in the Hugging Face cache, or the name of an embedded one:
+    /// emojiland-sd (default), emojiland-sd3. Repeatable.
     #[arg(long = "model", value_name = "DIR", env = "FAIRLEAD_MODEL", value_delimiter = ',')]
     pub(crate) generators: Vec<PathBuf>,
-    /// Energy: a transformers CLIPModel or SiglipModel folder, or the name of an embedded one:
+    /// Energy: a transformers CLIPModel or SiglipModel folder, an open_clip one, the id org/name of
+    /// one in the Hugging Face cache, or the name of an embedded one:
     /// emojiland-clip (default), emojiland-siglip. Repeatable: each becomes a node of its own, and
     /// all of them must be satisfied.
     #[arg(long = "energy", value_name = "DIR", env = "FAIRLEAD_ENERGY", value_delimiter = ',')]

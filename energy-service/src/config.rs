@@ -11,8 +11,10 @@ use crate::engine::Batching;
 /// Options of `fairlead energy`.
 #[derive(Args, Debug, Clone)]
 pub struct EnergyArgs {
-    /// Energy model: a folder with a transformers CLIPModel or SiglipModel (config.json, model.safetensors,
-    /// preprocessor_config.json and the tokenizer's files).
+    /// Energy model: a folder with a transformers CLIPModel or SiglipModel (config.json,
+    /// model.safetensors, preprocessor_config.json and the tokenizer's files) or with a CLIP of
+    /// open_clip (open_clip_config.json, open_clip_model.safetensors), or the id org/name of one in
+    /// the Hugging Face cache.
     #[arg(long, value_name = "DIR", env = "FAIRLEAD_ENERGY_MODEL")]
     pub model: PathBuf,
     /// Concepts to watch for: a pack, which is a TOML file with one `concept` table each of name,

@@ -2,7 +2,8 @@
 //!
 //! Both come out as RGB, row-major `[b, 3, h, w]`, black 0 and white 1, in the scorer's size. A
 //! finished image is resized as a whole (aspect ratio not kept: no part of it escapes the check)
-//! with the antialiased bicubic filter, the one workers use on clean estimates.
+//! with the filter that the scorer's model was trained with, the one workers use on clean
+//! estimates.
 
 use std::io::Cursor;
 
@@ -58,6 +59,18 @@ pub(crate) fn clean_estimates(
     Ok(values)
 }
 
+/// What workers are told of the filter.
+pub(crate) fn on_the_wire(filter: Filter) -> v1::ResizeFilter {
+    match filter {
+        Filter::Nearest => v1::ResizeFilter::Nearest,
+        Filter::Lanczos => v1::ResizeFilter::Lanczos,
+        Filter::BilinearAntialias => v1::ResizeFilter::Bilinear,
+        Filter::BicubicAntialias => v1::ResizeFilter::Bicubic,
+        Filter::Box => v1::ResizeFilter::Box,
+        Filter::Hamming => v1::ResizeFilter::Hamming,
+    }
+}
+
 /// A finished image, ready to score.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct FinishedImage {
@@ -73,6 +86,7 @@ pub(crate) fn finished_image(
     png: &[u8],
     height: usize,
     width: usize,
+    filter: Filter,
 ) -> Result<FinishedImage, RequestError> {
     if png.is_empty() {
         let why = "is empty; send the finished image".to_owned();
@@ -89,8 +103,7 @@ pub(crate) fn finished_image(
         pixels
     } else {
         let image = Tensor::from_vec(pixels, (1, 3, h, w), &Device::Cpu);
-        let resized =
-            resize(&image.map_err(ScorerError::from)?, height, width, Filter::BicubicAntialias);
+        let resized = resize(&image.map_err(ScorerError::from)?, height, width, filter);
         let resized = resized.map_err(ScorerError::from)?;
         resized.flatten_all().and_then(|t| t.to_vec1()).map_err(ScorerError::from)?
     };

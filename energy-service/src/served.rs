@@ -155,6 +155,7 @@ mod tests {
             model_hash: "h".into(),
             height: 8,
             width: 8,
+            filter: fairlead_models::layers::Filter::BicubicAntialias,
             steepness: 50.0,
         };
         let (_, served) = Served::by(&scorer).with(&set, 0).expect("nothing is served yet");

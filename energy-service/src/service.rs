@@ -168,7 +168,8 @@ impl Node {
 
     /// The node's full description.
     pub(crate) fn describe(&self) -> v1::NodeInfo {
-        let ScorerDescription { kind, model_name, model_hash, height, width, .. } = &self.scorer;
+        let ScorerDescription { kind, model_name, model_hash, height, width, filter, .. } =
+            &self.scorer;
         let offer = self.offer();
         v1::NodeInfo {
             node_id: self.identity.node_id.clone(),
@@ -185,6 +186,7 @@ impl Node {
                 range_min: 0.0,
                 range_max: 1.0,
                 max_batch: self.max_batch() as u32,
+                filter: preprocess::on_the_wire(*filter).into(),
             }),
             concepts: offer.concepts(),
             calibrations: offer.calibrations(),
@@ -251,10 +253,10 @@ impl Node {
         let run = self.run(key, crops, fallback);
         let (levels, mut standing) =
             gating_or_standing(&offer, &indices, &[0.0], run, request.scores_only)?;
-        let (height, width) = (self.scorer.height, self.scorer.width);
+        let ScorerDescription { height, width, filter, .. } = self.scorer;
         // Decoding a large image takes a while: not on the async threads.
         let png = std::mem::take(&mut request.png);
-        let decode = move || preprocess::finished_image(&png, height, width);
+        let decode = move || preprocess::finished_image(&png, height, width, filter);
         let image = tokio::task::spawn_blocking(decode)
             .await
             .map_err(|error| RequestError::Png(format!("decoding failed: {error}")))??;

@@ -109,6 +109,7 @@ impl TestScorer {
             model_hash: "analytic-1".to_owned(),
             height: SIDE,
             width: SIDE,
+            filter: fairlead_models::layers::Filter::BicubicAntialias,
             steepness: 50.0,
         };
         Self { description, weights: weights(concepts), seen: 0, probe }

@@ -1,20 +1,21 @@
 //! Contrastive models behind one interface: whatever puts images and texts as unit vectors into one space.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
-use crate::clip::ClipModel;
-use crate::config::read_object;
+use crate::clip::{ClipModel, open_clip};
+use crate::layers::Filter;
 use crate::siglip::SiglipModel;
 use crate::tokenizer::{ClipTokenizer, EncodedPrompt, FileTokenizer};
-use crate::{Error, Result, Tape};
+use crate::{Error, ModelFolder, Result, Tape};
 
 /// A contrastive model with its tokenizer. A new kind is one implementation and one row of
 /// [`load_contrastive`]'s table.
 pub trait ContrastiveModel: Send {
     /// Side of the square images it takes, in pixels.
     fn image_size(&self) -> usize;
+
+    /// How pictures of other sizes are to get to that size.
+    fn filter(&self) -> Filter;
 
     /// The window of token ids of `text`.
     ///
@@ -41,25 +42,30 @@ pub trait ContrastiveModel: Send {
     fn image_features_backward(&self, dfeatures: &Tensor, tape: &mut Tape) -> Result<Tensor>;
 }
 
-type Load = fn(&Path, &Device) -> Result<Box<dyn ContrastiveModel>>;
+type Load = fn(&ModelFolder, &Device) -> Result<Box<dyn ContrastiveModel>>;
 
 /// Values of `model_type` in `config.json`.
 const TABLE: &[(&str, Load)] = &[("clip", Clip::load), ("siglip", Siglip::load)];
 
-/// Loads the transformers folder `dir` of a contrastive model, tokenizer included.
+/// Loads the transformers or open_clip folder `dir` of a contrastive model, tokenizer included.
 ///
 /// # Errors
 /// When its `model_type` is not supported, or as the model's own `load`.
-pub fn load_contrastive(dir: &Path, device: &Device) -> Result<Box<dyn ContrastiveModel>> {
-    let path = dir.join("config.json");
-    let fields = read_object(&path)?;
-    let given = fields.get("model_type").and_then(|kind| kind.as_str()).unwrap_or("absent");
-    match TABLE.iter().find(|(kind, _)| *kind == given) {
-        Some((_, load)) => load(dir, device),
+pub fn load_contrastive(
+    dir: impl Into<ModelFolder>,
+    device: &Device,
+) -> Result<Box<dyn ContrastiveModel>> {
+    let folder = dir.into();
+    if open_clip::is_one(&folder) {
+        return Clip::load(&folder, device);
+    }
+    let fields = folder.config("config.json")?;
+    let given = fields.get("model_type").and_then(|kind| kind.as_str());
+    match TABLE.iter().find(|(kind, _)| Some(*kind) == given) {
+        Some((_, load)) => load(&folder, device),
         None => {
             let known: Vec<_> = TABLE.iter().map(|(kind, _)| *kind).collect();
-            let what = format!("model_type is {given}; supported: {}", known.join(", "));
-            Err(Error::Config { path, what })
+            Err(fields.unsupported("model_type", known.join(", ")))
         }
     }
 }
@@ -78,15 +84,19 @@ struct Clip {
 }
 
 impl Clip {
-    fn load(dir: &Path, device: &Device) -> Result<Box<dyn ContrastiveModel>> {
-        let model = ClipModel::load(dir, device)?;
-        Ok(Box::new(Self { model, tokenizer: ClipTokenizer::load(dir)? }))
+    fn load(folder: &ModelFolder, device: &Device) -> Result<Box<dyn ContrastiveModel>> {
+        let model = ClipModel::load(folder, device)?;
+        Ok(Box::new(Self { model, tokenizer: ClipTokenizer::load(folder)? }))
     }
 }
 
 impl ContrastiveModel for Clip {
     fn image_size(&self) -> usize {
         self.model.config().image_size
+    }
+
+    fn filter(&self) -> Filter {
+        self.model.preprocess().filter
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
@@ -112,10 +122,10 @@ struct Siglip {
 }
 
 impl Siglip {
-    fn load(dir: &Path, device: &Device) -> Result<Box<dyn ContrastiveModel>> {
-        let model = SiglipModel::load(dir, device)?;
+    fn load(folder: &ModelFolder, device: &Device) -> Result<Box<dyn ContrastiveModel>> {
+        let model = SiglipModel::load(folder, device)?;
         // The model reads a text at its last position, so every window is filled up to it.
-        let tokenizer = FileTokenizer::load(dir, model.config().max_position_embeddings)?;
+        let tokenizer = FileTokenizer::load(folder, model.config().max_position_embeddings)?;
         Ok(Box::new(Self { model, tokenizer }))
     }
 }
@@ -123,6 +133,10 @@ impl Siglip {
 impl ContrastiveModel for Siglip {
     fn image_size(&self) -> usize {
         self.model.config().image_size
+    }
+
+    fn filter(&self) -> Filter {
+        self.model.preprocess().filter
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {

@@ -1,132 +1,118 @@
-//! Pipeline folders as diffusers saves them, and the content hash that identifies a model.
+//! A model's folder: it notes which files are read, so that the hash that identifies the model
+//! covers those files and nothing else.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::config::read_object;
+use crate::config::ConfigFile;
 use crate::{Error, Result};
 
-/// Files that decide what a model computes; documentation, pictures and other formats do not count.
-const HASHED: [&str; 3] = ["json", "safetensors", "txt"];
-/// Deeper than any model folder; a bound against links in circles.
-const DEEPEST: usize = 8;
-
-/// A folder with a `model_index.json`: a pipeline class and its components in folders of their own.
+/// A folder of a model, or of a part of it such as `unet`. Clones and parts share one list of the
+/// files that were read.
 #[derive(Debug, Clone)]
-pub struct PipelineFolder {
-    path: PathBuf,
-    class_name: String,
-    index: Map<String, Value>,
+pub struct ModelFolder {
+    root: PathBuf,
+    /// Where this part lies below the root: empty, or `unet/`.
+    part: String,
+    read: Arc<Mutex<BTreeSet<String>>>,
 }
 
-impl PipelineFolder {
-    /// Reads `model_index.json` of `dir`. The components are looked at when they are asked for.
+impl ModelFolder {
+    /// The folder `dir`. Nothing is looked at yet.
+    pub fn new(dir: &Path) -> Self {
+        Self { root: dir.to_owned(), part: String::new(), read: Arc::default() }
+    }
+
+    /// The folder of a part of the model.
+    pub fn at(&self, part: &str) -> Self {
+        Self { part: format!("{}{part}/", self.part), ..self.clone() }
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> PathBuf {
+        // Without the slash at the end, which would show in messages.
+        self.root.join(self.part.trim_end_matches('/'))
+    }
+
+    /// Whether it holds the file `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.path().join(name).is_file()
+    }
+
+    /// The path of the file `name`, which counts as read from now on.
+    pub fn file(&self, name: &str) -> PathBuf {
+        let name = format!("{}{name}", self.part);
+        let path = self.root.join(&name);
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
+        path
+    }
+
+    /// The JSON object in the file `name`.
     ///
     /// # Errors
-    /// When the file is missing, is not a JSON object, or names no pipeline class.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let file = dir.join("model_index.json");
-        if !file.is_file() {
-            let hint = "give the folder of a diffusers pipeline, the one that holds unet, vae, \
-                        text_encoder, tokenizer and scheduler";
-            return Err(Error::MissingFile { path: file, hint: hint.into() });
-        }
-        let index = read_object(&file)?;
-        match index.get("_class_name").and_then(Value::as_str) {
-            Some(name) => Ok(Self { path: dir.to_owned(), class_name: name.to_owned(), index }),
-            None => Err(Error::Malformed {
-                path: file,
-                what: "_class_name must be a string, such as \"StableDiffusionPipeline\"".into(),
-            }),
-        }
+    /// When the file cannot be read or holds something else.
+    pub fn config(&self, name: &str) -> Result<ConfigFile> {
+        ConfigFile::read(&self.file(name))
     }
 
-    /// The pipeline class, such as `StableDiffusionPipeline`.
-    pub fn class_name(&self) -> &str {
-        &self.class_name
+    /// The names of all files and folders in it, sorted; for messages and for choosing among them.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.path()).into_iter().flatten().flatten();
+        let mut names: Vec<String> =
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort();
+        names
     }
 
-    /// The folder itself.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The folder of a component such as `unet`.
+    /// SHA-256, in hex, of every file that was read so far; it names the model in safety records
+    /// and calibrations once all of the model is loaded.
+    ///
+    /// The files come in the order of their paths relative to the model's folder: for each the
+    /// path, a zero byte, the length as eight little-endian bytes, and the content. Where the
+    /// folder lies, when its files were written and what else lies in it does not matter.
     ///
     /// # Errors
-    /// When `model_index.json` does not name it, names it as absent (`[null, null]`), or its folder is
-    /// not there.
-    pub fn component(&self, name: &str) -> Result<PathBuf> {
-        let class = self.component_class(name);
-        let dir = self.path.join(name);
-        match class {
-            Some(_) if dir.is_dir() => Ok(dir),
-            Some(class) => Err(Error::MissingFile {
-                path: dir,
-                hint: format!(
-                    "model_index.json lists it as {class}; the folder is not a complete download"
-                ),
-            }),
-            None => Err(Error::Config {
-                path: self.path.join("model_index.json"),
-                what: format!(
-                    "no component \"{name}\" in this {}, but it is needed; it lists {}",
-                    self.class_name,
-                    self.components().collect::<Vec<_>>().join(", ")
-                ),
-            }),
-        }
-    }
-
-    /// The class of a component as `model_index.json` gives it, such as `UNet2DConditionModel`;
-    /// `None` when the pipeline has no such component.
-    pub fn component_class(&self, name: &str) -> Option<&str> {
-        self.index.get(name)?.as_array()?.get(1)?.as_str()
-    }
-
-    /// The names of the components that are present according to `model_index.json`.
-    pub fn components(&self) -> impl Iterator<Item = &str> {
-        self.index.keys().map(String::as_str).filter(|name| self.component_class(name).is_some())
-    }
-
-    /// The hash that names this model in safety records; see [`content_hash`].
-    ///
-    /// # Errors
-    /// When a file cannot be read.
+    /// When a file cannot be read, or none was.
     pub fn hash(&self) -> Result<String> {
-        content_hash(&self.path)
+        let read = self.read.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if read.is_empty() {
+            let hint = "no file of the model was read; give the folder of a model";
+            return Err(Error::MissingFile { path: self.root.clone(), hint: hint.into() });
+        }
+        let mut hash = Sha256::new();
+        for name in &read {
+            let path = self.root.join(name);
+            hash_file(&mut hash, &path, name).map_err(|e| Error::unreadable(&path, e))?;
+        }
+        Ok(hex::encode(hash.finalize()))
     }
 }
 
-/// SHA-256, in hex, of everything in `dir` that decides what the model computes.
-///
-/// It covers every `.json`, `.txt` and `.safetensors` file, hidden ones aside, in the order of their paths
-/// relative to `dir`: for each the path, a zero byte, the length as eight little-endian bytes, and the
-/// content. Where the folder lies and when its files were written does not matter.
-///
-/// # Errors
-/// When a file or folder cannot be read, or there is nothing to hash.
-pub fn content_hash(dir: &Path) -> Result<String> {
-    let mut files = Vec::new();
-    collect(dir, "", DEEPEST, &mut files)?;
-    files.sort();
-    if files.is_empty() {
-        let hint = "no model files to hash here; give the folder of a model";
-        return Err(Error::MissingFile { path: dir.join("config.json"), hint: hint.into() });
+impl From<&Path> for ModelFolder {
+    fn from(dir: &Path) -> Self {
+        Self::new(dir)
     }
-    let mut hash = Sha256::new();
-    for name in &files {
-        hash_file(&mut hash, dir, name).map_err(|e| Error::unreadable(&dir.join(name), e))?;
-    }
-    Ok(hex::encode(hash.finalize()))
 }
 
-fn hash_file(hash: &mut Sha256, dir: &Path, name: &str) -> std::io::Result<()> {
-    let mut file = fs::File::open(dir.join(name))?;
+impl From<&PathBuf> for ModelFolder {
+    fn from(dir: &PathBuf) -> Self {
+        Self::new(dir)
+    }
+}
+
+impl From<&ModelFolder> for ModelFolder {
+    fn from(folder: &ModelFolder) -> Self {
+        folder.clone()
+    }
+}
+
+fn hash_file(hash: &mut Sha256, path: &Path, name: &str) -> std::io::Result<()> {
+    let mut file = fs::File::open(path)?;
     hash.update(name.as_bytes());
     hash.update([0]);
     hash.update(file.metadata()?.len().to_le_bytes());
@@ -137,27 +123,4 @@ fn hash_file(hash: &mut Sha256, dir: &Path, name: &str) -> std::io::Result<()> {
             n => hash.update(&block[..n]),
         }
     }
-}
-
-/// Adds the paths of the files to hash below `dir`, relative to the root and with `/` between names.
-fn collect(dir: &Path, prefix: &str, depth: usize, files: &mut Vec<String>) -> Result<()> {
-    let entries = fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    for entry in entries.map_err(|e| Error::unreadable(dir, e))? {
-        let path = entry.path();
-        let Some(name) = path.file_name().and_then(|n| n.to_str()).filter(|n| !n.starts_with('.'))
-        else {
-            continue;
-        };
-        let relative = format!("{prefix}{name}");
-        if path.is_dir() {
-            if depth == 0 {
-                let what = "folders nested too deeply for a model; is there a link in a circle?";
-                return Err(Error::Malformed { path, what: what.into() });
-            }
-            collect(&path, &format!("{relative}/"), depth - 1, files)?;
-        } else if path.extension().is_some_and(|e| HASHED.iter().any(|kind| e == *kind)) {
-            files.push(relative);
-        }
-    }
-    Ok(())
 }

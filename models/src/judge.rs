@@ -1,15 +1,13 @@
 //! The judge: a plain convolutional classifier that names the objects of a small picture. It measures what the
 //! samplers make and never steers, so it has no gradient.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use crate::config::ConfigFile;
 use crate::layers::{Activation, Conv2d, Conv2dConfig, GroupNorm, Linear, Padding, add};
 use crate::weights::{self, Scope};
-use crate::{Error, Result, Tape};
+use crate::{Error, ModelFolder, Result, Tape};
 
 const HALVE: Conv2dConfig = Conv2dConfig { stride: 2, padding: Padding::Symmetric(1) };
 /// torch's default for `GroupNorm`.
@@ -22,6 +20,7 @@ const EPS: f64 = 1e-5;
 /// the linear `head`.
 #[derive(Debug)]
 pub struct Judge {
+    hash: String,
     labels: Vec<String>,
     thresholds: Vec<f32>,
     image_size: usize,
@@ -42,8 +41,9 @@ impl Judge {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let fields = ConfigFile::read(&dir.join("config.json"))?;
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let fields = folder.config("config.json")?;
         fields.choice_list("architectures", &["EmojilandJudge"], &["EmojilandJudge"])?;
         let image_size = fields.size("image_size", 32)?;
         let channels = fields.size_list("channels", &[32, 64, 128])?;
@@ -61,13 +61,14 @@ impl Judge {
         fields.finish(&["model_type", "dtype", "torch_dtype"])?;
         let last = 2 * channels[channels.len() - 1];
         let following = channels[1..].iter().copied().chain([last]);
-        weights::load(dir, "model", device, |root| {
+        let mut judge = weights::load(&folder, "model", device, |root| {
             let blocks = channels
                 .iter()
                 .zip(following)
                 .enumerate()
                 .map(|(i, (&c, next))| Block::new(&root.at("blocks").at(i), c, next, groups));
             Ok(Self {
+                hash: String::new(),
                 stem: root.conv3x3("stem", 3, channels[0])?,
                 blocks: blocks.collect::<Result<_>>()?,
                 head: root.linear("head", last, labels.len())?,
@@ -75,14 +76,21 @@ impl Judge {
                 thresholds,
                 image_size,
             })
-        })
+        })?;
+        judge.hash = folder.hash()?;
+        Ok(judge)
+    }
+
+    /// [`ModelFolder::hash`].
+    pub fn hash(&self) -> &str {
+        &self.hash
     }
 
     /// Reads the folder of a judge onto the CPU.
     ///
     /// # Errors
     /// As [`Judge::load`].
-    pub fn load_cpu(dir: &Path) -> Result<Self> {
+    pub fn load_cpu(dir: impl Into<ModelFolder>) -> Result<Self> {
         Self::load(dir, &Device::Cpu)
     }
 

@@ -10,7 +10,8 @@
 //! | [`T5EncoderModel`] | the third text encoder of Stable Diffusion 3, candle-transformers' network |
 //! | [`Judge`], [`OnnxClassifier`] | classifiers that measure and never steer: Emojiland's own, and those of others |
 //! | [`ClipTokenizer`] | token for token transformers' `CLIPTokenizer`, long prompts in several windows |
-//! | [`PipelineFolder`], [`content_hash`] | a diffusers folder and what identifies a model |
+//! | [`PipelineFolder`] | a diffusers folder |
+//! | [`ModelFolder`] | the files that a model is loaded from, and the hash of them that identifies it |
 //!
 //! Networks are read from the folders of **diffusers** and **transformers** (`config.json` and safetensors files in f32,
 //! f16 or bf16, computed in f32). Loading is strict: a setting that is not supported, a key that is
@@ -54,11 +55,15 @@ mod contrastive;
 mod device;
 mod error;
 mod folder;
+mod hub;
 mod judge;
 mod kernels;
 pub mod layers;
 mod mmdit;
 mod parts;
+mod picture;
+mod pipeline;
+mod processor;
 mod resnet;
 mod siglip;
 mod t5;
@@ -68,6 +73,7 @@ mod tokenizer;
 mod tower;
 mod unet;
 mod vae;
+mod variants;
 mod weights;
 
 pub use classifier::OnnxClassifier;
@@ -75,13 +81,15 @@ pub use clip::{
     ClipConfig, ClipModel, ClipTextConfig, ClipTextModel, ClipTextModelWithProjection,
     ClipVisionConfig, ProjectedText,
 };
+pub use config::ConfigFile;
 pub use contrastive::{ContrastiveModel, load_contrastive};
 pub use device::DeviceName;
 pub use error::{Error, KeyProblems, Result};
-pub use folder::{PipelineFolder, content_hash};
+pub use folder::ModelFolder;
 pub use judge::Judge;
 pub use kernels::prepare_process;
 pub use mmdit::{Sd3Transformer, Sd3TransformerConfig, TextConditions};
+pub use pipeline::PipelineFolder;
 pub use siglip::{SiglipConfig, SiglipModel};
 pub use t5::T5EncoderModel;
 pub use tape::Tape;

@@ -13,7 +13,7 @@ use candle_transformers::models::t5;
 use crate::config::ConfigFile;
 use crate::tower::{HARMLESS, only_architecture};
 use crate::weights::Scope;
-use crate::{Error, Result, weights};
+use crate::{Error, ModelFolder, Result, weights};
 
 /// Fields that do not change what the encoder computes: those of decoder, training and generation.
 const MARKS: [&str; 12] = [
@@ -43,9 +43,10 @@ impl T5EncoderModel {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let config = read_config(&dir.join("config.json"))?;
-        let tensors = weights::load(dir, "model", device, |root| tensors(root, &config))?;
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let config = read_config(&folder.file("config.json"))?;
+        let tensors = weights::load(&folder, "model", device, |root| tensors(root, &config))?;
         let tensors = VarBuilder::from_tensors(tensors, DType::F32, device);
         Ok(Self { network: t5::T5EncoderModel::load(tensors, &config)?, config })
     }

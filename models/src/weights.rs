@@ -8,18 +8,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
-use serde_json::Value;
 
-use crate::config::read_object;
+use crate::config::not_json;
 use crate::error::KeyProblems;
-use crate::{Error, Result};
+use crate::variants::weight_files;
+use crate::{Error, ModelFolder, Result};
 
 /// Keys that old versions of transformers saved although no network needs them.
 const IGNORABLE: [&str; 3] = [
@@ -36,21 +36,74 @@ const STAND_INS: usize = 1 << 16;
 /// Opens the weights of `folder`, hands them to `build`, and returns what it built if every key was used and
 /// every key it asked for was there.
 ///
-/// `stem` is `model` in transformers folders and `diffusion_pytorch_model` in diffusers folders.
+/// `stem` is `model` in transformers folders and `diffusion_pytorch_model` in diffusers folders;
+/// which files of that stem are taken, [`crate::variants`] says.
 ///
 /// # Errors
 /// [`Error::Weights`] with the whole list of problems; [`Error::Malformed`] for a file that is cut
 /// short or is not safetensors.
 pub(crate) fn load<T>(
-    folder: &Path,
+    folder: &ModelFolder,
     stem: &str,
     device: &Device,
     build: impl FnOnce(&Scope<'_>) -> Result<T>,
 ) -> Result<T> {
-    let weights = Weights::open(folder, stem, device)?;
+    load_renamed(folder, stem, device, |_| None, build)
+}
+
+/// [`load`] of files with other names: `alias` says where a key is that `build` asks for, `None`
+/// under its own name.
+pub(crate) fn load_renamed<T>(
+    folder: &ModelFolder,
+    stem: &str,
+    device: &Device,
+    alias: fn(&str) -> Option<Alias>,
+    build: impl FnOnce(&Scope<'_>) -> Result<T>,
+) -> Result<T> {
+    let weights = Weights { alias, ..Weights::open(folder, stem, device)? };
     let built = build(&Scope { weights: &weights, prefix: String::new() })?;
     weights.finish()?;
     Ok(built)
+}
+
+/// Where the files keep a tensor.
+pub(crate) struct Alias {
+    pub(crate) name: String,
+    pub(crate) part: Part,
+}
+
+/// What of the files' tensor is the one asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// All of it.
+    Whole,
+    /// The matrix the other way around.
+    Transposed,
+    /// One third of its rows.
+    Third(usize),
+}
+
+impl Part {
+    /// The shape in the files of a tensor of `shape`.
+    fn stored(self, shape: &[usize]) -> Vec<usize> {
+        match self {
+            Self::Whole => shape.to_vec(),
+            Self::Transposed => shape.iter().rev().copied().collect(),
+            Self::Third(_) => shape.iter().enumerate().map(|(i, n)| n * [3, 1][i.min(1)]).collect(),
+        }
+    }
+
+    /// The part of a tensor of the files that is asked for.
+    fn of(self, stored: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Whole => stored.clone(),
+            Self::Transposed => stored.t()?.contiguous()?,
+            Self::Third(index) => {
+                let rows = stored.dim(0)? / 3;
+                stored.narrow(0, index * rows, rows)?.contiguous()?
+            }
+        })
+    }
 }
 
 /// One tensor as its file's header describes it.
@@ -64,7 +117,7 @@ struct Entry {
 }
 
 struct Weights {
-    folder: PathBuf,
+    folder: ModelFolder,
     device: Device,
     names: Vec<String>,
     files: RefCell<Vec<File>>,
@@ -73,15 +126,16 @@ struct Weights {
     problems: RefCell<KeyProblems>,
     /// Numbers that may still stand in for keys.
     stand_ins: Cell<usize>,
+    alias: fn(&str) -> Option<Alias>,
 }
 
 impl Weights {
-    fn open(folder: &Path, stem: &str, device: &Device) -> Result<Self> {
+    fn open(folder: &ModelFolder, stem: &str, device: &Device) -> Result<Self> {
         let names = weight_files(folder, stem)?;
         let mut files = Vec::with_capacity(names.len());
         let mut entries = HashMap::new();
         for (file, name) in names.iter().enumerate() {
-            let path = folder.join(name);
+            let path = folder.file(name);
             let mut opened =
                 File::open(&path).map_err(|source| Error::unreadable(&path, source))?;
             let (start, header) = read_header(&path, &mut opened)?;
@@ -104,7 +158,7 @@ impl Weights {
         }
         let held: usize = entries.values().map(|entry: &Entry| entry.bytes / 2).sum();
         Ok(Self {
-            folder: folder.to_owned(),
+            folder: folder.clone(),
             device: device.clone(),
             stand_ins: Cell::new(STAND_INS + held),
             names,
@@ -112,11 +166,20 @@ impl Weights {
             entries,
             used: RefCell::default(),
             problems: RefCell::default(),
+            alias: |_| None,
         })
     }
 
     /// The tensor `key` as f32, or zeros of the right shape after noting what is wrong with it.
     fn tensor(&self, key: String, shape: &[usize]) -> Result<Tensor> {
+        match (self.alias)(&key) {
+            None => self.stored(key, shape),
+            Some(Alias { name, part }) => part.of(&self.stored(name, &part.stored(shape))?),
+        }
+    }
+
+    /// The same by the name and shape of the files.
+    fn stored(&self, key: String, shape: &[usize]) -> Result<Tensor> {
         let found = self.check(&key, shape).map(|entry| self.values(&key, entry)).transpose()?;
         self.used.borrow_mut().insert(key);
         if let Some(values) = found {
@@ -156,7 +219,7 @@ impl Weights {
         let file = &mut self.files.borrow_mut()[entry.file];
         file.seek(SeekFrom::Start(entry.start))
             .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|source| Error::unreadable(&self.folder.join(name), source))?;
+            .map_err(|source| Error::unreadable(&self.folder.path().join(name), source))?;
         let values = to_f32(entry.dtype, &bytes);
         if values.iter().any(|value| !value.is_finite()) {
             let problem = format!("{key} in {name} holds NaN or infinity");
@@ -183,8 +246,8 @@ impl Weights {
 
     fn report(&self) -> Error {
         let path = match self.names.as_slice() {
-            [only] => self.folder.join(only),
-            _ => self.folder.clone(),
+            [only] => self.folder.path().join(only),
+            _ => self.folder.path(),
         };
         Error::Weights { path, keys: Box::new(self.problems.borrow().clone()) }
     }
@@ -221,50 +284,6 @@ impl Scope<'_> {
     }
 }
 
-/// The names of the safetensors files in `folder`: one file, or the shards its index lists.
-fn weight_files(folder: &Path, stem: &str) -> Result<Vec<String>> {
-    let single = [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")];
-    let indexed = [
-        format!("{stem}.safetensors.index.json"),
-        format!("{stem}.fp16.safetensors.index.json"),
-        format!("{stem}.safetensors.index.fp16.json"),
-    ];
-    let exists = |name: &&String| folder.join(name).is_file();
-    if let Some(name) = single.iter().find(exists) {
-        return Ok(vec![name.clone()]);
-    }
-    if let Some(name) = indexed.iter().find(exists) {
-        return shards(&folder.join(name));
-    }
-    let pickled =
-        |name: &str| [".bin", ".bin.index.json", ".ckpt"].iter().any(|e| name.ends_with(e));
-    let mut names = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let pickle = names.any(|entry| entry.file_name().to_str().is_some_and(pickled));
-    let hint = if pickle {
-        "the folder has pickled weights only; save the model with safe_serialization=True"
-    } else {
-        "the folder is not a complete download"
-    };
-    Err(Error::MissingFile { path: folder.join(&single[0]), hint: hint.into() })
-}
-
-/// The shard names that an index file lists, each once.
-fn shards(index: &Path) -> Result<Vec<String>> {
-    let fields = read_object(index)?;
-    let bad =
-        || Error::malformed(index, "weight_map must map every key to a file name in this folder");
-    let map = fields.get("weight_map").and_then(Value::as_object).ok_or_else(bad)?;
-    let mut names = BTreeSet::new();
-    for value in map.values() {
-        let name = value.as_str().ok_or_else(bad)?;
-        if Path::new(name).file_name().is_none_or(|file| file != name) {
-            return Err(bad());
-        }
-        names.insert(name.to_owned());
-    }
-    if names.is_empty() { Err(bad()) } else { Ok(names.into_iter().collect()) }
-}
-
 /// Reads a safetensors header; returns where the data starts, too. Checks that the file has every byte that
 /// the header promises.
 fn read_header(path: &Path, file: &mut File) -> Result<(u64, Metadata)> {
@@ -289,8 +308,10 @@ fn read_header(path: &Path, file: &mut File) -> Result<(u64, Metadata)> {
     }
     let mut header = vec![0; size as usize];
     file.read_exact(&mut header).map_err(|source| Error::unreadable(path, source))?;
-    let header: Metadata = serde_json::from_slice(&header)
-        .map_err(|e| Error::malformed(path, format!("not a safetensors file: bad header: {e}")))?;
+    let header: Metadata = serde_json::from_slice(&header).map_err(|error| {
+        let why = if error.is_data() { "it describes no tensors".into() } else { not_json(&error) };
+        Error::malformed(path, format!("not a safetensors file: bad header: {why}"))
+    })?;
     let wanted = 8 + size + header.data_len() as u64;
     if length < wanted {
         return Err(short(wanted));

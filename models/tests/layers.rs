@@ -486,6 +486,51 @@ fn wrong_inputs_are_named() {
     assert!(matches!(nothing_saved, Err(Error::TapeEmpty)));
 }
 
+/// Whatever the filter, the backward pass is the transpose of the forward pass: `<A x, y> = <x, A'
+/// y>`.
+#[test]
+fn every_filter_has_a_gradient() {
+    let dot = |a: &Tensor, b: &Tensor| {
+        let product = (a * b).unwrap().sum_all().unwrap();
+        product.to_scalar::<f32>().unwrap()
+    };
+    for number in 0..6 {
+        let filter = Filter::from_pillow(number).unwrap();
+        for (from, to) in [([9, 6], [4, 13]), ([5, 7], [11, 2]), ([3, 3], [3, 3])] {
+            let (x, y) = (noise(&[2, 3, from[0], from[1]], 1), noise(&[2, 3, to[0], to[1]], 2));
+            let forward = dot(&resize(&x, to[0], to[1], filter).unwrap(), &y);
+            let backward = dot(&x, &resize_backward(&y, from[0], from[1], filter).unwrap());
+            let error = (forward - backward).abs();
+            assert!(error < 1e-4, "{filter:?} {from:?} {to:?}: {forward} {backward}");
+        }
+    }
+    assert_eq!(Filter::from_pillow(6), None);
+}
+
+/// On a GPU candle counts the columns of a convolution in 32 bits: 1,365 x 1,365 pixels of 256
+/// channels are the most, beyond which pixels would be whatever lay in memory.
+#[test]
+fn an_image_too_large_for_the_device_is_refused_before_it_is_computed() {
+    let conv = Conv2d::new(noise(&[2, 256, 3, 3], 1), None, Conv2dConfig::SAME_3X3).unwrap();
+    // One number that stands for all pixels: nothing of this size is ever allocated.
+    let pixels = |side: usize| {
+        Tensor::zeros((1, 1, 1, 1), DType::F32, &device())
+            .unwrap()
+            .broadcast_as((1, 256, side, side))
+    };
+    let off = &mut Tape::off();
+    let forward = |x: &Tensor, tape: &mut Tape| composed_of_candle_ops(|| conv.forward(x, tape));
+    let message = forward(&pixels(1366).unwrap(), off).unwrap_err().to_string();
+    assert!(
+        message.contains("1366 x 1366 pixels of 256 channels make 4299162624 columns"),
+        "{message}"
+    );
+    assert!(message.contains("ask for a smaller image"), "{message}");
+    let narrow = Conv2d::new(noise(&[256, 2, 3, 3], 1), None, Conv2dConfig::SAME_3X3).unwrap();
+    let message = composed_of_candle_ops(|| narrow.backward(&pixels(1366).unwrap(), off));
+    assert!(message.unwrap_err().to_string().contains("ask for a smaller image"));
+}
+
 /// A number that is not finite must come out as one, so that the run-time can refuse the image.
 #[test]
 fn not_a_number_is_never_hidden() {

@@ -5,9 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use fairlead_models::layers::Filter;
 use fairlead_models::{
-    AutoencoderKl, ClipModel, ClipTextModel, ClipTokenizer, Judge, PipelineFolder, Result,
-    T5EncoderModel, Tape, UNet2DConditionModel, content_hash, load_contrastive,
+    AutoencoderKl, ClipModel, ClipTextModel, ClipTokenizer, Judge, ModelFolder, PipelineFolder,
+    Result, T5EncoderModel, Tape, UNet2DConditionModel, load_contrastive,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -456,7 +457,16 @@ fn clip_needs_to_know_its_pixels() {
     for (field, value, expected) in [
         ("size", json!({"shortest_edge": 224}), "size is {\"shortest_edge\":224}; supported: 24"),
         ("crop_size", json!(12), "crop_size is 12; supported: 24"),
-        ("resample", json!(0), "resample is 0; supported: 3 (bicubic)"),
+        ("resample", json!(6), "resample is 6; supported: 0 (nearest)"),
+        ("resample", json!("bicubic"), "resample is \"bicubic\""),
+        ("resample", json!(2.0), "resample is 2.0"),
+        (
+            "size",
+            json!({"shortest_edge": 24, "longest_edge": 30}),
+            "height and width or shortest_edge",
+        ),
+        ("size", json!("24"), "size is \"24\""),
+        ("image_processor_type", json!("OwlViTImageProcessor"), "supported: ViTImageProcessor"),
         ("image_mean", json!([0.5]), "image_mean is [0.5]; supported: a list of 3 finite numbers"),
         ("image_std", json!([0.5, 0, 0.5]), "supported: three numbers above 0"),
         ("rescale_factor", json!(1.0), "rescale_factor is 1.0; supported: 1/255"),
@@ -468,6 +478,13 @@ fn clip_needs_to_know_its_pixels() {
     let plain = edited("do_normalize", json!(false));
     let plain = ClipModel::load(plain.path(), &Device::Cpu).unwrap();
     assert_eq!((plain.preprocess().mean, plain.preprocess().std), ([0.0; 3], [1.0; 3]));
+
+    let bilinear = edited("resample", json!(2));
+    let bilinear = ClipModel::load(bilinear.path(), &Device::Cpu).unwrap();
+    assert_eq!(bilinear.preprocess().filter, Filter::BilinearAntialias);
+    let absent = edited("resample", Value::Null);
+    let absent = ClipModel::load(absent.path(), &Device::Cpu).unwrap();
+    assert_eq!(absent.preprocess().filter, Filter::BicubicAntialias);
 
     let folder = copy("clip");
     let old = folder.path().join("preprocessor_config.json");
@@ -505,7 +522,7 @@ fn a_pipeline_folder_names_its_components() {
     assert_eq!(opened.class_name(), "StableDiffusionPipeline");
     assert_eq!(opened.components().collect::<Vec<_>>(), ["unet", "vae"]);
     assert_eq!(opened.component_class("unet"), Some("UNet2DConditionModel"));
-    vae(&opened.component("vae").unwrap()).unwrap();
+    vae(&opened.component("vae").unwrap().path()).unwrap();
     assert_says(
         opened.component("unet"),
         &["unet: no such file", "UNet2DConditionModel", "complete download"],
@@ -529,32 +546,103 @@ fn a_pipeline_folder_names_its_components() {
     );
 }
 
+/// The hash of what loading reads of the VAE of a pipeline.
+fn hash_of(folder: &Path) -> String {
+    let pipeline = PipelineFolder::open(folder).unwrap();
+    AutoencoderKl::load(&pipeline.component("vae").unwrap(), &Device::Cpu).unwrap();
+    pipeline.folder().hash().unwrap()
+}
+
 #[test]
-fn the_hash_covers_what_computes_and_nothing_else() {
+fn the_hash_covers_what_is_loaded_and_nothing_else() {
     let (one, other) = (pipeline(), pipeline());
-    let hash = |folder: &TempDir| PipelineFolder::open(folder.path()).unwrap().hash().unwrap();
-    let before = hash(&one);
+    let before = hash_of(one.path());
     assert_eq!(before.len(), 64);
-    assert_eq!(before, hash(&other), "where the folder lies does not matter");
-    fs::write(other.path().join("README.md"), "words").unwrap();
-    fs::create_dir(other.path().join(".cache")).unwrap();
-    fs::write(other.path().join(".cache/a.json"), "{}").unwrap();
-    assert_eq!(before, hash(&other), "neither do documentation and hidden files");
+    assert_eq!(before, hash_of(other.path()), "where the folder lies does not matter");
+    let foreign = [
+        "README.md",
+        "v1-5-pruned.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "notes.txt",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae/old_config.json",
+        "safety_checker/config.json",
+        "unet/config.json",
+    ];
+    for file in foreign {
+        let path = other.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, "{}").unwrap();
+        assert_eq!(before, hash_of(other.path()), "{file} is not loaded");
+    }
 
     let file = other.path().join("vae").join(VAE);
     let mut bytes = fs::read(&file).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&file, &bytes).unwrap();
-    assert_ne!(before, hash(&other), "one bit of a weight matters");
+    assert_ne!(before, hash_of(other.path()), "one bit of a weight matters");
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&file, &bytes).unwrap();
-    assert_eq!(before, hash(&other));
-    fs::rename(&file, other.path().join("vae/other.safetensors")).unwrap();
-    assert_ne!(before, hash(&other), "a file's name matters");
+    assert_eq!(before, hash_of(other.path()));
+    fs::rename(&file, other.path().join("vae/diffusion_pytorch_model.bf16.safetensors")).unwrap();
+    fs::remove_file(other.path().join("vae/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    assert_ne!(before, hash_of(other.path()), "a file's name matters");
 
+    let config = one.path().join("vae/config.json");
+    edit_json(&config, "", "scaling_factor", json!(0.5));
+    assert_ne!(before, hash_of(one.path()), "a setting matters");
     let empty = tempfile::tempdir().unwrap();
-    assert_says(content_hash(empty.path()), &["no model files to hash"]);
-    assert_says(content_hash(&empty.path().join("absent")), &["absent: no such file"]);
+    assert_says(ModelFolder::new(empty.path()).hash(), &["no file of the model was read"]);
+}
+
+/// Hashes name models in calibrations and records, so that another way to reckon them would lose
+/// all.
+#[test]
+fn the_models_of_this_repository_keep_their_names() {
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets");
+    for (name, hash) in [("emojiland-clip", "ce0635bd"), ("emojiland-siglip", "daa834b7")] {
+        let folder = ModelFolder::new(&assets.join(name));
+        load_contrastive(&folder, &Device::Cpu).unwrap();
+        assert_eq!(folder.hash().unwrap()[..8], *hash, "{name}");
+    }
+    let judge = Judge::load_cpu(&assets.join("emojiland-judge")).unwrap();
+    assert_eq!(judge.hash()[..8], *"c8594ed9");
+}
+
+#[test]
+fn every_component_of_a_pipeline_is_accounted_for() {
+    let folder = pipeline();
+    let index = folder.path().join("model_index.json");
+    let account = || {
+        let opened = PipelineFolder::open(folder.path())?;
+        opened.account(&["vae", "unet"], &[("safety_checker", "nodes check"), ("extractor", "")])
+    };
+    assert!(account().unwrap().is_empty(), "the pipeline has none");
+    let checker = json!(["stable_diffusion", "StableDiffusionSafetyChecker"]);
+    edit_json(&index, "", "safety_checker", checker);
+    edit_json(&index, "", "extractor", json!(["transformers", "CLIPImageProcessor"]));
+    let notices = account().unwrap();
+    assert_eq!(
+        notices,
+        ["the model's own safety_checker (StableDiffusionSafetyChecker) is not used: nodes check"]
+    );
+    for (field, value, expected) in [
+        ("controlnet", json!(["diffusers", "ControlNetModel"]), "controlnet is [\"diffusers\""),
+        (
+            "unet_2",
+            json!(["diffusers", null]),
+            "unet_2 is [\"diffusers\",null]; supported: a library",
+        ),
+        ("text_encoder_3", json!("T5EncoderModel"), "text_encoder_3 is \"T5EncoderModel\""),
+        ("force_zeros_for_empty_prompt", json!(true), "unknown field force_zeros_for_empty_prompt"),
+    ] {
+        let before = fs::read(&index).unwrap();
+        edit_json(&index, "", field, value);
+        assert_says(account(), &["model_index.json", expected]);
+        fs::write(&index, before).unwrap();
+    }
+    edit_json(&index, "", "tokenizer_2", json!([null, null]));
+    account().unwrap();
 }
 
 /// The models that ship with the project go through the same loaders as everyone's.
@@ -573,8 +661,8 @@ fn the_models_of_this_repository_load() {
 
     let unet = UNet2DConditionModel::load(&component("unet"), &Device::Cpu).unwrap();
     let vae = AutoencoderKl::load(&component("vae"), &Device::Cpu).unwrap();
-    let side = unet.config().sample_size.unwrap();
-    let latent = zeros(&[1, vae.config().latent_channels, side, side], DType::F32);
+    let [height, width] = unet.config().sample_size.unwrap();
+    let latent = zeros(&[1, vae.config().latent_channels, height, width], DType::F32);
     let off = &mut Tape::off();
     let noise = unet.forward(&latent, &[500.0], &context, off).unwrap();
     let pixels = vae.decode(&noise, off).unwrap();

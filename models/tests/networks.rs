@@ -243,6 +243,21 @@ fn clip_matches_transformers() {
     }
 }
 
+/// `goldens/openclip.py` made the numbers.
+#[test]
+fn open_clip_folders_match_open_clip() {
+    for name in ["open_clip", "open_clip_quick"] {
+        let golden = Golden::of(name);
+        let clip = ClipModel::load(&folder(name), &device()).unwrap();
+        let text = clip.text_features(&golden.ids()).unwrap();
+        assert_close(&format!("{name} text"), &text, golden.get("text"), 1e-4);
+        let scale = golden.get("logit_scale").to_scalar::<f32>().unwrap();
+        assert!((clip.logit_scale() / scale - 1.0).abs() < 1e-6);
+        assert_eq!(clip.preprocess().mean, [0.5, 0.45, 0.4]);
+        check(name, &golden, &Image(clip));
+    }
+}
+
 #[test]
 fn siglip_matches_transformers() {
     for name in ["siglip", "siglip_rest"] {

@@ -24,7 +24,7 @@ type Load = fn(&Path) -> Result<()>;
 /// A folder below the goldens, and what loads it.
 type Model = (&'static str, Load);
 
-const MODELS: [Model; 8] = [
+const MODELS: [Model; 9] = [
     ("networks/vae", |dir| AutoencoderKl::load(dir, &Device::Cpu).map(drop)),
     ("networks/unet", |dir| UNet2DConditionModel::load(dir, &Device::Cpu).map(drop)),
     ("networks/mmdit", |dir| Sd3Transformer::load(dir, 1, &Device::Cpu).map(drop)),
@@ -32,6 +32,7 @@ const MODELS: [Model; 8] = [
     ("networks/t5", |dir| T5EncoderModel::load(dir, &Device::Cpu).map(drop)),
     ("networks/judge", |dir| Judge::load(dir, &Device::Cpu).map(drop)),
     ("networks/clip", |dir| ClipModel::load(dir, &Device::Cpu).map(drop)),
+    ("networks/open_clip", |dir| ClipModel::load(dir, &Device::Cpu).map(drop)),
     ("networks/siglip", |dir| SiglipModel::load(dir, &Device::Cpu).map(drop)),
 ];
 
@@ -103,12 +104,14 @@ where
 
 #[test]
 fn spoiled_configs_load_or_are_refused_by_name() {
-    fuzz_files(&MODELS, &["config.json", "preprocessor_config.json"], spoiled);
+    let names = ["config.json", "preprocessor_config.json", "open_clip_config.json"];
+    fuzz_files(&MODELS, &names, spoiled);
 }
 
 #[test]
 fn spoiled_weights_load_or_are_refused_by_name() {
-    let names = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+    let names =
+        ["model.safetensors", "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors"];
     fuzz_files(&MODELS, &names, |valid| {
         let (length, rest) = valid.split_first_chunk::<8>().unwrap();
         let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
@@ -131,8 +134,12 @@ fn spoiled_tokenizers_load_or_are_refused_by_name() {
         Ok(())
     };
     let file: Load = |dir| FileTokenizer::load(dir, 12)?.encode("a cat's 7 knives").map(drop);
-    let models =
-        [("tokenizers/sd15", clip), ("tokenizers/whole", clip), ("tokenizers/siglip", file)];
+    let models = [
+        ("tokenizers/sd15", clip),
+        ("tokenizers/whole", clip),
+        ("tokenizers/siglip", file),
+        ("tokenizers/siglip2", file),
+    ];
     let names = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"];
     fuzz_files(&models, &names, spoiled);
 }
@@ -164,7 +171,7 @@ fn spoiled_pipelines_open_or_are_refused_by_name() {
     let open: Load = |dir| {
         let folder = PipelineFolder::open(dir)?;
         folder.components().try_for_each(|name| folder.component(name).map(drop))?;
-        folder.hash().map(drop)
+        folder.folder().hash().map(drop)
     };
     let copy = Copy { load: open, folder, size: index.len() };
     open(copy.path()).unwrap();

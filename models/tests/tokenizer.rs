@@ -23,7 +23,7 @@ struct Case {
 fn golden() -> HashMap<String, Vec<Case>> {
     let golden = fs::read_to_string(root().join("golden.json")).unwrap();
     let golden: HashMap<String, Vec<Case>> = serde_json::from_str(&golden).unwrap();
-    assert!(golden.len() == 5 && golden.values().all(|cases| cases.len() > 300));
+    assert!(golden.len() == 6 && golden.values().all(|cases| cases.len() > 300));
     golden
 }
 
@@ -53,10 +53,59 @@ fn every_text_has_the_ids_of_transformers() {
         let encode = |text: &str| tokenizer.encode(text).unwrap();
         check(name, &golden[name], (1, tokenizer.max_length() - 2), encode);
     }
-    for (name, length) in [("siglip", 12), ("t5", 30)] {
+    for (name, length) in [("siglip", 12), ("t5", 30), ("siglip2", 16)] {
         let tokenizer = FileTokenizer::load(&root().join(name), length).unwrap();
         assert_eq!((tokenizer.max_length(), tokenizer.body()), (length, length - 1));
         check(name, &golden[name], (0, length - 1), |text| tokenizer.encode(text).unwrap());
+    }
+}
+
+/// SigLIP 2 was trained on lower-cased text; its class lower-cases, its `tokenizer.json` does not.
+#[test]
+fn what_a_class_does_beside_its_file_is_done() {
+    let folder = |settings: &[(&str, serde_json::Value)]| {
+        let copy = tempfile::tempdir().unwrap();
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(root().join("siglip2").join(name), copy.path().join(name)).unwrap();
+        }
+        let path = copy.path().join("tokenizer_config.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let mut fields: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for (field, value) in settings {
+            fields[*field] = value.clone();
+        }
+        fs::write(path, fields.to_string()).unwrap();
+        copy
+    };
+    let windows = |settings: &[(&str, serde_json::Value)]| {
+        let folder = folder(settings);
+        let tokenizer = FileTokenizer::load(folder.path(), 16).unwrap();
+        ["An Axe", "an axe"].map(|text| tokenizer.encode(text).unwrap().chunks.remove(0))
+    };
+    let [upper, lower] = windows(&[]);
+    assert_eq!(upper, lower);
+    let gemma = ("tokenizer_class", "GemmaTokenizerFast".into());
+    let [upper, same] = windows(&[gemma.clone()]);
+    assert_eq!((&upper, &same), (&lower, &lower), "do_lower_case says so");
+    let [upper, same] = windows(&[gemma.clone(), ("do_lower_case", false.into())]);
+    assert!(upper != lower && same == lower);
+    let [left, _] = windows(&[("padding_side", serde_json::Value::Null)]);
+    let marks = lower.iter().filter(|id| **id != 0).count();
+    assert_eq!(left[16 - marks..], lower[..marks], "the class pads before the text");
+    assert!(left[..16 - marks].iter().all(|id| *id == 0));
+
+    for (field, value, part) in [
+        ("tokenizer_class", "BertTokenizer".into(), "supported: \"PreTrainedTokenizerFast\""),
+        ("do_lower_case", "yes".into(), "do_lower_case is \"yes\""),
+        ("padding_side", "top".into(), "padding_side is \"top\""),
+        ("pad_token", 3.into(), "pad_token is 3; supported: a token"),
+        ("add_bos_token", true.into(), "contradicts add_bos_token"),
+        ("add_eos_token", false.into(), "contradicts add_bos_token or add_eos_token"),
+        ("strip_accents", true.into(), "unknown field strip_accents"),
+    ] {
+        let folder = folder(&[(field, value)]);
+        let message = FileTokenizer::load(folder.path(), 16).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
     }
 }
 
@@ -119,6 +168,21 @@ fn a_long_prompt_is_several_windows_and_nothing_is_lost() {
     assert_eq!(chunks[1][3..], [0; 13], "padded with \"!\"");
 }
 
+/// As some editors save them.
+#[test]
+fn byte_order_marks_and_carriage_returns_are_no_tokens() {
+    let plain = ClipTokenizer::load(&root().join("sd21")).unwrap().encode("a cat's toys").unwrap();
+    for (file, change) in [
+        ("vocab.json", (|text| format!("\u{feff}{text}")) as fn(&str) -> String),
+        ("merges.txt", |text| format!("\u{feff}{}", text.replace('\n', "\r\n"))),
+    ] {
+        let text = fs::read_to_string(root().join("sd21").join(file)).unwrap();
+        let folder = changed("sd21", file, &change(&text));
+        let tokenizer = ClipTokenizer::load(folder.path()).unwrap();
+        assert_eq!(tokenizer.encode("a cat's toys").unwrap(), plain, "{file}");
+    }
+}
+
 /// A copy of `name` with one file changed, or removed when `content` is empty.
 fn changed(name: &str, file: &str, content: &str) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
@@ -162,6 +226,18 @@ fn a_bad_folder_is_refused_with_what_is_wrong() {
             "the bos_token \"<s>\" is not in the vocabulary",
         ),
         ("special_tokens_map.json", "{\"bos_token\": 5}", "bos_token is not a token"),
+        ("special_tokens_map.json", "{\"start_token\": 5}", "unknown field start_token (5)"),
+        (
+            "special_tokens_map.json",
+            "{\"bos_token\": {\"content\": \"!\", \"lstrip\": \"no\"}}",
+            "bos_token is not a token",
+        ),
+        (
+            "tokenizer_config.json",
+            "{\"added_tokens_decoder\": [3]}",
+            "added_tokens_decoder is [3]; supported: a JSON object",
+        ),
+        ("tokenizer_config.json", "{\"bos_tokens\": \"a\"}", "unknown field bos_tokens"),
     ];
     for (file, content, expected) in cases {
         let folder = changed("sd21", file, content);

@@ -9,8 +9,9 @@ use fairlead_models::DeviceName;
 /// Options of `fairlead worker`; each can also be set in the environment.
 #[derive(Debug, Clone, Args)]
 pub struct WorkerArgs {
-    /// Folder of a diffusers pipeline (the one with model_index.json); repeat it to serve several
-    /// models. The folder's name is the model's name.
+    /// Folder of a diffusers pipeline (the one with model_index.json), or the id org/name of one in
+    /// the Hugging Face cache; repeat it to serve several models. The folder's or repository's name
+    /// is the model's name.
     #[arg(
         long = "model",
         value_name = "DIR",

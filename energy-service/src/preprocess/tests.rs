@@ -26,7 +26,7 @@ fn png_of(
 }
 
 fn refusal(png: &[u8]) -> String {
-    let error = finished_image(png, 8, 8).expect_err("refused");
+    let error = finished_image(png, 8, 8, Filter::BicubicAntialias).expect_err("refused");
     assert_eq!(error.code(), Code::InvalidArgument);
     error.to_string()
 }
@@ -34,7 +34,7 @@ fn refusal(png: &[u8]) -> String {
 #[test]
 fn a_png_becomes_planar_pixels_between_zero_and_one() {
     let bytes = png_of(4, 3, |_| {});
-    let image = finished_image(&bytes, 3, 4).expect("decoded");
+    let image = finished_image(&bytes, 3, 4, Filter::BicubicAntialias).expect("decoded");
     // Pixel (row 1, column 2) is the seventh: bytes 18, 19, 20 of the pattern.
     let expected = [18, 19, 20].map(|i: u32| (i * 7 % 251) as f32 / 255.0);
     let got = [0, 1, 2].map(|channel| image.pixels[channel * 12 + 6]);
@@ -45,9 +45,11 @@ fn a_png_becomes_planar_pixels_between_zero_and_one() {
 #[test]
 fn another_size_is_resized_as_a_whole() {
     let bytes = png_of(40, 24, |_| {});
-    let image = finished_image(&bytes, 8, 8).expect("decoded");
+    let image = finished_image(&bytes, 8, 8, Filter::BicubicAntialias).expect("decoded");
     assert_eq!(image.pixels.len(), 3 * 64);
-    let full = finished_image(&bytes, 24, 40).expect("decoded");
+    let bilinear = finished_image(&bytes, 8, 8, Filter::BilinearAntialias).expect("decoded");
+    assert_ne!(bilinear.pixels, image.pixels, "the filter is the scorer's");
+    let full = finished_image(&bytes, 24, 40, Filter::BicubicAntialias).expect("decoded");
     let mean = |values: &[f32]| values.iter().sum::<f32>() / values.len() as f32;
     assert!((mean(&image.pixels) - mean(&full.pixels)).abs() < 0.01);
 }
@@ -145,7 +147,7 @@ fn spoiled_pngs_are_judged_in_full_or_refused() {
         if mend {
             mend_png(&mut bytes);
         }
-        match bounded_by(largest, || finished_image(&bytes, 8, 8)) {
+        match bounded_by(largest, || finished_image(&bytes, 8, 8, Filter::BicubicAntialias)) {
             Ok(image) => assert_eq!(image.pixels.len(), 3 * 64),
             Err(error) => assert_eq!(error.code(), Code::InvalidArgument, "{error}"),
         }

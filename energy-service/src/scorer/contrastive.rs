@@ -10,7 +10,7 @@
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{Device, Tensor};
-use fairlead_models::{ContrastiveModel, DeviceName, Error, Tape, content_hash, load_contrastive};
+use fairlead_models::{ContrastiveModel, DeviceName, Error, ModelFolder, Tape, load_contrastive};
 
 use super::{Learned, Pass, Scorer, ScorerDescription, ScorerError};
 use crate::concepts::{Concept, ConceptSet};
@@ -33,24 +33,26 @@ pub(crate) struct Contrastive {
 }
 
 impl Contrastive {
-    /// Loads the transformers folder `dir` and encodes every phrase of `set` once.
+    /// Loads the transformers model that `dir` stands for, see [`ModelFolder::find`], and encodes
+    /// every phrase of `set` once.
     pub(crate) fn load(
         dir: &Path,
         device: DeviceName,
         set: &ConceptSet,
     ) -> Result<Self, ScorerError> {
         let device = device.open()?;
-        let model = load_contrastive(dir, &device)?;
+        let folder = ModelFolder::find(dir)?;
+        let model = load_contrastive(&folder, &device)?;
         let mut texts = Texts::default();
         while texts.learn(set.concepts(), model.as_ref())? == Learned::Part {}
         let side = model.image_size();
-        let name = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let description = ScorerDescription {
             kind: "contrastive",
-            model_name: name.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            model_hash: content_hash(dir)?,
+            model_name: folder.name()?,
+            model_hash: folder.hash()?,
             height: side,
             width: side,
+            filter: model.filter(),
             steepness: STEEPNESS,
         };
         Ok(Self { model, device, description, texts })

@@ -9,6 +9,7 @@ mod contrastive;
 use candle_core::{Device, Tensor};
 
 pub(crate) use contrastive::Contrastive;
+use fairlead_models::layers::Filter;
 
 use crate::concepts::ConceptSet;
 
@@ -25,6 +26,8 @@ pub struct ScorerDescription {
     pub height: usize,
     /// Width of the input in pixels.
     pub width: usize,
+    /// How pictures of other sizes get to that size.
+    pub filter: Filter,
     /// `K_s` of the energy: how many softplus widths one unit of raw score is; 50 for cosines.
     pub steepness: f32,
 }

@@ -2,6 +2,7 @@
 
 mod config;
 mod model;
+pub(crate) mod open_clip;
 mod projected;
 mod text;
 mod vision;

@@ -1,15 +1,15 @@
 //! Both towers of CLIP and the space they share.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::config::ClipConfig;
+use super::open_clip;
 use super::text::ClipTextModel;
 use super::vision::VisionTower;
 use crate::layers::Linear;
 use crate::tower::{ImagePreprocess, PixelNorm, unit, unit_backward};
-use crate::{Result, Tape, weights};
+use crate::weights::{self, Scope};
+use crate::{ModelFolder, Result, Tape};
 
 /// transformers' `CLIPModel`. Images come as RGB in 0..1 and are normalised here; the gradient goes back to
 /// those same pixels.
@@ -26,33 +26,41 @@ pub struct ClipModel {
 
 impl ClipModel {
     /// Reads a transformers folder: `config.json`, `model.safetensors` (or its shards) and
-    /// `preprocessor_config.json`.
+    /// `preprocessor_config.json`; or one of open_clip: `open_clip_config.json` and
+    /// `open_clip_model.safetensors`.
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let config = ClipConfig::read(&dir.join("config.json"))?;
-        let preprocess = ImagePreprocess::read(dir, config.image_size, &ImagePreprocess::OPENAI)?;
-        let pixels = PixelNorm::new(preprocess, config.image_size, device)?;
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        if open_clip::is_one(&folder) {
+            return open_clip::load(&folder, device);
+        }
+        let config = ClipConfig::read(&folder.file("config.json"))?;
+        let preprocess =
+            ImagePreprocess::read(&folder, config.image_size, &ImagePreprocess::OPENAI)?;
+        weights::load(&folder, "model", device, |root| {
+            Self::build(root, config, preprocess, device)
+        })
+    }
+
+    /// Builds the network from keys in transformers' names.
+    pub(super) fn build(
+        root: &Scope<'_>,
+        config: ClipConfig,
+        preprocess: ImagePreprocess,
+        device: &Device,
+    ) -> Result<Self> {
         let shared = config.projection_dim;
-        weights::load(dir, "model", device, |root| {
-            Ok(Self {
-                text: ClipTextModel::new(&root.at("text_model"), config.text.clone())?,
-                vision: VisionTower::new(&root.at("vision_model"), config.vision.clone())?,
-                text_projection: root.projection(
-                    "text_projection",
-                    config.text.hidden_size,
-                    shared,
-                )?,
-                visual_projection: root.projection(
-                    "visual_projection",
-                    config.vision.hidden_size,
-                    shared,
-                )?,
-                logit_scale: root.tensor("logit_scale", &[])?.to_scalar::<f32>()?.exp(),
-                config,
-                pixels,
-            })
+        let (text, vision) = (config.text.hidden_size, config.vision.hidden_size);
+        Ok(Self {
+            text: ClipTextModel::new(&root.at("text_model"), config.text.clone())?,
+            vision: VisionTower::new(&root.at("vision_model"), config.vision.clone())?,
+            text_projection: root.projection("text_projection", text, shared)?,
+            visual_projection: root.projection("visual_projection", vision, shared)?,
+            logit_scale: root.tensor("logit_scale", &[])?.to_scalar::<f32>()?.exp(),
+            pixels: PixelNorm::new(preprocess, config.image_size, device)?,
+            config,
         })
     }
 

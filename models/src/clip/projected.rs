@@ -1,13 +1,11 @@
 //! CLIP's text tower with its projection, as Stable Diffusion XL and 3 use it.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::config::ClipTextConfig;
 use super::text::ClipTextModel;
 use crate::layers::Linear;
-use crate::{Result, Tape, weights};
+use crate::{ModelFolder, Result, Tape, weights};
 
 /// transformers' `CLIPTextModelWithProjection`.
 #[derive(Debug)]
@@ -31,10 +29,11 @@ impl ClipTextModelWithProjection {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let path = dir.join("config.json");
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let path = folder.file("config.json");
         let (config, projection_dim) = ClipTextConfig::read_with_projection(&path)?;
-        weights::load(dir, "model", device, |root| {
+        weights::load(&folder, "model", device, |root| {
             let width = config.hidden_size;
             Ok(Self {
                 text: ClipTextModel::new(&root.at("text_model"), config)?,

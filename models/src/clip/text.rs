@@ -1,14 +1,12 @@
 //! CLIP's text tower.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::config::ClipTextConfig;
 use crate::layers::LayerNorm;
 use crate::tower::{Encoder, TokenEmbedding};
 use crate::weights::{self, Scope};
-use crate::{Error, Result, Tape};
+use crate::{Error, ModelFolder, Result, Tape};
 
 /// transformers' `CLIPTextModel`: token ids to hidden states, each token seeing those before it.
 #[derive(Debug)]
@@ -24,9 +22,10 @@ impl ClipTextModel {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let config = ClipTextConfig::read(&dir.join("config.json"))?;
-        weights::load(dir, "model", device, |root| {
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let config = ClipTextConfig::read(&folder.file("config.json"))?;
+        weights::load(&folder, "model", device, |root| {
             // transformers 5 saves this class without the prefix that versions up to 4 wrote.
             let old = root.at("text_model");
             let bare = root.has("embeddings.token_embedding.weight");

@@ -23,10 +23,12 @@ use crate::{Error, Result};
 
 pub use activation::Activation;
 pub use attention::Attention;
+pub(crate) use composed::MOST_COLUMNS;
 pub use conv::{Conv2d, Conv2dConfig, Padding};
 pub use linear::Linear;
 pub use modulation::{add_scaled, scale_backward, scale_shift};
 pub use norm::{GroupNorm, LayerNorm};
+pub(crate) use resize::Taps;
 pub use resize::{Filter, resize, resize_backward};
 pub use shape::{add, concat_channels, merge_heads, split_channels, split_heads};
 pub use upsample::UpsampleNearest2x;

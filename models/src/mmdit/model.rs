@@ -1,7 +1,5 @@
 //! The denoiser.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::block::{Block, ModulatedNorm, Modulation};
@@ -9,7 +7,7 @@ use super::config::Sd3TransformerConfig;
 use super::patches::{PatchEmbedding, patch, unpatch};
 use crate::layers::{Activation, Linear};
 use crate::time::{ConditionMlp, TimeEmbedding, Waves};
-use crate::{Error, Result, Tape, weights};
+use crate::{Error, ModelFolder, Result, Tape, weights};
 
 /// How diffusers embeds the time step of this model.
 const WAVES: Waves = Waves { width: 256, flip_sin_to_cos: true, freq_shift: 0.0 };
@@ -48,11 +46,12 @@ impl Sd3Transformer {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, repeats: usize, device: &Device) -> Result<Self> {
-        let config = Sd3TransformerConfig::read(&dir.join("config.json"))?;
+    pub fn load(dir: impl Into<ModelFolder>, repeats: usize, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let config = Sd3TransformerConfig::read(&folder.file("config.json"))?;
         let width = config.width();
         let values = config.patch_size * config.patch_size * config.out_channels;
-        weights::load(dir, "diffusion_pytorch_model", device, |root| {
+        weights::load(&folder, "diffusion_pytorch_model", device, |root| {
             let blocks = root.at("transformer_blocks");
             let block = |i| Block::new(&blocks.at(i), &config, i, repeats);
             let embed = root.at("time_text_embed");

@@ -1,14 +1,12 @@
 //! Both towers of SigLIP and the space they share.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::config::SiglipConfig;
 use super::text::TextTower;
 use super::vision::VisionTower;
 use crate::tower::{ImagePreprocess, PixelNorm, unit, unit_backward};
-use crate::{Result, Tape, weights};
+use crate::{ModelFolder, Result, Tape, weights};
 
 /// transformers' `SiglipModel`. Images come as RGB in 0..1 and are normalised here; the gradient goes back
 /// to those same pixels.
@@ -28,11 +26,12 @@ impl SiglipModel {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let config = SiglipConfig::read(&dir.join("config.json"))?;
-        let preprocess = ImagePreprocess::read(dir, config.image_size, &ImagePreprocess::HALF)?;
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let config = SiglipConfig::read(&folder.file("config.json"))?;
+        let preprocess = ImagePreprocess::read(&folder, config.image_size, &ImagePreprocess::HALF)?;
         let pixels = PixelNorm::new(preprocess, config.image_size, device)?;
-        weights::load(dir, "model", device, |root| {
+        weights::load(&folder, "model", device, |root| {
             let scalar = |name| Ok::<f32, crate::Error>(root.tensor(name, &[1])?.to_vec1()?[0]);
             Ok(Self {
                 text: TextTower::new(&root.at("text_model"), &config)?,

@@ -4,7 +4,6 @@
 //! with its own start and end mark.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -15,9 +14,9 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
-use super::EncodedPrompt;
-use crate::config::{ConfigFile, read_object};
-use crate::{Error, Result};
+use super::{EncodedPrompt, HARMLESS};
+use crate::config::{ConfigFile, read_object, read_text};
+use crate::{Error, ModelFolder, Result};
 
 /// How CLIP cuts a text before byte-pair encoding: the marks, English contractions, runs of letters, single
 /// digits, runs of anything else that is not white space.
@@ -48,9 +47,11 @@ impl ClipTokenizer {
     /// # Errors
     /// When a file is missing or malformed, a mark is not in the vocabulary, or a setting is not
     /// supported.
-    pub fn load(dir: &Path) -> Result<Self> {
-        let settings = Settings::read(dir)?;
-        let mut tokenizer = build(dir, &settings)?;
+    pub fn load(dir: impl Into<ModelFolder>) -> Result<Self> {
+        let folder = dir.into();
+        let settings = Settings::read(&folder)?;
+        let dir = &folder.path();
+        let mut tokenizer = build(&folder, &settings)?;
         add_tokens(dir, &mut tokenizer, &settings)?;
         let id = |role: &str, token: &AddedToken| {
             tokenizer.token_to_id(&token.content).ok_or_else(|| {
@@ -110,34 +111,36 @@ struct Settings {
 }
 
 impl Settings {
-    fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer_config.json");
-        let config = path.is_file().then(|| ConfigFile::read(&path)).transpose()?;
-        let map_path = dir.join("special_tokens_map.json");
-        let map = if map_path.is_file() { read_object(&map_path)? } else { Map::new() };
+    fn read(folder: &ModelFolder) -> Result<Self> {
+        let read = |name: &str| folder.has(name).then(|| folder.config(name)).transpose();
+        let config = read("tokenizer_config.json")?;
+        let map = read("special_tokens_map.json")?;
         // As transformers: a config that lists the added tokens is whole, an older one is overruled
         // by the map. Stable Diffusion 2 pads with "!" by its map alone.
         let whole = config.as_ref().is_some_and(|c| c.get("added_tokens_decoder").is_some());
         let named = |field: &str, default: &str| {
             let of_config = config.as_ref().and_then(|c| c.get(field));
-            let of_map = map.get(field).filter(|value| !whole && !value.is_null());
+            let of_map = map.as_ref().filter(|_| !whole).and_then(|map| map.get(field));
             let default = Value::from(default);
             mark(of_map.or(of_config).unwrap_or(&default))
-                .ok_or_else(|| Error::malformed(dir, format!("{field} is not a token")))
+                .ok_or_else(|| Error::malformed(&folder.path(), format!("{field} is not a token")))
         };
         let mut max_length = DEFAULT_LENGTH;
         if let Some(config) = &config {
             config.choice("tokenizer_class", &["CLIPTokenizer", "CLIPTokenizerFast"])?;
             config.only("do_lower_case", true)?;
+            config.choice("padding_side", &["right"])?;
             max_length = length(config)?;
         }
+        let added = added_tokens(folder, config.as_ref())?;
+        config.iter().chain(&map).try_for_each(|fields| fields.finish(&HARMLESS))?;
         Ok(Self {
             bos: named("bos_token", "<|startoftext|>")?,
             eos: named("eos_token", "<|endoftext|>")?,
             pad: named("pad_token", "<|endoftext|>")?,
             unk: named("unk_token", "<|endoftext|>")?,
             max_length,
-            added: added_tokens(dir, config.as_ref())?,
+            added,
         })
     }
 }
@@ -159,43 +162,52 @@ fn mark(value: &Value) -> Option<AddedToken> {
     }
 }
 
-/// A token from an object as the settings files hold it.
+/// A token from an object as the settings files hold it; `None` if a field is not what it must be.
 fn matching(value: &Value, normalized: bool) -> Option<AddedToken> {
-    let flag = |name: &str, default| value.get(name).and_then(Value::as_bool).unwrap_or(default);
+    let flag = |name: &str, default| value.get(name).map_or(Some(default), Value::as_bool);
     Some(
-        AddedToken::from(value.get("content")?.as_str()?, flag("special", false))
-            .single_word(flag("single_word", false))
-            .lstrip(flag("lstrip", false))
-            .rstrip(flag("rstrip", false))
-            .normalized(flag("normalized", normalized)),
+        AddedToken::from(value.get("content")?.as_str()?, flag("special", false)?)
+            .single_word(flag("single_word", false)?)
+            .lstrip(flag("lstrip", false)?)
+            .rstrip(flag("rstrip", false)?)
+            .normalized(flag("normalized", normalized)?),
     )
 }
 
 /// Tokens that `tokenizer_config.json` or `tokenizer.json` or `added_tokens.json` add, by id.
-fn added_tokens(dir: &Path, config: Option<&ConfigFile>) -> Result<Vec<(u32, AddedToken)>> {
+fn added_tokens(
+    folder: &ModelFolder,
+    config: Option<&ConfigFile>,
+) -> Result<Vec<(u32, AddedToken)>> {
     let mut added = BTreeMap::new();
-    let simple = dir.join("added_tokens.json");
-    if simple.is_file() {
+    if folder.has("added_tokens.json") {
+        let simple = folder.file("added_tokens.json");
         for (content, id) in read_object(&simple)? {
             let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
             let id = id.ok_or_else(|| Error::malformed(&simple, format!("no id for {content}")))?;
             added.insert(id, AddedToken::from(content, false));
         }
     }
-    let whole = dir.join("tokenizer.json");
-    if whole.is_file() {
+    if folder.has("tokenizer.json") {
+        let whole = folder.file("tokenizer.json");
         let fields = read_object(&whole)?;
-        for token in fields.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+        let tokens: &[Value] = match fields.get("added_tokens") {
+            None => &[],
+            Some(Value::Array(tokens)) => tokens,
+            Some(_) => return Err(Error::malformed(&whole, "added_tokens must be a list")),
+        };
+        for token in tokens {
             let (id, token) = added_token(token.get("id"), token)
                 .ok_or_else(|| Error::malformed(&whole, format!("bad added token {token}")))?;
             added.insert(id, token);
         }
     }
-    if let Some(Value::Object(decoder)) = config.and_then(|c| c.get("added_tokens_decoder")) {
-        for (id, token) in decoder {
+    if let Some(config) = config {
+        let decoder = config.section("added_tokens_decoder", &[])?;
+        for (id, token) in decoder.names().filter_map(|id| Some((id, decoder.peek(id)?))) {
             let number = id.parse::<u32>().ok().map(Value::from);
             let (id, token) = added_token(number.as_ref(), token).ok_or_else(|| {
-                let path = dir.join("tokenizer_config.json");
+                let path = folder.path().join("tokenizer_config.json");
                 Error::malformed(&path, format!("bad added_tokens_decoder entry {id}: {token}"))
             })?;
             added.insert(id, token);
@@ -209,9 +221,11 @@ fn added_token(id: Option<&Value>, token: &Value) -> Option<(u32, AddedToken)> {
 }
 
 /// The tokenizer as `CLIPTokenizer.__init__` of transformers builds it.
-fn build(dir: &Path, settings: &Settings) -> Result<Tokenizer> {
-    let (vocabulary, merges) = vocabulary_and_merges(dir)?;
-    let failed = |e: tokenizers::Error| Error::malformed(dir, format!("not a CLIP tokenizer: {e}"));
+fn build(folder: &ModelFolder, settings: &Settings) -> Result<Tokenizer> {
+    let (vocabulary, merges) = vocabulary_and_merges(folder)?;
+    let dir = folder.path();
+    let failed =
+        |e: tokenizers::Error| Error::malformed(&dir, format!("not a CLIP tokenizer: {e}"));
     let bpe = BPE::builder()
         .vocab_and_merges(vocabulary, merges)
         .continuing_subword_prefix(String::new())
@@ -259,21 +273,24 @@ fn add_tokens(dir: &Path, tokenizer: &mut Tokenizer, settings: &Settings) -> Res
     Ok(())
 }
 
-fn vocabulary_and_merges(dir: &Path) -> Result<(Vocab, Merges)> {
-    let (vocab, merges, whole) =
-        (dir.join("vocab.json"), dir.join("merges.txt"), dir.join("tokenizer.json"));
-    if vocab.is_file() && merges.is_file() {
+fn vocabulary_and_merges(folder: &ModelFolder) -> Result<(Vocab, Merges)> {
+    const VOCAB: &str = "vocab.json";
+    const MERGES: &str = "merges.txt";
+    const WHOLE: &str = "tokenizer.json";
+    if folder.has(VOCAB) && folder.has(MERGES) {
+        let (vocab, merges) = (folder.file(VOCAB), folder.file(MERGES));
         let ids = ids(&vocab, &read_object(&vocab)?)?;
-        let text = fs::read_to_string(&merges).map_err(|e| Error::unreadable(&merges, e))?;
+        let text = read_text(&merges)?;
         let lines = text.lines().filter(|line| !line.starts_with("#version") && !line.is_empty());
         let merges = lines.map(|line| pair(&merges, line)).collect::<Result<_>>()?;
         return Ok((ids, merges));
     }
-    if !whole.is_file() {
-        let missing = if vocab.is_file() { merges } else { vocab };
+    if !folder.has(WHOLE) {
+        let missing = if folder.has(VOCAB) { MERGES } else { VOCAB };
         let hint = "a CLIP tokenizer needs vocab.json and merges.txt, or tokenizer.json".into();
-        return Err(Error::MissingFile { path: missing, hint });
+        return Err(Error::MissingFile { path: folder.path().join(missing), hint });
     }
+    let whole = folder.file(WHOLE);
     let fields = read_object(&whole)?;
     let model = fields.get("model").and_then(Value::as_object);
     let vocab = model.and_then(|m| m.get("vocab")).and_then(Value::as_object);

@@ -56,8 +56,8 @@ pub struct UNet2DConditionConfig {
     pub in_channels: usize,
     /// Channels of the prediction.
     pub out_channels: usize,
-    /// Side of the latent the model was trained on, if the configuration says.
-    pub sample_size: Option<usize>,
+    /// Height and width of the latent the model was trained on, if the configuration says.
+    pub sample_size: Option<[usize; 2]>,
     /// The resolutions, from the input down.
     pub levels: Vec<UNetLevel>,
     /// Groups of every norm.
@@ -84,8 +84,11 @@ impl UNet2DConditionConfig {
             in_channels: fields.size("in_channels", 4)?,
             out_channels: fields.size("out_channels", 4)?,
             sample_size: match fields.get("sample_size") {
-                Some(Value::Number(_)) => Some(fields.size("sample_size", 1)?),
-                _ => None,
+                None => None,
+                Some(_) => {
+                    let sides = fields.sizes("sample_size", 2, 1)?;
+                    Some([sides[0], sides[1]])
+                }
             },
             levels,
             norm_num_groups: fields.size("norm_num_groups", 32)?,
@@ -229,7 +232,16 @@ mod tests {
             sd15.levels.iter().map(attends).collect::<Vec<_>>()[2..],
             [(true, true, 8), (false, false, 8)]
         );
-        assert_eq!((sd15.time_embedding_dim, sd15.sample_size), (1280, Some(64)));
+        assert_eq!((sd15.time_embedding_dim, sd15.sample_size), (1280, Some([64; 2])));
+        config["sample_size"] = json!([8, 12]);
+        assert_eq!(read(&config).unwrap().sample_size, Some([8, 12]), "height, then width");
+        for wrong in [json!("64"), json!(true), json!([8]), json!([8, 12, 3]), json!({"height": 8})]
+        {
+            config["sample_size"] = wrong;
+            let message = read(&config).unwrap_err().to_string();
+            assert!(message.contains("sample_size is "), "{message}");
+        }
+        config["sample_size"] = json!(64);
 
         for (field, value) in [
             ("attention_head_dim", json!([5, 10, 20, 20])),

@@ -1,14 +1,12 @@
 //! The denoiser.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::blocks::{Conditions, DownBlock, MidBlock, UpBlock, add_skip};
 use super::config::UNet2DConditionConfig;
 use crate::layers::{Activation, Conv2d, GroupNorm};
 use crate::time::TimeEmbedding;
-use crate::{Error, Result, Tape, weights};
+use crate::{Error, ModelFolder, Result, Tape, weights};
 
 /// diffusers' `UNet2DConditionModel` of Stable Diffusion 1 and 2.
 ///
@@ -31,10 +29,11 @@ impl UNet2DConditionModel {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let config = UNet2DConditionConfig::read(&dir.join("config.json"))?;
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let config = UNet2DConditionConfig::read(&folder.file("config.json"))?;
         let (levels, first) = (config.levels.len(), config.levels[0].channels);
-        weights::load(dir, "diffusion_pytorch_model", device, |root| {
+        weights::load(&folder, "diffusion_pytorch_model", device, |root| {
             let down = (0..levels).map(|i| {
                 let c_in = config.levels[i.saturating_sub(1)].channels;
                 DownBlock::new(&root.at("down_blocks").at(i), &config, i, c_in)

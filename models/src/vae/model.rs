@@ -1,14 +1,12 @@
 //! The autoencoder as the sampler sees it: scaled latents on one side, pixels on the other.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use super::config::AutoencoderKlConfig;
 use super::decoder::Decoder;
 use super::encoder::Encoder;
 use crate::layers::Conv2d;
-use crate::{Error, Result, Tape, weights};
+use crate::{Error, ModelFolder, Result, Tape, weights};
 
 /// diffusers' `AutoencoderKL`. It computes in f32, so `force_upcast` is always honoured.
 #[derive(Debug)]
@@ -25,10 +23,11 @@ impl AutoencoderKl {
     ///
     /// # Errors
     /// When a file is missing or malformed, a setting is not supported, or the weights do not fit it.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let config = AutoencoderKlConfig::read(&dir.join("config.json"))?;
+    pub fn load(dir: impl Into<ModelFolder>, device: &Device) -> Result<Self> {
+        let folder = dir.into();
+        let config = AutoencoderKlConfig::read(&folder.file("config.json"))?;
         let latent = config.latent_channels;
-        weights::load(dir, "diffusion_pytorch_model", device, |root| {
+        weights::load(&folder, "diffusion_pytorch_model", device, |root| {
             let quant = || root.conv1x1("quant_conv", 2 * latent, 2 * latent);
             let post_quant = || root.conv1x1("post_quant_conv", latent, latent);
             Ok(Self {
@@ -49,6 +48,15 @@ impl AutoencoderKl {
     /// Pixels per latent pixel, along each side: 8 for Stable Diffusion.
     pub fn downsample_factor(&self) -> usize {
         1 << (self.config.block_out_channels.len() - 1)
+    }
+
+    /// The most pixels of one image that can be decoded with a gradient where there are no kernels
+    /// of this crate: see [`crate::layers::Conv2d::forward`].
+    pub fn max_decoded_pixels(&self) -> usize {
+        // The widest convolution over all pixels is the first of the last resolution.
+        let channels = &self.config.block_out_channels;
+        let widest = channels[0].max(channels.get(1).copied().unwrap_or(0));
+        crate::layers::MOST_COLUMNS / (9 * widest)
     }
 
     /// Decodes latents as the sampler holds them, `[b, latent_channels, h, w]`, to pixels

@@ -1,16 +1,18 @@
-"""Makes the folders below `tokenizers/`, small tokenizers in CLIP's file format and two Unigram ones as SigLIP and T5 have,
-and `tokenizers/golden.json`, what transformers makes of a few hundred awkward texts with each.
+"""Makes the folders below `tokenizers/`, small tokenizers in CLIP's file format, two Unigram ones as SigLIP and T5 have and one
+as SigLIP 2 has, and `tokenizers/golden.json`, what transformers makes of a few hundred awkward texts with each.
 
     python tokenizer.py            (transformers 5.24, tokenizers 0.23; the BPE trainer breaks ties at random, so two runs
                                     give other merges, each with its golden)
+    python tokenizer.py siglip2    that one alone; it is the same each time
 """
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
 
 OUT = Path(__file__).parent / "tokenizers"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -99,6 +101,33 @@ def unigram(folder, end, pad, length, lower):
                             model_max_length=length).save_pretrained(folder)
 
 
+def siglip2(folder):
+    """As Google's SigLIP 2: Gemma's BPE, whose file does not lower-case; the class does. It pads on the right."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = list(dict.fromkeys("▁" + "".join(WORDS).lower() + "abcdefghijklmnopqrstuvwxyz0123456789.,!?'()ABC"))
+    tokens = specials + [f"<0x{byte:02X}>" for byte in range(256)] + letters
+    merges = []
+    for word in WORDS:
+        built = "▁"
+        for letter in word.lower():
+            if (built, letter) not in merges and letter in letters:
+                merges.append((built, letter))
+            built += letter
+    tokens = list(dict.fromkeys(tokens + [a + b for a, b in merges]))
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, fuse_unk=True,
+                                     unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="Siglip2Tokenizer", do_lower_case=True, padding_side="right", model_max_length=16, add_bos_token=False,
+        add_eos_token=True, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"), indent=1) + "\n")
+
+
 def added(content):
     return {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
@@ -111,8 +140,7 @@ def golden(folder, texts, kind=CLIPTokenizer):
                  window=tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids) for text in texts]
 
 
-if __name__ == "__main__":
-    texts = AWKWARD + list(random_texts(200))
+def everything(texts):
     # As Stable Diffusion 1.5: marks as objects, padding with the end mark.
     files(OUT / "sd15", dict(
         bos_token=added(START), eos_token=added(END), unk_token=added(END), pad_token=END, model_max_length=77, do_lower_case=True,
@@ -130,6 +158,17 @@ if __name__ == "__main__":
     unigram(OUT / "siglip", "</s>", "</s>", 12, lower=True)
     unigram(OUT / "t5", "</s>", "<pad>", 30, lower=False)
     result |= {name: golden(OUT / name, texts, PreTrainedTokenizerFast) for name in ("siglip", "t5")}
+    return result
+
+
+if __name__ == "__main__":
+    texts = AWKWARD + list(random_texts(200))
+    if sys.argv[1:] == ["siglip2"]:
+        result = json.loads((OUT / "golden.json").read_text())
+    else:
+        result = everything(texts)
+    siglip2(OUT / "siglip2")
+    result["siglip2"] = golden(OUT / "siglip2", texts, Siglip2Tokenizer)
     (OUT / "golden.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     for path in sorted(OUT.rglob("*")):
         print(path.relative_to(OUT), path.stat().st_size)

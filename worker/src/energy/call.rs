@@ -9,7 +9,7 @@ use fairlead_common::{grpc::Channels, record, tls::Tls, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
-        CheckRequest, EvaluateRequest, InputSpec, NodeInfo,
+        CheckRequest, EvaluateRequest, InputSpec, NodeInfo, ResizeFilter,
         energy_service_client::EnergyServiceClient,
     },
 };
@@ -89,7 +89,8 @@ fn usable_input(node: &NodeInfo) -> Result<InputSpec, Trouble> {
                 && bytes_of_image(input) <= MAX_MESSAGE_BYTES as u64
                 && input.range_min.is_finite()
                 && input.range_max.is_finite()
-                && input.range_max > input.range_min =>
+                && input.range_max > input.range_min
+                && ResizeFilter::try_from(input.filter).is_ok() =>
         {
             Ok(*input)
         }
@@ -235,6 +236,18 @@ mod tests {
             assert!(trouble.reason.contains("an unusable input"), "{}", trouble.reason);
             assert!(!trouble.retryable);
         }
+    }
+
+    /// Pixels resized in another way than the node asks for would be judged in silence.
+    #[test]
+    fn a_filter_that_this_release_does_not_know_is_refused() {
+        let with = |filter: i32| {
+            let mut node = node(224, 224);
+            node.input = node.input.map(|input| InputSpec { filter, ..input });
+            usable_input(&node)
+        };
+        assert!(with(ResizeFilter::Hamming.into()).is_ok());
+        assert!(with(99).expect_err("it is refused").reason.contains("an unusable input"));
     }
 
     #[test]

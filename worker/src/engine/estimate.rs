@@ -5,12 +5,22 @@ use fairlead_models::{
     Tape,
     layers::{Filter, resize, resize_backward},
 };
-use fairlead_proto::v1::InputSpec;
+use fairlead_proto::v1::{InputSpec, ResizeFilter};
 
 use crate::{energy::Answer, error::Result, generator::Generator};
 
-/// The filter between the decoder's size and an energy node's.
-const FILTER: Filter = Filter::BicubicAntialias;
+/// The filter between the decoder's size and an energy node's, as the node wants it. Nodes whose
+/// filter is not known here are not asked.
+fn filter(input: &InputSpec) -> Filter {
+    match input.filter() {
+        ResizeFilter::Nearest => Filter::Nearest,
+        ResizeFilter::Lanczos => Filter::Lanczos,
+        ResizeFilter::Bilinear => Filter::BilinearAntialias,
+        ResizeFilter::Unspecified | ResizeFilter::Bicubic => Filter::BicubicAntialias,
+        ResizeFilter::Box => Filter::Box,
+        ResizeFilter::Hamming => Filter::Hamming,
+    }
+}
 
 /// Pixels that are decoded together with everything saved for the backward pass; a decoder keeps
 /// about ten kilobytes for each.
@@ -90,7 +100,7 @@ impl<'a> Estimates<'a> {
         let pixels = if self.size()? == (height, width) {
             self.pixels.clone()
         } else {
-            resize(&self.pixels, height, width, FILTER)?
+            resize(&self.pixels, height, width, filter(input))?
         };
         let (scale, shift) = to_range(input);
         Ok(pixels.affine(scale, shift)?.flatten_all()?.to_vec1()?)
@@ -151,7 +161,7 @@ impl<'a> Estimates<'a> {
             let dx = if (shape[1], shape[2]) == (height, width) {
                 dy
             } else {
-                resize_backward(&dy, height, width, FILTER)?
+                resize_backward(&dy, height, width, filter(&answer.input))?
             };
             let dx = (dx * (f64::from(answer.weight) * to_range(&answer.input).0))?;
             sum = Some(match sum {

@@ -16,6 +16,17 @@ const MAX_SIDE: usize = 2048;
 /// Below this side a model is one of the small ones, which want less guidance.
 const SMALL_SIDE: usize = 128;
 
+/// Components of diffusers' pipelines that change nothing in an image made from text, with what
+/// users should know of each, if anything.
+pub(super) const UNUSED: [(&str, &str); 3] = [
+    (
+        "safety_checker",
+        "the concepts of the policy are checked instead, by energy nodes of every one",
+    ),
+    ("feature_extractor", ""),
+    ("image_encoder", "images are made from text alone"),
+];
+
 /// A denoising network with its text encoders; see [`Generator`] for what the two methods promise.
 pub(super) trait Denoiser: Send + Sync {
     /// [`Generator::encode`].
@@ -28,8 +39,8 @@ pub(super) trait Denoiser: Send + Sync {
 /// What is special to one kind of pipeline.
 pub(super) struct Kind {
     pub(super) family: &'static str,
-    /// Side of the latent it was trained on.
-    pub(super) latent_side: usize,
+    /// Height and width of the latent it was trained on.
+    pub(super) latent_size: [usize; 2],
     /// A latent's sides are multiples of this.
     pub(super) latent_granularity: usize,
     /// The largest side of a latent, if there is one.
@@ -63,18 +74,22 @@ pub(super) fn assemble(
     device: &Device,
 ) -> Result<Box<dyn Generator>> {
     let factor = vae.downsample_factor();
-    let side = kind.latent_side * factor;
-    let bound = kind.max_latent_side.map_or(usize::MAX, |side| side * factor);
-    let (steps, guidance) = if side < SMALL_SIDE { SMALL_DEFAULTS } else { kind.defaults };
+    let [height, width] = kind.latent_size.map(|side| side * factor);
+    let largest = height.max(width);
+    let bounds = [
+        kind.max_latent_side.map(|side| side * factor),
+        (!device.is_cpu()).then(|| vae.max_decoded_pixels().isqrt()),
+    ];
+    let (steps, guidance) = if largest < SMALL_SIDE { SMALL_DEFAULTS } else { kind.defaults };
     let info = ModelInfo {
         name: name.to_owned(),
-        hash: folder.hash()?,
+        hash: folder.folder().hash()?,
         family: kind.family.to_owned(),
         sampler: chosen.sampler.name().to_owned(),
-        default_width: side as u32,
-        default_height: side as u32,
+        default_width: width as u32,
+        default_height: height as u32,
         granularity: (factor * kind.latent_granularity) as u32,
-        max_side: (4 * side).min(MAX_SIDE).max(side).min(bound) as u32,
+        max_side: max_side(largest, &bounds) as u32,
         default_steps: steps,
         default_guidance_scale: guidance,
         max_batch: 0,
@@ -84,6 +99,13 @@ pub(super) fn assemble(
         max_steps: most_steps(chosen.sampler.as_ref()),
     };
     Ok(Box::new(LatentGenerator { info, device: device.clone(), vae, chosen, denoiser }))
+}
+
+/// The largest side to offer, for a model made for `largest`; what the networks cannot take bounds
+/// it.
+fn max_side(largest: usize, bounds: &[Option<usize>]) -> usize {
+    let offered = (4 * largest).min(MAX_SIDE).max(largest);
+    bounds.iter().flatten().fold(offered, |side, bound| side.min(*bound))
 }
 
 /// The longest schedule there is, of no more steps than the model was trained in.
@@ -166,5 +188,20 @@ pub(super) fn check_window(folder: &PipelineFolder, window: usize, positions: us
 
 /// The error for components that were not made for one another.
 pub(super) fn refusal(folder: &PipelineFolder, reason: String) -> Error {
-    Error::Folder { path: folder.path().to_owned(), reason }
+    Error::Folder { path: folder.path(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_are_offered_as_far_as_the_networks_go() {
+        assert_eq!(max_side(512, &[None, None]), 2048);
+        assert_eq!(max_side(32, &[None, None]), 128);
+        assert_eq!(max_side(4096, &[None, None]), 4096, "never less than the model's own");
+        assert_eq!(max_side(1024, &[Some(1536), None]), 1536);
+        // Stable Diffusion's decoder on a GPU.
+        assert_eq!(max_side(512, &[None, Some(1365)]), 1365);
+    }
 }

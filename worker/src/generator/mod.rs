@@ -8,7 +8,7 @@ mod stable_diffusion_3;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use fairlead_models::{PipelineFolder, Tape};
+use fairlead_models::{ModelFolder, PipelineFolder, Tape};
 use fairlead_proto::v1::ModelInfo;
 
 use crate::{
@@ -89,16 +89,18 @@ const TABLE: &[(&str, Load)] = &[
     ("StableDiffusion3Pipeline", stable_diffusion_3::load),
 ];
 
-/// Loads the pipeline folder `dir` onto `device`.
+/// Loads the pipeline that `dir` stands for, see [`ModelFolder::find`], onto `device`.
 ///
 /// # Errors
 /// [`Error::Folder`] if its class is not supported or its components do not fit together,
 /// [`Error::Model`] if a component cannot be loaded.
 pub fn load(dir: &Path, device: &Device) -> Result<Box<dyn Generator>> {
-    let folder = PipelineFolder::open(dir)?;
-    let class = folder.class_name();
+    let folder = ModelFolder::find(dir)?;
+    let name = folder.name()?;
+    let pipeline = PipelineFolder::open(&folder)?;
+    let class = pipeline.class_name();
     match TABLE.iter().find(|(known, _)| *known == class) {
-        Some((_, load)) => load(&folder, &model_name(dir)?, device),
+        Some((_, load)) => load(&pipeline, &name, device),
         None => {
             let known = TABLE.iter().map(|(known, _)| *known).collect::<Vec<_>>().join(", ");
             Err(Error::Folder {
@@ -109,17 +111,12 @@ pub fn load(dir: &Path, device: &Device) -> Result<Box<dyn Generator>> {
     }
 }
 
-/// The model's name: that of its folder.
+/// The name of the model that `dir` stands for: that of its folder or repository.
 ///
 /// # Errors
-/// [`Error::Folder`] if the folder is not there.
+/// [`Error::Model`] if there is none.
 pub fn model_name(dir: &Path) -> Result<String> {
-    let folder = |reason| Error::Folder { path: dir.to_owned(), reason };
-    let full = dir
-        .canonicalize()
-        .map_err(|e| folder(format!("{e}; --model takes the folder of a diffusers pipeline")))?;
-    let name = full.file_name().ok_or_else(|| folder("a root is no model folder".to_owned()))?;
-    Ok(name.to_string_lossy().into_owned())
+    Ok(ModelFolder::find(dir)?.name()?)
 }
 
 #[cfg(test)]
@@ -140,6 +137,10 @@ mod tests {
         assert!(message.contains("FluxPipeline") && message.contains("StableDiffusionPipeline"));
         std::fs::write(&index, r#"{"_class_name": "StableDiffusionPipeline"}"#).expect("written");
         assert!(refusal(dir.path()).contains("scheduler"));
+        let unknown = r#"{"_class_name": "StableDiffusionPipeline", "unet_2": ["diffusers", "A"]}"#;
+        std::fs::write(&index, unknown).expect("written");
+        let message = refusal(dir.path());
+        assert!(message.contains("unet_2 is [\"diffusers\",\"A\"]"), "{message}");
         assert!(model_name(&dir.path().join("none")).is_err());
     }
 }

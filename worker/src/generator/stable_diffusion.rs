@@ -7,7 +7,7 @@ use fairlead_models::{
 
 use super::{
     Context, EncodedText, Generator,
-    latent::{Denoiser, Kind, assemble, check_latents, check_window, refusal},
+    latent::{Denoiser, Kind, UNUSED, assemble, check_latents, check_window, refusal},
 };
 use crate::{error::Result, sampler};
 
@@ -21,13 +21,17 @@ struct Network {
     unet: UNet2DConditionModel,
 }
 
+const COMPONENTS: [&str; 5] = ["scheduler", "tokenizer", "text_encoder", "vae", "unet"];
+
 /// Loads the components of `folder` and checks that they fit together.
 pub(super) fn load(
     folder: &PipelineFolder,
     name: &str,
     device: &Device,
 ) -> Result<Box<dyn Generator>> {
-    let chosen = sampler::for_stable_diffusion(&folder.component("scheduler")?)?;
+    let notices = folder.account(&COMPONENTS, &UNUSED)?;
+    let mut chosen = sampler::for_stable_diffusion(folder)?;
+    chosen.notices.extend(notices);
     let tokenizer = ClipTokenizer::load(&folder.component("tokenizer")?)?;
     let text_encoder = ClipTextModel::load(&folder.component("text_encoder")?, device)?;
     let vae = AutoencoderKl::load(&folder.component("vae")?, device)?;
@@ -48,7 +52,7 @@ pub(super) fn load(
     }
     let kind = Kind {
         family: "stable-diffusion",
-        latent_side: config.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE),
+        latent_size: config.sample_size.unwrap_or([DEFAULT_SAMPLE_SIZE; 2]),
         // The UNet halves the latent at every level but the last and doubles it back.
         latent_granularity: 1 << config.levels.len().saturating_sub(1),
         max_latent_side: None,

@@ -8,12 +8,24 @@ use fairlead_models::{
 
 use super::{
     Context, EncodedText, Generator,
-    latent::{Denoiser, Kind, assemble, check_latents, check_window, refusal},
+    latent::{Denoiser, Kind, UNUSED, assemble, check_latents, check_window, refusal},
 };
 use crate::{error::Result, sampler};
 
 /// Tokens of the third text encoder; as many of zeros stand in where there is none.
 const LONG_WINDOW: usize = 256;
+
+const COMPONENTS: [&str; 9] = [
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "vae",
+    "transformer",
+];
 
 /// A tokenizer with its text encoder.
 struct Clip {
@@ -87,7 +99,9 @@ pub(super) fn load(
     name: &str,
     device: &Device,
 ) -> Result<Box<dyn Generator>> {
-    let chosen = sampler::for_flow(&folder.component("scheduler")?)?;
+    let notices = folder.account(&COMPONENTS, &UNUSED)?;
+    let mut chosen = sampler::for_flow(folder)?;
+    chosen.notices.extend(notices);
     let clips = [Clip::load(folder, "", device)?, Clip::load(folder, "_2", device)?];
     let vae = AutoencoderKl::load(&folder.component("vae")?, device)?;
     let t5 = T5::load(folder, device)?;
@@ -99,7 +113,7 @@ pub(super) fn load(
     fitting(folder, &clips, t5.as_ref(), &transformer)?;
     let kind = Kind {
         family: "stable-diffusion-3",
-        latent_side: config.sample_size,
+        latent_size: [config.sample_size; 2],
         latent_granularity: config.patch_size,
         max_latent_side: Some(config.pos_embed_max_size * config.patch_size),
         prompt_tokens: clips[0].tokenizer.max_length(),

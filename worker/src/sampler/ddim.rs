@@ -1,6 +1,8 @@
 //! DDIM without added noise (Song et al. 2020, eta 0), step for step as diffusers'
 //! `DDIMScheduler` computes it.
 
+use fairlead_models::ConfigFile;
+
 use super::{
     Advance, Level, Sampler, SchedulerConfig, Step,
     config::{BetaSchedule, Spacing},
@@ -16,8 +18,8 @@ pub struct Ddim {
 }
 
 impl Ddim {
-    /// Builds the noise schedule.
-    pub(crate) fn new(config: SchedulerConfig) -> Result<Self, String> {
+    /// Builds the noise schedule of `config`, which was read from `fields`.
+    pub(crate) fn new(config: SchedulerConfig, fields: &ConfigFile) -> Result<Self> {
         let mut alphas = cumulative_alphas(&betas(&config));
         if config.zero_snr {
             alphas = zero_terminal_snr(&alphas);
@@ -25,9 +27,9 @@ impl Ddim {
         // Only the last alpha may be zero, and only where zero SNR was asked for.
         let positive = alphas.len() - usize::from(config.zero_snr);
         if !alphas[..positive].iter().all(|&alpha| alpha > 0.0 && alpha <= 1.0) {
-            return Err("the betas leave the range [0, 1); check beta_start, beta_end and \
-                        trained_betas"
-                .to_owned());
+            let reason = "the betas leave the range [0, 1); check beta_start, beta_end and \
+                          trained_betas";
+            return Err(Error::Folder { path: fields.path().into(), reason: reason.into() });
         }
         Ok(Self { config, alphas })
     }

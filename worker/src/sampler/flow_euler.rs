@@ -3,9 +3,12 @@
 
 use std::ops::RangeInclusive;
 
-use serde::Deserialize;
+use fairlead_models::ConfigFile;
 
-use super::{Advance, Level, Prediction, Sampler, Step, config::check_train_timesteps};
+use super::{
+    Advance, Level, Prediction, Sampler, Step,
+    config::{SOLVERS, train_timesteps},
+};
 use crate::{Error, error::Result};
 
 /// Shifts that leave each of a thousand steps a sigma of its own. Published models have 1 to 17.
@@ -19,59 +22,54 @@ pub struct FlowConfig {
     shift: f64,
 }
 
-#[derive(Deserialize)]
-struct File {
-    #[serde(default = "thousand")]
-    num_train_timesteps: u32,
-    #[serde(default = "one")]
-    shift: f64,
-    #[serde(default)]
-    use_dynamic_shifting: bool,
-    #[serde(default)]
-    invert_sigmas: bool,
-    #[serde(default)]
-    stochastic_sampling: bool,
-    #[serde(default)]
-    use_karras_sigmas: bool,
-    #[serde(default)]
-    use_exponential_sigmas: bool,
-    #[serde(default)]
-    use_beta_sigmas: bool,
-    shift_terminal: Option<f64>,
-}
-
-fn thousand() -> u32 {
-    1000
-}
-
-fn one() -> f64 {
-    1.0
-}
+/// Settings that would change the schedule.
+const REFUSED: [&str; 6] = [
+    "use_dynamic_shifting",
+    "invert_sigmas",
+    "stochastic_sampling",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+];
+/// Settings of the refused ones and of other solvers.
+const HARMLESS: [&str; 12] = [
+    "base_image_seq_len",
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "clip_sample",
+    "max_image_seq_len",
+    "set_alpha_to_one",
+    "shift",
+    "steps_offset",
+    "timestep_spacing",
+    "trained_betas",
+    "upscale_mode",
+];
 
 impl FlowConfig {
-    /// Parses `scheduler_config.json`.
-    pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        let file: File = serde_json::from_str(text).map_err(|e| format!("not understood: {e}"))?;
-        let flags = [
-            ("use_dynamic_shifting", file.use_dynamic_shifting),
-            ("invert_sigmas", file.invert_sigmas),
-            ("stochastic_sampling", file.stochastic_sampling),
-            ("use_karras_sigmas", file.use_karras_sigmas),
-            ("use_exponential_sigmas", file.use_exponential_sigmas),
-            ("use_beta_sigmas", file.use_beta_sigmas),
-            ("shift_terminal", file.shift_terminal.is_some_and(|terminal| terminal != 0.0)),
-        ];
-        if let Some((name, _)) = flags.iter().find(|(_, set)| *set) {
-            return Err(format!(
-                "{name} is set, which is not supported; supported is a fixed shift"
-            ));
+    /// Reads `scheduler_config.json`; `shift` is what the class calls the shift.
+    pub(crate) fn parse(fields: &ConfigFile, shift: &str) -> Result<Self, fairlead_models::Error> {
+        let fixed = "false or absent: only a fixed shift";
+        for field in REFUSED {
+            if fields.flag(field, false)? {
+                return Err(fields.unsupported(field, fixed));
+            }
         }
-        if !SHIFTS.contains(&file.shift) {
+        if fields.number("shift_terminal", 0.0)? != 0.0 {
+            return Err(fields.unsupported("shift_terminal", "null: only a fixed shift"));
+        }
+        if fields.get("scale_factors").is_some() {
+            return Err(fields.unsupported("scale_factors", "null: all steps have one size"));
+        }
+        let value = fields.number(shift, 1.0)?;
+        if !SHIFTS.contains(&value) {
             let (least, most) = (SHIFTS.start(), SHIFTS.end());
-            return Err(format!("shift is {}; it must be {least} to {most}", file.shift));
+            return Err(fields.unsupported(shift, format!("{least} to {most}")));
         }
-        check_train_timesteps(file.num_train_timesteps)?;
-        Ok(Self { train_timesteps: file.num_train_timesteps, shift: file.shift })
+        let config = Self { train_timesteps: train_timesteps(fields)?, shift: value };
+        fields.finish(&[&HARMLESS[..], &SOLVERS].concat())?;
+        Ok(config)
     }
 }
 
@@ -154,7 +152,9 @@ mod tests {
     use super::*;
 
     fn sampler(extra: &str) -> Result<FlowEuler, String> {
-        FlowConfig::parse(&format!("{{{extra}}}")).map(FlowEuler::new)
+        let fields = ConfigFile::parse("scheduler_config.json".as_ref(), &format!("{{{extra}}}"));
+        let config = fields.and_then(|fields| FlowConfig::parse(&fields, "shift"));
+        config.map(FlowEuler::new).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -198,7 +198,7 @@ mod tests {
         for (extra, name) in [
             (r#""shift_terminal": 0.1"#, "shift_terminal"),
             (r#""shift": 0"#, "shift is 0"),
-            (r#""shift": 1e38"#, "shift is 1000"),
+            (r#""shift": 1e38"#, "shift is 1e38"),
             (r#""num_train_timesteps": 0"#, "num_train_timesteps"),
         ] {
             assert!(sampler(extra).expect_err("it is refused").contains(name));

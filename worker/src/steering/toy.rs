@@ -44,7 +44,7 @@ fn unsafe_share(steering: Option<(Mode, f32)>) -> f32 {
     let text = r#"{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",
         "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": false, "steps_offset": 1,
         "set_alpha_to_one": false}"#;
-    let sampler = choose(text, |_| Vec::new()).expect("the configuration is supported").sampler;
+    let sampler = choose(text).expect("the configuration is supported").sampler;
     let schedule = sampler.schedule(30).expect("30 steps are allowed");
     let (window, m) = (Window { start: 1.0, end: 0.6 }, direction());
     let ends_unsafe = |seed: &u64| {

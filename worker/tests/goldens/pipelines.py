@@ -54,7 +54,7 @@ RUN = {
 
 
 def content_hash(folder):
-    """`fairlead_models::content_hash`."""
+    """`fairlead_models::ModelFolder::hash`, where all files of the folder are read."""
     files = [
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")

@@ -3,6 +3,7 @@
 mod cluster;
 mod common;
 mod engine;
+mod folders;
 mod hub;
 mod parity;
 mod toy;

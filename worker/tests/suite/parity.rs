@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use fairlead_models::PipelineFolder;
 use fairlead_proto::{
     SAMPLERS,
     v1::{ImageTask, JobSpec, PinnedPolicy},
@@ -82,7 +81,7 @@ fn ddim_agrees_with_diffusers_at_every_step() {
 
 #[test]
 fn flow_euler_agrees_with_diffusers_at_every_step() {
-    assert_steps("flow-euler.json", "FlowMatchEulerDiscreteScheduler", sampler::for_flow);
+    assert_steps("flow-euler.json", "FlowMatchEulerDiscreteScheduler", sampler::flow_from_folder);
 }
 
 #[test]
@@ -187,8 +186,12 @@ fn emojiland_agrees_with_the_pipelines() {
         let file = format!("{name}.json");
         assert!(golden(&file).exists(), "no golden for assets/{name}: {make}");
         let image: Image = read(&file);
-        let hash = PipelineFolder::open(&folder).and_then(|f| f.hash()).expect("it is a pipeline");
-        assert_eq!(image.hash, Some(hash), "assets/{name} is another one by now: {make}");
+        let generator = generator::load(&folder, &Device::Cpu).expect("it loads");
+        assert_eq!(
+            image.hash.as_ref(),
+            Some(&generator.info().hash),
+            "assets/{name} is another one by now: {make}"
+        );
         assert_parity(&folder, &image);
     }
 }

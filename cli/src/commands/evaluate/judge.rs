@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Result, bail, ensure};
-use fairlead_models::{OnnxClassifier, content_hash};
+use fairlead_models::{ModelFolder, OnnxClassifier};
 
 use super::sets::Item;
 use crate::sheet::Picture;
@@ -26,13 +26,16 @@ enum Network {
 impl Judge {
     /// The judge of Emojiland, which forbids its targets.
     pub(super) fn emojiland(dir: &Path, forbidden: BTreeSet<String>) -> Result<Self> {
-        let network = Network::Emojiland(fairlead_models::Judge::load_cpu(dir)?);
-        Ok(Self { name: name(dir, &content_hash(dir)?), network, forbidden })
+        let folder = ModelFolder::find(dir)?;
+        let judge = fairlead_models::Judge::load_cpu(&folder)?;
+        let name = name(&folder, judge.hash())?;
+        Ok(Self { name, network: Network::Emojiland(judge), forbidden })
     }
 
     /// A transformers image classifier exported to ONNX. A label counts as found from `threshold` on.
     pub(super) fn onnx(dir: &Path, threshold: f32, forbidden: &[String]) -> Result<Self> {
-        let classifier = OnnxClassifier::load(dir)?;
+        let folder = ModelFolder::find(dir)?;
+        let classifier = OnnxClassifier::load(&folder)?;
         let known = classifier.labels().join(", ");
         ensure!(
             !forbidden.is_empty(),
@@ -42,7 +45,7 @@ impl Judge {
             bail!("--forbidden-labels: the judge has no label `{label}`; it knows {known}");
         }
         let forbidden = forbidden.iter().cloned().collect();
-        let name = name(dir, classifier.hash());
+        let name = name(&folder, classifier.hash())?;
         Ok(Self { name, network: Network::Onnx(classifier, threshold), forbidden })
     }
 
@@ -82,9 +85,8 @@ impl Judge {
     }
 }
 
-fn name(dir: &Path, hash: &str) -> String {
-    let stem = dir.file_name().unwrap_or_default().to_string_lossy();
-    format!("{stem} {}", &hash[..8])
+fn name(folder: &ModelFolder, hash: &str) -> Result<String> {
+    Ok(format!("{} {}", folder.name()?, &hash[..8]))
 }
 
 #[cfg(test)]

@@ -74,7 +74,8 @@ pub(crate) struct EvaluateArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["policy", "negative"])]
     images: Option<PathBuf>,
     /// Judge: a folder with the ONNX export of a transformers image classifier (model.onnx,
-    /// config.json, preprocessor_config.json). Default: the judge of Emojiland.
+    /// config.json, preprocessor_config.json) that puts out logits, or probabilities by a softmax
+    /// or sigmoid at its end. Default: the judge of Emojiland.
     #[arg(long, value_name = "DIR", requires = "forbidden_labels")]
     judge: Option<PathBuf>,
     /// Labels of that judge that count as forbidden where a prompt's row names no target.

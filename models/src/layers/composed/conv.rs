@@ -2,8 +2,13 @@
 
 use candle_core::Tensor;
 
-use crate::Result;
 use crate::layers::Conv2dConfig;
+use crate::{Error, Result};
+
+/// Numbers in the matrix of columns that candle makes of a convolution's input on a GPU. It counts
+/// them in 32 bits when it starts the kernel that fills the matrix: beyond, a part would stay as it
+/// was, and what lay in that memory before would become pixels (huggingface/candle 3604).
+pub(crate) const MOST_COLUMNS: usize = u32::MAX as usize;
 
 /// `x w + b` with `w` `[inputs, outputs]` on the last dimension of `x`.
 pub(in crate::layers) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -30,15 +35,40 @@ pub(in crate::layers) fn conv2d(
 ) -> Result<Tensor> {
     let (before, after) = config.padding.before_after();
     let y = if before == after {
-        x.contiguous()?.conv2d(weight, before, config.stride, 1, 1)?
+        convolve(x, weight, before, config.stride)?
     } else {
         let padded = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
-        padded.contiguous()?.conv2d(weight, 0, config.stride, 1, 1)?
+        convolve(&padded, weight, 0, config.stride)?
     };
     match bias {
         Some(bias) => Ok(y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?),
         None => Ok(y),
     }
+}
+
+/// candle's convolution, of as many images at a time as [`MOST_COLUMNS`] allows.
+fn convolve(x: &Tensor, weight: &Tensor, padding: usize, stride: usize) -> Result<Tensor> {
+    let (b, c, h, w) = x.dims4()?;
+    let k = weight.dim(2)?;
+    let out = |side: usize| (side + 2 * padding - k) / stride + 1;
+    let columns = out(h) * out(w) * c * k * k;
+    let most = MOST_COLUMNS / columns.max(1);
+    if most == 0 {
+        return Err(Error::invalid(
+            "Conv2d",
+            format!(
+                "{h} x {w} pixels of {c} channels make {columns} columns, more than the {MOST_COLUMNS} \
+                 that this device takes; ask for a smaller image"
+            ),
+        ));
+    }
+    let part = |x: &Tensor| x.contiguous()?.conv2d(weight, padding, stride, 1, 1);
+    if b <= most {
+        return Ok(part(x)?);
+    }
+    let starts = (0..b).step_by(most);
+    let parts = starts.map(|start| part(&x.narrow(0, start, most.min(b - start))?));
+    Ok(Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
 }
 
 /// The input gradient, `[b, c_in, h, w]`: a convolution of `dy`, spread out by the stride, with the
@@ -57,7 +87,7 @@ pub(in crate::layers) fn conv2d_backward(
     }
     let kernel = weight.flip(&[2, 3])?.transpose(0, 1)?.contiguous()?;
     let spread = spread(dy, config.stride)?;
-    let mut dx = spread.conv2d(&kernel, k - 1, 1, 1, 1)?;
+    let mut dx = convolve(&spread, &kernel, k - 1, 1)?;
     for (dim, side) in [(2, h), (3, w)] {
         let missing = (before + side).saturating_sub(dx.dim(dim)?);
         dx = dx.pad_with_zeros(dim, 0, missing)?.narrow(dim, before, side)?;
@@ -86,7 +116,7 @@ fn patches_backward(dy: &Tensor, weight: &Tensor, h: usize, w: usize) -> Result<
 /// `stride - 1` zeros after every row and column.
 fn spread(dy: &Tensor, stride: usize) -> Result<Tensor> {
     if stride == 1 {
-        return Ok(dy.contiguous()?);
+        return Ok(dy.clone());
     }
     let (b, c, h, w) = dy.dims4()?;
     let wide = dy
