@@ -284,6 +284,9 @@ pub struct CoordinatorOptions {
     pub drain_timeout: Duration,
     /// How long ended jobs are kept.
     pub retention: Duration,
+    /// Workers run in the coordinator's process, so that what kills one kills the other: a shard that was
+    /// in work then counts as delivered.
+    pub has_own_workers: bool,
 }
 
 impl Default for CoordinatorOptions {
@@ -304,6 +307,7 @@ impl Default for CoordinatorOptions {
             max_wait: Duration::from_secs(600),
             drain_timeout: Duration::from_secs(10),
             retention: Duration::from_secs(30 * 24 * 3600),
+            has_own_workers: false,
         }
     }
 }

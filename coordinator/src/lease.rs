@@ -221,12 +221,16 @@ impl Lease {
 
     /// Takes the shard back from a holder that stopped renewing.
     pub(crate) fn expire(&mut self, token: u64, now: i64) -> Result<AfterFailure, LeaseError> {
-        self.require_current(token)?;
-        if self.expires_unix_ms > now {
-            return Err(LeaseError::NotExpired(self.expires_unix_ms));
-        }
+        self.require_expired(token, now)?;
         let reason = format!("worker {} stopped renewing its lease", self.holder);
         Ok(self.end_delivery(&Failure { reason, retryable: true, delay_ms: 0 }, now))
+    }
+
+    /// Takes the shard back after its coordinator died: nobody was left to take the renewals. The
+    /// delivery does not count.
+    pub(crate) fn recover(&mut self, token: u64, now: i64) -> Result<(), LeaseError> {
+        self.require_expired(token, now)?;
+        self.give_back(token)
     }
 
     /// Puts off a delivery that cannot be made, e.g. because a concept has no live node: the shard
@@ -251,7 +255,7 @@ impl Lease {
     }
 
     /// Returns the shard to the queue without counting the delivery: the coordinator itself
-    /// stopped, which is not the shard's fault.
+    /// stopped or lost it, which is not the shard's fault.
     pub(crate) fn give_back(&mut self, token: u64) -> Result<(), LeaseError> {
         self.require_current(token)?;
         self.deliveries = self.deliveries.saturating_sub(1);
@@ -292,6 +296,14 @@ impl Lease {
             return Ok(());
         }
         Err(LeaseError::Stale { token, current: self.token, phase: self.phase() })
+    }
+
+    fn require_expired(&self, token: u64, now: i64) -> Result<(), LeaseError> {
+        self.require_current(token)?;
+        match self.expires_unix_ms > now && !is_beyond(self.expires_unix_ms, now) {
+            true => Err(LeaseError::NotExpired(self.expires_unix_ms)),
+            false => Ok(()),
+        }
     }
 
     fn set_phase(&mut self, phase: Phase) {

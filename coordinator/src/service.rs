@@ -104,6 +104,7 @@ impl Coordinator {
             lease_ttl: options.lease_ttl,
             retry_delay: options.retry_delay,
             max_wait: options.max_wait,
+            has_own_workers: options.has_own_workers,
         };
         let hub = Hub::start(
             Arc::clone(&store),

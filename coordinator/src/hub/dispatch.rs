@@ -27,7 +27,7 @@ use crate::{
     routing,
     state::{ActiveShard, JobRecord, QueueName},
     store::{Backlog, Member, MemberKey, StoreError},
-    transition::{Effect, Transition},
+    transition::{Effect, LostBy, Transition},
 };
 
 /// Longest pause between two looks at leases and registrations.
@@ -115,11 +115,18 @@ async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
     if !shared.registry.is_settled(shared.options.lease_ttl) {
         return Ok(false);
     }
-    let expired = shared.store.expired(now, EXPIRED).await?;
-    for shard in &expired {
+    // A coordinator ends the leases of its own workers first. What is still there a moment later was
+    // handed out by one that is no longer at work, or by an earlier life of this one.
+    let orphaned =
+        shared.store.expired(now.saturating_sub(millis(quarter(shared))), EXPIRED).await?;
+    for shard in &orphaned {
         expire(shared, shard).await;
     }
-    Ok(expired.len() == EXPIRED)
+    let expired = shared.store.expired(now, EXPIRED).await?;
+    for shard in expired.iter().filter(|shard| shared.has_session(shard)) {
+        expire(shared, shard).await;
+    }
+    Ok(orphaned.len() == EXPIRED)
 }
 
 /// Brings back shards that the store's queues have lost, about as often as a lease that nobody renews is
@@ -151,12 +158,12 @@ struct Rounds {
     abandoned: Abandoned,
 }
 
-/// Since when each queue has had shards and no worker; Unix milliseconds.
+/// Since when each queue has had shards and no worker, by the steady clock.
 #[derive(Default)]
 struct Abandoned(BTreeMap<QueueName, i64>);
 
 impl Abandoned {
-    /// The queues of `backlog` that have had no worker for `max_wait_ms` by `now`.
+    /// The queues of `backlog` that have had no worker for `max_wait` by `now`.
     fn look(
         &mut self,
         backlog: &Backlog,
@@ -284,12 +291,18 @@ fn forget_stopped(shared: &Shared, now: i64) {
     shared.count_sessions(&state);
 }
 
+/// Takes a shard back. Only the coordinator that handed it out can tell that the worker fell silent; where
+/// no session knows of the delivery, it was the coordinator that was lost.
 async fn expire(shared: &Shared, shard: &ActiveShard) {
     let Some((job, lease)) = shard.ids() else { return };
-    match shared.apply(job, Transition::Expire { lease }).await {
+    let (by, outcome) = match shared.has_session(shard) {
+        true => (LostBy::Worker, "expired"),
+        false => (LostBy::Coordinator, "orphaned"),
+    };
+    match shared.apply(job, Transition::Expire { lease, by }).await {
         Ok(_) => {
-            metrics::delivery("expired");
-            tracing::warn!(%job, %lease, worker = shard.holder, "lease expired");
+            metrics::delivery(outcome);
+            tracing::warn!(%job, %lease, worker = shard.holder, outcome, "lease ended");
             shared.mistrust(lease);
             shared.stop_session(lease, "the lease expired");
             shared.wake.notify_one();

@@ -144,7 +144,15 @@ impl ShardTask {
                 self.reply(v1::CommitStatus::Aborted, refusal.to_string());
                 self.shared.remove_session(lease);
             }
-            // Unknown whether it took place, so the objects stay.
+            // Unknown whether it took place, so the objects stay. A store that is away says nothing about
+            // the shard.
+            Err(error @ StoreError::Away { .. }) => {
+                tracing::error!(job = %self.job_id, %lease, %error, "cannot commit");
+                self.reply(v1::CommitStatus::Aborted, "the coordinator's store is away".to_owned());
+                self.shared.remove_session(lease);
+                self.shared.give_back(self.job_id, lease).await;
+                self.shared.wake.notify_one();
+            }
             Err(error) => {
                 self.reject(Rejection { reason: error.to_string(), retryable: true }).await;
             }

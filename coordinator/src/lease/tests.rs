@@ -20,6 +20,7 @@ enum Op {
     Commit(usize),
     Fail(usize, bool),
     Expire(usize),
+    Recover(usize),
     Postpone,
     GiveBack(usize),
     Cancel,
@@ -33,6 +34,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (0usize..3).prop_map(Op::Commit),
         1 => (0usize..3, any::<bool>()).prop_map(|(back, retry)| Op::Fail(back, retry)),
         2 => (0usize..3).prop_map(Op::Expire),
+        1 => (0usize..3).prop_map(Op::Recover),
         1 => Just(Op::Postpone),
         1 => (0usize..3).prop_map(Op::GiveBack),
         1 => Just(Op::Cancel),
@@ -82,6 +84,10 @@ proptest! {
                     let token = token_of(back);
                     let due = before.expires_unix_ms() <= now;
                     prop_assert!(lease.expire(token, now).is_err() || due);
+                }
+                Op::Recover(back) => {
+                    let due = before.expires_unix_ms() <= now;
+                    prop_assert!(lease.recover(token_of(back), now).is_err() || due);
                 }
                 Op::Postpone => { let _ = lease.postpone(&obstacle(300), now); }
                 Op::GiveBack(back) => { let _ = lease.give_back(token_of(back)); }
@@ -151,6 +157,19 @@ fn a_restart_of_the_coordinator_costs_no_delivery() {
         lease.give_back(expected).expect("the token is current");
     }
     assert_eq!(lease.deliveries(), 0);
+}
+
+#[test]
+fn a_coordinator_that_dies_a_hundred_times_costs_no_delivery() {
+    let mut lease = Lease::default();
+    for _ in 0..100 {
+        let now = lease.expires_unix_ms() + 1_000;
+        let token = lease.grant("w", now, TTL).expect("it waits");
+        let early = lease.recover(token, now + TTL - 1);
+        assert_eq!(early, Err(LeaseError::NotExpired(now + TTL)), "its coordinator may be there");
+        lease.recover(token, now + TTL).expect("nobody renewed it");
+    }
+    assert_eq!((lease.phase(), lease.deliveries()), (Phase::Queued, 0));
 }
 
 #[test]

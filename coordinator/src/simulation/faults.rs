@@ -53,6 +53,10 @@ impl Faults {
         if now < self.next {
             return;
         }
+        if world.only_coordinators_die() {
+            self.next = now + Duration::from_millis(self.rng.random_range(300..1_500));
+            return self.end_a_coordinator(sim, world);
+        }
         self.next = now + Duration::from_millis(self.rng.random_range(300..4_000));
         match self.rng.random_range(0..100) {
             0..6 => {
@@ -76,6 +80,23 @@ impl Faults {
 
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         *from.choose(&mut self.rng).expect("there are some")
+    }
+
+    /// Kills a coordinator for a moment, or asks it to stop.
+    fn end_a_coordinator(&mut self, sim: &mut Sim<'_>, world: &World) {
+        let host = self.pick(world.coordinators());
+        let fault = Fault::Dead(host);
+        if self.active.iter().any(|(_, other)| other.meets(&fault)) {
+            return;
+        }
+        if self.rng.random_bool(0.1) {
+            world.note(format!("fault: {host} is asked to stop"));
+            return world.shut_down(host);
+        }
+        world.note(format!("fault: {fault:?} for a moment"));
+        fault.start(sim, world);
+        let length = Duration::from_millis(self.rng.random_range(50..1_000));
+        self.active.push(((sim.elapsed() + length).min(CHAOS), fault));
     }
 
     fn begin(&mut self, sim: &mut Sim<'_>, world: &World) {

@@ -1,16 +1,24 @@
 //! Stops, kills and restarts.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
-use fairlead_coordinator::{CoordinatorOptions, Data};
+use clap::Parser;
+use fairlead_common::testing::RedisServer;
+use fairlead_coordinator::{CoordinatorArgs, CoordinatorOptions, Data};
 use fairlead_proto::v1::{self, CommitStatus, ImageStatus, JobState};
 use tonic::Code;
 
 use crate::{
-    cluster::{Cluster, collect, options, patient, spec, statuses},
+    cluster::{Cluster, assert_failed_naming, collect, options, patient, spec, statuses},
     node::{Node, Script},
     worker::{Worker, decode, pixels},
 };
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    args: CoordinatorArgs,
+}
 
 fn on_disk(dir: &Path) -> CoordinatorOptions {
     CoordinatorOptions { data: Data::Dir(dir.to_owned()), ..options() }
@@ -53,6 +61,64 @@ async fn a_killed_coordinator_finishes_its_jobs_after_a_restart() {
     let (job, _worker) = halfway(&cluster).await;
     cluster.kill().await;
     ends_after_a_restart(dir.path(), &job).await;
+}
+
+/// Kills a coordinator of `options` while a shard is in work, again and again, then lets the shard be made.
+async fn dies_often(options: CoordinatorOptions, times: u32) {
+    let mut job_id = String::new();
+    for life in 0..times {
+        let cluster = Cluster::start(options.clone()).await;
+        let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+        let mut worker = Worker::attach(&cluster, &format!("w{life}"), 1).await;
+        if job_id.is_empty() {
+            job_id = cluster.submit(spec(1)).await.expect("valid").job_id;
+        }
+        assert_eq!(worker.assignment().await.attempt, 1, "in life {life}");
+        cluster.kill().await;
+    }
+    let cluster = Cluster::start(options).await;
+    let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    Worker::attach(&cluster, "last", 1).await.complete_all();
+    assert_eq!(cluster.finished(&job_id).await.state(), JobState::Completed);
+}
+
+#[tokio::test]
+async fn a_coordinator_that_is_killed_a_hundred_times_fails_no_job() {
+    let dir = tempfile::tempdir().expect("a directory");
+    dies_often(on_disk(dir.path()), 100).await;
+}
+
+#[tokio::test]
+async fn what_dead_coordinators_of_a_redis_held_is_not_counted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let redis = RedisServer::start(dir.path());
+    let mut arguments = vec!["fairlead", "--data-dir", dir.path().to_str().expect("text")];
+    let url = redis.url();
+    arguments.extend(["--redis", &url]);
+    let Cli { args } = Cli::parse_from(arguments);
+    let data = args.options().expect("no file is read").data;
+    let lease_ttl = Duration::from_millis(300);
+    dies_often(CoordinatorOptions { data, lease_ttl, ..options() }, 7).await;
+}
+
+/// Where the worker dies with its coordinator, the shard may be what killed both.
+#[tokio::test]
+async fn a_shard_that_kills_the_whole_process_stops_after_five_deliveries() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = CoordinatorOptions { has_own_workers: true, ..on_disk(dir.path()) };
+    let mut job_id = String::new();
+    for attempt in 1..=5 {
+        let cluster = Cluster::start(options.clone()).await;
+        let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+        let mut worker = Worker::attach(&cluster, "w", 1).await;
+        if job_id.is_empty() {
+            job_id = cluster.submit(spec(1)).await.expect("valid").job_id;
+        }
+        assert_eq!(worker.assignment().await.attempt, attempt);
+        cluster.kill().await;
+    }
+    let cluster = Cluster::start(options).await;
+    assert_failed_naming(&cluster.finished(&job_id).await, &["5 attempt(s)", "process died"]);
 }
 
 #[tokio::test]
