@@ -25,6 +25,7 @@ mod policy;
 mod registrar;
 mod registry;
 mod release;
+mod retention;
 mod routing;
 mod server;
 mod service;

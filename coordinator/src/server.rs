@@ -31,8 +31,6 @@ use crate::{
 
 /// How long connections may take to end once every stream has.
 const CONNECTION_GRACE: Duration = Duration::from_secs(2);
-/// Pause between two looks for jobs past their retention.
-const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// The project's message limits on both directions of a service.
 macro_rules! limits {
@@ -100,10 +98,11 @@ async fn follow_policies(coordinator: &Coordinator, file: Option<PathBuf>) {
 }
 
 async fn forget_old(coordinator: &Coordinator) {
-    let mut interval = tokio::time::interval(FORGET_EVERY);
+    let mut retention = coordinator.retention();
+    let mut interval = tokio::time::interval(retention.pause());
     loop {
         interval.tick().await;
-        match coordinator.forget_old().await {
+        match retention.look().await {
             Ok(0) => {}
             Ok(jobs) => tracing::info!(jobs, "jobs past their retention were deleted"),
             Err(error) => tracing::error!(%error, "cannot delete old jobs"),

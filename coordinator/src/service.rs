@@ -28,6 +28,7 @@ use crate::{
     registrar::Registrar,
     registry::Registry,
     release::ReleaseGate,
+    retention::Retention,
     state::JobRecord,
     store::{
         Created, Found, Full, Lookup, MemoryStore, NewJob, RedbStore, RedisStore, Store, StoreError,
@@ -43,9 +44,6 @@ const MAX_PAGE: u32 = 1_000;
 /// The key that signs records, in the data directory, and what others check it with.
 const SIGNING_KEY: &str = "signing-key.pem";
 const PUBLIC_KEY: &str = "signing-key.pub.pem";
-/// Jobs to forget that are read at once, and how many are forgotten at the same time.
-const FORGET_AT_ONCE: usize = 256;
-const FORGET_TOGETHER: usize = 16;
 
 /// The coordinator; clones share it.
 #[derive(Debug, Clone)]
@@ -389,31 +387,15 @@ impl Coordinator {
         v1::ListConceptsResponse { concepts, absent: self.registry.absent() }
     }
 
-    /// Forgets jobs that ended longer ago than the retention, with their images and records.
-    pub(crate) async fn forget_old(&self) -> Result<usize> {
-        let before = self.clock.now().saturating_sub(millis(self.options.retention));
-        let mut forgotten = 0;
-        loop {
-            let old = self.store.ended(before, FORGET_AT_ONCE).await?;
-            // The job last: what a crash leaves is found again by it.
-            let whole = old.len() == FORGET_AT_ONCE;
-            let deleting = old.into_iter().map(|record| {
-                let outputs = self.outputs.clone();
-                async move { outputs.forget(&record.job.job_id).await.map(|()| record) }
-            });
-            let deleted: Vec<Result<JobRecord, OutputError>> =
-                stream::iter(deleting).buffer_unordered(FORGET_TOGETHER).collect().await;
-            let (gone, kept): (Vec<_>, Vec<_>) = deleted.into_iter().partition(Result::is_ok);
-            forgotten += gone.len();
-            // One that stays must not keep the others: but it would be found again at once.
-            self.store.forget(gone.into_iter().flatten().collect()).await?;
-            if let Some(Err(error)) = kept.into_iter().next() {
-                return Err(error.into());
-            }
-            if !whole {
-                return Ok(forgotten);
-            }
-        }
+    /// What forgets old jobs.
+    pub(crate) fn retention(&self) -> Retention {
+        Retention::new(Arc::clone(&self.store), self.outputs.clone(), self.options.retention)
+    }
+
+    /// Whether it can store what it is told.
+    pub(crate) async fn check(&self) -> Result<()> {
+        self.store.check().await?;
+        Ok(self.outputs.check()?)
     }
 
     /// Admits nothing more, lets running shards finish for a while, ends every stream.

@@ -366,7 +366,12 @@ impl Store for SimulatedStore {
         self.0.answer("roster", self.0.tables.roster(known, now).await).await
     }
 
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError> {
+        self.0.ask("age").await?;
+        self.0.answer("age", self.0.tables.age(since).await).await
+    }
+
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
         self.0.ask("ended").await?;
         self.0.answer("ended", self.0.tables.ended(before, limit).await).await
     }

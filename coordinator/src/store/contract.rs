@@ -307,12 +307,20 @@ async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
         let ended = store.ended(before, limit).await.expect("it answers");
         ended.into_iter().filter(|record| record.job.job_id == id.to_string()).collect()
     };
-    assert!(ended(i64::MAX, 100).await.is_empty(), "it has not ended");
+    assert!(ended(u64::MAX, 1_000).await.is_empty(), "it has not ended");
+    let age = store.age(None).await.expect("it has one");
+    let second = Some((age, Duration::from_secs(1)));
+    assert_eq!(store.age(second).await.expect("it grows"), age + 1_000);
+    assert_eq!(store.age(second).await.expect("it answers"), age + 1_000, "another has added it");
     let cancel = Transition::Cancel { reason: String::new() };
-    store.apply(id, cancel, 100).await.expect("it cancels");
-    assert!(ended(100, 100).await.is_empty(), "not old enough");
-    assert!(ended(101, 0).await.is_empty(), "none was asked for");
-    let old = ended(101, 100).await;
+    store
+        .apply(id, cancel.clone(), i64::MAX / 2)
+        .await
+        .expect("it cancels, whatever the clock says");
+    store.apply(id, cancel, 6).await.expect("again is fine");
+    assert!(ended(age + 1_000, 1_000).await.is_empty(), "not old enough");
+    assert!(ended(age + 1_001, 0).await.is_empty(), "none was asked for");
+    let old = ended(age + 1_001, 1_000).await;
     assert_eq!(old.len(), 1);
     store.forget(old.clone()).await.expect("it forgets");
     store.forget(old).await.expect("again is fine");

@@ -288,8 +288,13 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Everyone whose membership has not ended, unless that is the version `known`.
     async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError>;
 
-    /// At most `limit` of the oldest jobs that ended before `before` (Unix milliseconds).
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
+    /// How long the store has been in use, milliseconds: what retention counts by. `since` adds the time
+    /// that has passed since it was that old, unless another process has. So whatever clocks say, it never
+    /// grows faster than time passes.
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError>;
+
+    /// At most `limit` jobs that ended when the store was younger than `before`; the oldest first.
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
 
     /// Removes jobs that have ended, with their events.
     async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError>;
@@ -456,6 +461,14 @@ pub(crate) fn lookups(record: &JobRecord, key: Option<&(String, Vec<u8>)>) -> Ve
     let key = key
         .map(|(key, body)| (Lookup::Key(&record.tenant, key).index_key(), found(0, body.clone())));
     shards.chain(images).chain(key).collect()
+}
+
+/// The age of a store that was `age` old and learns of time that has passed; see [`Store::age`].
+fn grown(age: u64, since: Option<(u64, Duration)>) -> u64 {
+    match since {
+        Some((known, passed)) if known == age => age.saturating_add(millis(passed).unsigned_abs()),
+        _ => age,
+    }
 }
 
 /// Gives the shards of a new job their places in the queue and its first event.

@@ -16,7 +16,8 @@ use prost::Message;
 
 use super::{
     Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen, Store,
-    StoreError, decode, enqueue, lookups, members::Members, queues::Queues, rates::Rates,
+    StoreError, decode, enqueue, grown, lookups, members::Members, queues::Queues, rates::Rates,
+    unreadable,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -35,10 +36,14 @@ const EVENTS: TableDefinition<'_, (&str, u64), Blob> = TableDefinition::new("eve
 const LOOKUPS: TableDefinition<'_, &str, Blob> = TableDefinition::new("lookups");
 /// JSON of a [`Probe`]'s concept and energy, or of a generator's name: [`Seen`].
 const SEEN: TableDefinition<'_, &str, ()> = TableDefinition::new("seen");
+/// Age of the store at a job's end, and the job's id.
+const ENDED: TableDefinition<'_, (u64, &str), ()> = TableDefinition::new("ended");
 /// Counters.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
 const NEXT_POSITION: &str = "next_position";
+const AGE: &str = "age";
+const REOPENED: &str = "reopened";
 const FORMAT: &str = "format";
 /// Grows when stored values change their meaning.
 const FORMAT_VERSION: u64 = 3;
@@ -128,6 +133,37 @@ impl RedbStore {
     }
 }
 
+/// Makes the tables and checks the format.
+fn prepare(database: &Database) -> Result<(), StoreError> {
+    let txn = database.begin_write().map_err(backend("open"))?;
+    {
+        let jobs = txn.open_table(JOBS).map_err(backend("open"))?;
+        txn.open_table(ACTIVE).map_err(backend("open"))?;
+        txn.open_table(EVENTS).map_err(backend("open"))?;
+        txn.open_table(LOOKUPS).map_err(backend("open"))?;
+        txn.open_table(SEEN).map_err(backend("open"))?;
+        let mut ended = txn.open_table(ENDED).map_err(backend("open"))?;
+        let mut meta = txn.open_table(META).map_err(backend("open"))?;
+        let found = meta.get(FORMAT).map_err(backend("open"))?.map(|value| value.value());
+        if let Some(version) = found.filter(|&version| version != FORMAT_VERSION) {
+            let problem = format!("it has format {version}, this build reads {FORMAT_VERSION}");
+            return Err(StoreError::Backend { what: "open", problem });
+        }
+        meta.insert(FORMAT, FORMAT_VERSION).map_err(backend("open"))?;
+        // A release before noted ends by the clock: as if those jobs had ended now.
+        if meta.get(AGE).map_err(backend("open"))?.is_none() {
+            meta.insert(AGE, 0).map_err(backend("open"))?;
+            for entry in jobs.iter().map_err(backend("jobs"))? {
+                let (id, value) = entry.map_err(backend("jobs"))?;
+                if readable(id.value(), value.value()).is_some_and(|record| record.is_terminal()) {
+                    ended.insert((0, id.value()), ()).map_err(backend("ended"))?;
+                }
+            }
+        }
+    }
+    txn.commit().map_err(backend("open"))
+}
+
 async fn blocking<T: Send + 'static>(
     what: &'static str,
     body: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
@@ -195,6 +231,25 @@ fn put(
     Ok(())
 }
 
+/// Notes how old the store is at the end of a job.
+fn end(txn: &WriteTransaction, job: &str) -> Result<(), StoreError> {
+    let age = number(&txn.open_table(META).map_err(backend("meta"))?, AGE)?;
+    let mut ended = txn.open_table(ENDED).map_err(backend("ended"))?;
+    ended.insert((age, job), ()).map_err(backend("ended"))?;
+    Ok(())
+}
+
+/// A counter; one that was never set is 0.
+fn number(meta: &impl ReadableTable<&'static str, u64>, name: &str) -> Result<u64, StoreError> {
+    let found = meta.get(name).map_err(backend("meta"))?;
+    Ok(found.map(|value| value.value()).unwrap_or_default())
+}
+
+/// A stored job; one that cannot be read is reported and left out, so that it does not hide the others.
+fn readable(id: &str, bytes: &[u8]) -> Option<JobRecord> {
+    decode(bytes, "a job").inspect_err(|error| unreadable(id, error)).ok()
+}
+
 fn get(txn: &WriteTransaction, job: JobId) -> Result<Option<JobRecord>, StoreError> {
     let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
     let bytes = jobs.get(job.to_string().as_str()).map_err(backend("jobs"))?;
@@ -247,6 +302,17 @@ fn forget(txn: &WriteTransaction, old: &[JobRecord]) -> Result<(), StoreError> {
         events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
         for (key, _) in lookups(record, None) {
             index.remove(key.as_str()).map_err(backend("lookups"))?;
+        }
+    }
+    let mut ended = txn.open_table(ENDED).map_err(backend("ended"))?;
+    // The oldest come first.
+    let mut left = names.len();
+    let of_them = ended.extract_if(|(_, id), ()| names.contains(id)).map_err(backend("ended"))?;
+    for entry in of_them {
+        entry.map_err(backend("ended"))?;
+        left = left.saturating_sub(1);
+        if left == 0 {
+            break;
         }
     }
     // Which keys lead to them only the keys tell: one look at all for all.
@@ -414,19 +480,56 @@ impl Store for RedbStore {
         Ok(self.members.lock().roster(known, now))
     }
 
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+    async fn check(&self) -> Result<(), StoreError> {
+        let (file, queues) = (Arc::clone(&self.file), Arc::clone(&self.queues));
+        let guard = Arc::clone(&self.writer).lock_owned().await;
+        blocking("check", move || {
+            let _guard = guard;
+            let stored = RefCell::new(Vec::new());
+            // Written to, so that a disk that is still full is not taken for one that works.
+            let is_new = file.reopen(|database| {
+                let txn = database.begin_write().map_err(backend("open"))?;
+                {
+                    let mut meta = txn.open_table(META).map_err(backend("meta"))?;
+                    let reopened = number(&meta, REOPENED)?;
+                    meta.insert(REOPENED, reopened + 1).map_err(backend("meta"))?;
+                }
+                txn.commit().map_err(backend("commit"))?;
+                *stored.borrow_mut() = active(database)?;
+                Ok(())
+            })?;
+            if is_new {
+                let mut queues = queues.lock();
+                *queues = queues.again(stored.into_inner());
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError> {
+        self.write(false, move |txn| {
+            let mut meta = txn.open_table(META).map_err(backend("meta"))?;
+            let before = number(&meta, AGE)?;
+            let age = grown(before, since);
+            meta.insert(AGE, age).map_err(backend("meta"))?;
+            Ok((age, if age > before { Change::Other } else { Change::None }))
+        })
+        .await
+    }
+
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
         self.read(move |txn| {
             let jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
-            let mut old: Vec<JobRecord> = Vec::new();
-            for entry in jobs.iter().map_err(backend("jobs"))? {
-                let (_, value) = entry.map_err(backend("jobs"))?;
-                let record: JobRecord = decode(value.value(), "a job")?;
-                // Ids are ordered by creation and no job ends before it was created.
-                if old.len() == limit || record.job.created_unix_ms >= before {
+            let ended = txn.open_table(ENDED).map_err(backend("ended"))?;
+            let mut old = Vec::new();
+            for entry in ended.range(..(before, "")).map_err(backend("ended"))? {
+                let key = entry.map_err(backend("ended"))?.0;
+                let id = key.value().1;
+                let Some(bytes) = jobs.get(id).map_err(backend("jobs"))? else { continue };
+                old.extend(readable(id, bytes.value()));
+                if old.len() >= limit {
                     break;
-                }
-                if record.ended_before(before) {
-                    old.push(record);
                 }
             }
             Ok(old)

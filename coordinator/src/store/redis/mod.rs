@@ -445,8 +445,19 @@ impl Store for RedisStore {
         Ok(Some(roster))
     }
 
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
-        let key = &self.base.key("ended");
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError> {
+        self.base
+            .script("count time", &self.base.scripts.age, 0, |invocation| {
+                match since {
+                    Some((known, passed)) => invocation.arg(known).arg(millis(passed)),
+                    None => invocation.arg("").arg(0),
+                };
+            })
+            .await
+    }
+
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        let key = &self.base.key("aged");
         let most = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
             .base

@@ -5,7 +5,9 @@
 -- P:jobs        zset     job ids in the order of their creation
 -- P:jobs:TENANT zset     the same of one tenant
 -- P:open        set      jobs that have not ended
--- P:ended       zset     jobs that have, by when
+-- P:aged        zset     jobs that have, by the age of the store at their end
+-- P:age         string   how long the store has been in use, milliseconds
+-- P:ended       zset     jobs that an earlier release ended
 -- P:lookup:KEY  string   where a key, shard or record leads
 -- P:shards      hash     shards that have not ended
 -- P:places      hash     where each of them is: queue, lane, work, stream entry
@@ -152,16 +154,16 @@ local function shards()
   return all
 end
 
--- Writes a job in place of the version `before`: record, end or '', whether somebody else than its holder may have ended a
+-- Writes a job in place of the version `before`: record, whether it has ended, whether somebody else than its holder may have ended a
 -- lease, events, shards that changed, those that ended with queue and tenant. Returns its version, which is at
 -- least the time: a server that has lost its last writes does not give one twice.
 local function write(job, before)
-  local record, ended, told = argument(), argument(), argument() == '1'
+  local record, ended, told = argument(), argument() == '1', argument() == '1'
   local time = redis.call('TIME')
   local version = string.format('%.0f', math.max(before + 1, time[1] * 1000000 + time[2]))
   redis.call('HSET', P .. ':job:' .. job, 'v', version, 'r', record)
-  if ended ~= '' then
-    redis.call('ZADD', P .. ':ended', ended, job)
+  if ended then
+    redis.call('ZADD', P .. ':aged', redis.call('GET', P .. ':age') or '0', job)
     redis.call('SREM', P .. ':open', job)
   end
   local events = number()
