@@ -148,7 +148,8 @@ pub struct CoordinatorArgs {
     )]
     pub drain_timeout: Duration,
 
-    /// How long jobs, images and records are kept after a job's end.
+    /// How long jobs, images and records are kept after a job's end. Only time in which a coordinator
+    /// runs counts, by its steady clock: a clock that is set deletes nothing.
     #[arg(
         long,
         env = "FAIRLEAD_COORDINATOR_RETENTION",

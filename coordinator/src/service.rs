@@ -4,7 +4,6 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use fairlead_common::{grpc::Channels, ids::JobId, signature::Signer, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
-use futures::{StreamExt, stream};
 use prost::Message;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -15,7 +14,7 @@ use tracing::Span;
 use crate::{
     access::Access,
     admission::{self, Cluster, Identity},
-    clock::{Clock, millis},
+    clock::Clock,
     config::{CoordinatorOptions, Data},
     deploy::Deployer,
     error::{Error, Result},
@@ -24,7 +23,7 @@ use crate::{
     hub::{Hub, HubOptions},
     lease::Phase,
     metrics,
-    outputs::{OutputError, Outputs},
+    outputs::Outputs,
     registrar::Registrar,
     registry::Registry,
     release::ReleaseGate,
@@ -429,7 +428,9 @@ async fn open(options: &CoordinatorOptions) -> Result<Ground> {
             }
             Data::Dir(dir) => {
                 let outputs = outputs(&dir)?;
-                let store = RedbStore::open(&dir.join("jobs.redb"))?;
+                let file = dir.join("jobs.redb");
+                warn_of_orphans(&dir, &file);
+                let store = RedbStore::open(&file)?;
                 (Arc::new(store), outputs, signer(&dir)?)
             }
             Data::Redis { url, prefix, outputs: dir } => {
@@ -443,6 +444,18 @@ async fn open(options: &CoordinatorOptions) -> Result<Ground> {
         what: "opening the data directory".to_owned(),
         source: std::io::Error::other(error),
     })?
+}
+
+/// Says that a folder has images and no jobs: then somebody has taken the file of the jobs away.
+fn warn_of_orphans(dir: &Path, file: &Path) {
+    let mut images = std::fs::read_dir(dir.join("outputs/jobs")).into_iter().flatten();
+    if !file.exists() && images.next().is_some() {
+        tracing::error!(
+            file = %file.display(),
+            "it is not there, but the folder has images of jobs: they are lost unless you restore the file \
+             from a backup; beginning without jobs"
+        );
+    }
 }
 
 fn outputs(dir: &Path) -> Result<Outputs> {

@@ -29,7 +29,8 @@ pub(crate) use self::{
 use tokio::sync::mpsc;
 
 use crate::{
-    clock::{Clock, unix_ms},
+    clock::{Clock, millis, unix_ms},
+    metrics,
     state::{ActiveShard, JobRecord, QueueName},
     tenants::Quota,
     transition::{Effect, Refusal, Transition},
@@ -252,6 +253,11 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
         Ok(unix_ms())
     }
 
+    /// Whether it can do its work now. One that cannot is tried anew.
+    async fn check(&self) -> Result<(), StoreError> {
+        self.clock().await.map(drop)
+    }
+
     /// Whether other processes use it at the same time.
     fn is_shared(&self) -> bool {
         false
@@ -444,6 +450,12 @@ impl Seen {
 /// Reads a stored value.
 fn decode<M: prost::Message + Default>(bytes: &[u8], what: &str) -> Result<M, StoreError> {
     M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
+}
+
+/// Reports a stored job that cannot be read, where it is left out so that it does not hide the others.
+fn unreadable(job: &str, error: &StoreError) {
+    metrics::unreadable();
+    tracing::error!(job, %error, "a job is left out; it stays in the store");
 }
 
 /// Index entries that lead to `record`.

@@ -55,6 +55,18 @@ impl Queues {
         queues
     }
 
+    /// These shards, as they are stored, in place of those that are here: some of what was written last
+    /// may be lost. A lease that was renewed meanwhile ends no earlier for that.
+    pub(super) fn again(&self, stored: Vec<ActiveShard>) -> Self {
+        Self::new(stored.into_iter().map(|mut shard| {
+            let known = self.shards.get(&shard.shard_id);
+            if let Some(known) = known.filter(|known| known.leased && known.token == shard.token) {
+                shard.expires_unix_ms = shard.expires_unix_ms.max(known.expires_unix_ms);
+            }
+            shard
+        }))
+    }
+
     /// Brings the shards of a job to where its record says they are.
     pub(super) fn update(&mut self, record: &JobRecord) {
         record.shards.iter().for_each(|shard| self.remove(&shard.id));

@@ -7,6 +7,9 @@ use fairlead_common::testing::RedisServer;
 use fairlead_coordinator::{CoordinatorArgs, CoordinatorOptions, Data};
 use fairlead_proto::v1::{self, CommitStatus, ImageStatus, JobState};
 use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 
 use crate::{
     cluster::{Cluster, assert_failed_naming, collect, options, patient, spec, statuses},
@@ -148,4 +151,37 @@ async fn a_directory_that_is_held_or_no_directory_is_named() {
         let error = patient(run).await.expect_err(part).to_string();
         assert!(error.contains(part), "{error}");
     }
+}
+
+async fn health(cluster: &Cluster) -> ServingStatus {
+    let mut client = HealthClient::new(cluster.channel());
+    let service = "fairlead.v1.GenerationService".to_owned();
+    let answer = patient(client.check(HealthCheckRequest { service })).await;
+    answer.expect("it is known").into_inner().status()
+}
+
+#[tokio::test]
+async fn a_data_folder_that_is_taken_away_is_noticed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (data, aside) = (dir.path().join("data"), dir.path().join("aside"));
+    let cluster = Cluster::start(on_disk(&data)).await;
+    let _node = Node::start(&cluster, "node", &["axe"], Script::Closed).await;
+    let _worker = Worker::attach(&cluster, "w", 1).await;
+    assert_eq!(health(&cluster).await, ServingStatus::Serving);
+    let job = cluster.submit(spec(1)).await.expect("valid");
+    std::fs::rename(&data, &aside).expect("it is moved");
+    let refused = cluster.submit(spec(1)).await.expect_err("nothing can be stored");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    assert!(refused.message().contains("store"), "{refused}");
+    assert!(!refused.message().contains(dir.path().to_str().expect("text")), "{refused}");
+    let until = async |wanted| {
+        while health(&cluster).await != wanted {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    patient(until(ServingStatus::NotServing)).await;
+    assert!(!data.exists(), "nothing is made anew");
+    std::fs::rename(&aside, &data).expect("it is put back");
+    patient(until(ServingStatus::Serving)).await;
+    assert_eq!(cluster.get(&job.job_id).await.job_id, job.job_id);
 }

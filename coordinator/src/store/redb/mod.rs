@@ -2,11 +2,14 @@
 //! run on blocking threads and writers queue on an async lock in front of them. The order of the queues
 //! is kept in memory and built when the file is opened.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::{cell::RefCell, collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use ::redb::{
-    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition,
-    WriteTransaction,
+    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
 };
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
@@ -14,6 +17,7 @@ use fairlead_proto::v1::WatchJobResponse;
 use parking_lot::Mutex;
 use prost::Message;
 
+use self::file::{DataFile, Opening};
 use super::{
     Applied, Backlog, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Seen, Store,
     StoreError, decode, enqueue, grown, lookups, members::Members, queues::Queues, rates::Rates,
@@ -51,7 +55,7 @@ const FORMAT_VERSION: u64 = 3;
 /// A store in one file that one coordinator holds at a time.
 #[derive(Debug)]
 pub(crate) struct RedbStore {
-    database: Arc<Database>,
+    file: Arc<DataFile>,
     writer: Arc<tokio::sync::Mutex<()>>,
     /// Changed by the writer once its transaction is committed.
     queues: Arc<Mutex<Queues>>,
@@ -63,36 +67,19 @@ pub(crate) struct RedbStore {
 impl RedbStore {
     /// Opens or creates the database at `path`; blocks.
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        let failed = |problem: String| StoreError::Backend { what: "open", problem };
-        let database = Database::create(path).map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => failed(format!(
-                "{} is held by another coordinator; stop it or use another --data-dir",
-                path.display()
-            )),
-            other => failed(format!("{}: {other}", path.display())),
-        })?;
-        let txn = database.begin_write().map_err(backend("open"))?;
-        {
-            txn.open_table(JOBS).map_err(backend("open"))?;
-            txn.open_table(ACTIVE).map_err(backend("open"))?;
-            txn.open_table(EVENTS).map_err(backend("open"))?;
-            txn.open_table(LOOKUPS).map_err(backend("open"))?;
-            txn.open_table(SEEN).map_err(backend("open"))?;
-            let mut meta = txn.open_table(META).map_err(backend("open"))?;
-            let found = meta.get(FORMAT).map_err(backend("open"))?.map(|value| value.value());
-            if let Some(version) = found.filter(|&version| version != FORMAT_VERSION) {
-                return Err(failed(format!(
-                    "{} has format {version}, this build reads {FORMAT_VERSION}",
-                    path.display()
-                )));
-            }
-            meta.insert(FORMAT, FORMAT_VERSION).map_err(backend("open"))?;
-        }
-        txn.commit().map_err(backend("open"))?;
-        let queues = Arc::new(Mutex::new(Queues::new(active(&database)?)));
-        let members = Arc::new(Mutex::new(Members::new(seen(&database)?)));
-        let database = Arc::new(database);
-        Ok(Self { database, writer: Arc::default(), queues, members, rates: Arc::default() })
+        Self::open_with(path, file::on_disk())
+    }
+
+    fn open_with(path: &Path, opening: Opening) -> Result<Self, StoreError> {
+        let file = DataFile::open(path, opening, prepare)?;
+        let (active, seen) = file.run("open", |db| Ok((active(db)?, seen(db)?)))?;
+        Ok(Self {
+            file: Arc::new(file),
+            writer: Arc::default(),
+            queues: Arc::new(Mutex::new(Queues::new(active))),
+            members: Arc::new(Mutex::new(Members::new(seen))),
+            rates: Arc::default(),
+        })
     }
 
     /// Runs `body` in a write transaction and commits what it changed.
@@ -102,24 +89,26 @@ impl RedbStore {
         body: impl FnOnce(&WriteTransaction) -> Result<(T, Change), StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let guard = Arc::clone(&self.writer).lock_owned().await;
-        let (database, queues) = (Arc::clone(&self.database), Arc::clone(&self.queues));
+        let (file, queues) = (Arc::clone(&self.file), Arc::clone(&self.queues));
         blocking("write", move || {
             // Held by the blocking thread: a caller that goes away does not let two writers in.
             let _guard = guard;
-            let mut txn = database.begin_write().map_err(backend("write"))?;
-            if !durable {
-                txn.set_durability(Durability::None).map_err(backend("write"))?;
-            }
-            let (value, change) = body(&txn)?;
-            match change {
-                Change::None => txn.abort().map_err(backend("abort"))?,
-                Change::Other => txn.commit().map_err(backend("commit"))?,
-                Change::Shards(record) => {
-                    txn.commit().map_err(backend("commit"))?;
-                    queues.lock().update(&record);
+            file.run("write", |database| {
+                let mut txn = database.begin_write().map_err(backend("write"))?;
+                if !durable {
+                    txn.set_durability(Durability::None).map_err(backend("write"))?;
                 }
-            }
-            Ok(value)
+                let (value, change) = body(&txn)?;
+                match change {
+                    Change::None => txn.abort().map_err(backend("abort"))?,
+                    Change::Other => txn.commit().map_err(backend("commit"))?,
+                    Change::Shards(record) => {
+                        txn.commit().map_err(backend("commit"))?;
+                        queues.lock().update(&record);
+                    }
+                }
+                Ok(value)
+            })
         })
         .await
     }
@@ -128,8 +117,21 @@ impl RedbStore {
         &self,
         body: impl FnOnce(&::redb::ReadTransaction) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let database = Arc::clone(&self.database);
-        blocking("read", move || body(&database.begin_read().map_err(backend("read"))?)).await
+        let file = Arc::clone(&self.file);
+        blocking("read", move || {
+            file.run("read", |database| body(&database.begin_read().map_err(backend("read"))?))
+        })
+        .await
+    }
+
+    /// What is kept in memory, which is worth nothing while the file cannot be written.
+    fn sound<T, R>(
+        &self,
+        memory: &Mutex<T>,
+        read: impl FnOnce(&mut T) -> R,
+    ) -> Result<R, StoreError> {
+        self.file.check()?;
+        Ok(read(&mut memory.lock()))
     }
 }
 
@@ -168,11 +170,19 @@ async fn blocking<T: Send + 'static>(
     what: &'static str,
     body: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
-    tokio::task::spawn_blocking(body).await.unwrap_or_else(|error| Err(backend(what)(error)))
+    tokio::task::spawn_blocking(body)
+        .await
+        .unwrap_or_else(|error| Err(StoreError::Backend { what, problem: error.to_string() }))
 }
 
-fn backend<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> StoreError {
-    move |error| StoreError::Backend { what, problem: error.to_string() }
+/// An error of redb. One of the disk is none of the store: it may go away.
+fn backend<E: Into<::redb::Error>>(what: &'static str) -> impl FnOnce(E) -> StoreError {
+    move |error| match error.into() {
+        error @ (::redb::Error::Io(_) | ::redb::Error::PreviousIo) => {
+            StoreError::Away { what, problem: error.to_string() }
+        }
+        error => StoreError::Backend { what, problem: error.to_string() },
+    }
 }
 
 /// What a write transaction changed.
@@ -190,9 +200,14 @@ fn active(database: &Database) -> Result<Vec<ActiveShard>, StoreError> {
     let txn = database.begin_read().map_err(backend("read"))?;
     let active = txn.open_table(ACTIVE).map_err(backend("active"))?;
     let entries = active.iter().map_err(backend("active"))?;
-    entries
-        .map(|entry| decode(entry.map_err(backend("active"))?.1.value(), "a queued shard"))
-        .collect()
+    let mut shards = Vec::new();
+    for entry in entries {
+        match decode(entry.map_err(backend("active"))?.1.value(), "a queued shard") {
+            Ok(shard) => shards.push(shard),
+            Err(error) => tracing::error!(%error, "left out"),
+        }
+    }
+    Ok(shards)
 }
 
 /// What members of earlier processes had.
@@ -294,10 +309,9 @@ fn forget(txn: &WriteTransaction, old: &[JobRecord]) -> Result<(), StoreError> {
     let mut jobs = txn.open_table(JOBS).map_err(backend("jobs"))?;
     let mut events = txn.open_table(EVENTS).map_err(backend("events"))?;
     let mut index = txn.open_table(LOOKUPS).map_err(backend("lookups"))?;
-    let mut names = BTreeSet::new();
+    let names: BTreeSet<&str> = old.iter().map(|record| record.job.job_id.as_str()).collect();
     for record in old {
         let id = record.job.job_id.as_str();
-        names.insert(id);
         jobs.remove(id).map_err(backend("jobs"))?;
         events.retain_in((id, 0)..=(id, u64::MAX), |_, _| false).map_err(backend("events"))?;
         for (key, _) in lookups(record, None) {
@@ -362,13 +376,20 @@ impl Store for RedbStore {
                 None => jobs.range::<&str>(..),
             };
             let newest = range.map_err(backend("jobs"))?.rev();
-            let records = newest
-                .map(|entry| decode(entry.map_err(backend("jobs"))?.1.value(), "a job"))
-                .filter(|record: &Result<JobRecord, StoreError>| {
-                    let Some(tenant) = &tenant else { return true };
-                    record.as_ref().map_or(true, |record| record.tenant == *tenant)
-                });
-            records.take(limit).collect()
+            let mut records = Vec::new();
+            for entry in newest {
+                let (id, value) = entry.map_err(backend("jobs"))?;
+                let record = readable(id.value(), value.value());
+                let is_theirs = |record: &JobRecord| {
+                    tenant.as_ref().is_none_or(|tenant| record.tenant == *tenant)
+                };
+                records.extend(record.filter(is_theirs));
+                if records.len() >= limit {
+                    break;
+                }
+            }
+            records.truncate(limit);
+            Ok(records)
         })
         .await
     }
@@ -381,8 +402,12 @@ impl Store for RedbStore {
     ) -> Result<Applied, StoreError> {
         self.write(transition.must_be_durable(), move |txn| {
             let mut record = get(txn, job)?.ok_or(StoreError::UnknownJob(job))?;
+            let was_open = !record.is_terminal();
             let (effect, events) = transition::apply(&mut record, &transition, now)?;
             put(txn, &record, &events)?;
+            if was_open && record.is_terminal() {
+                end(txn, &record.job.job_id)?;
+            }
             let change = Change::Shards(Box::new(record.clone()));
             Ok((Applied { record, effect, has_events: !events.is_empty() }, change))
         })
@@ -395,15 +420,15 @@ impl Store for RedbStore {
         limit: usize,
         now: i64,
     ) -> Result<Vec<ActiveShard>, StoreError> {
-        Ok(self.queues.lock().take(queue, limit, now))
+        self.sound(&self.queues, |queues| queues.take(queue, limit, now))
     }
 
     async fn expired(&self, now: i64, limit: usize) -> Result<Vec<ActiveShard>, StoreError> {
-        Ok(self.queues.lock().expired(now, limit))
+        self.sound(&self.queues, |queues| queues.expired(now, limit))
     }
 
     async fn backlog(&self, now: i64) -> Result<Backlog, StoreError> {
-        Ok(self.queues.lock().backlog(now))
+        self.sound(&self.queues, |queues| queues.backlog(now))
     }
 
     async fn events(
@@ -436,7 +461,7 @@ impl Store for RedbStore {
 
     async fn join(&self, member: Member, now: i64, ttl_ms: i64) -> Result<(), StoreError> {
         let entries = Seen::entries(&member);
-        if !self.members.lock().join(member, now.saturating_add(ttl_ms)) {
+        if !self.sound(&self.members, |known| known.join(member, now.saturating_add(ttl_ms)))? {
             return Ok(());
         }
         self.write(true, move |txn| {
@@ -455,15 +480,15 @@ impl Store for RedbStore {
         now: i64,
         ttl_ms: i64,
     ) -> Result<Vec<MemberKey>, StoreError> {
-        Ok(self.members.lock().keep(members, now.saturating_add(ttl_ms)))
+        self.sound(&self.members, |known| known.keep(members, now.saturating_add(ttl_ms)))
     }
 
     async fn leave(&self, member: &MemberKey) -> Result<bool, StoreError> {
-        Ok(self.members.lock().leave(member))
+        self.sound(&self.members, |members| members.leave(member))
     }
 
     async fn retire(&self, concept: &str) -> Result<BTreeSet<String>, StoreError> {
-        let gone = self.members.lock().retire(concept);
+        let gone = self.sound(&self.members, |members| members.retire(concept))?;
         let entries: Vec<String> = gone.iter().map(Seen::entry).collect();
         self.write(true, move |txn| {
             let mut table = txn.open_table(SEEN).map_err(backend("seen"))?;
@@ -477,7 +502,7 @@ impl Store for RedbStore {
     }
 
     async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError> {
-        Ok(self.members.lock().roster(known, now))
+        self.sound(&self.members, |members| members.roster(known, now))
     }
 
     async fn check(&self) -> Result<(), StoreError> {
@@ -532,6 +557,7 @@ impl Store for RedbStore {
                     break;
                 }
             }
+            old.truncate(limit);
             Ok(old)
         })
         .await

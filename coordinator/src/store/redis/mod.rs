@@ -32,7 +32,7 @@ use self::{
 };
 use super::{
     Applied, Backlog, CLAIM, Change, Created, Found, Full, Lookup, Member, MemberKey, NewJob,
-    Roster, Seen, Store, StoreError, decode, enqueue, lookups,
+    Roster, Seen, Store, StoreError, decode, enqueue, lookups, unreadable,
 };
 use crate::{
     clock::{Clock, millis},
@@ -109,7 +109,7 @@ impl RedisStore {
             match decode(&bytes, "a job") {
                 Ok(record) => Some(Versioned { version, record }),
                 Err(error) => {
-                    tracing::error!(job = id, %error, "left out");
+                    unreadable(id, &error);
                     None
                 }
             }
@@ -179,16 +179,26 @@ impl Store for RedisStore {
             Some(tenant) => self.base.key(&format!("jobs:{tenant}")),
             None => self.base.key("jobs"),
         };
-        let from = &before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
-        let limit = isize::try_from(limit).unwrap_or(isize::MAX);
-        let ids: Vec<String> = self
-            .base
-            .link
-            .run("list jobs", |mut connection| async move {
-                connection.zrevrangebylex_limit(key, from, "-", 0, limit).await
-            })
-            .await?;
-        self.records(&ids).await
+        let mut from = before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
+        let mut records = Vec::new();
+        // More than once only where some cannot be read.
+        while records.len() < limit {
+            let (first, wanted) = (&from, limit - records.len());
+            let most = isize::try_from(wanted).unwrap_or(isize::MAX);
+            let ids: Vec<String> = self
+                .base
+                .link
+                .run("list jobs", |mut connection| async move {
+                    connection.zrevrangebylex_limit(key, first, "-", 0, most).await
+                })
+                .await?;
+            records.extend(self.records(&ids).await?);
+            match ids.last() {
+                Some(last) if ids.len() == wanted => from = format!("({last}"),
+                _ => break,
+            }
+        }
+        Ok(records)
     }
 
     async fn apply(
