@@ -56,6 +56,11 @@ pub struct CoordinatorArgs {
     )]
     pub redis_prefix: String,
 
+    /// Use a Redis even if it may lose jobs: one that evicts keys when its memory is full, or that keeps no
+    /// append-only file. Without this flag such a Redis is refused.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_REDIS_MAY_LOSE_JOBS", requires = "redis")]
+    pub redis_may_lose_jobs: bool,
+
     /// TOML file of policies: `[policies.default] concepts = ["*"]` and so on. Without it there is
     /// one policy, `default`, over every concept that an energy node serves. With `[tenants.NAME]` in it,
     /// clients need a key. It is read again when it changes.
@@ -164,7 +169,12 @@ impl CoordinatorArgs {
     fn data(&self) -> Data {
         let dir = self.data_dir.clone();
         match self.redis.clone() {
-            Some(url) => Data::Redis { url, prefix: self.redis_prefix.clone(), outputs: dir },
+            Some(url) => Data::Redis {
+                url,
+                prefix: self.redis_prefix.clone(),
+                may_lose_jobs: self.redis_may_lose_jobs,
+                outputs: dir,
+            },
             None => Data::Dir(dir),
         }
     }
@@ -247,6 +257,8 @@ pub enum Data {
         url: RedisUrl,
         /// Begins every key.
         prefix: String,
+        /// Whether one is used that its settings let lose jobs.
+        may_lose_jobs: bool,
         /// The directory; created if absent.
         outputs: PathBuf,
     },
@@ -372,6 +384,13 @@ mod tests {
         }
         for (url, expected) in [
             ("http://127.0.0.1", "write redis://HOST"),
+            ("redis://:sec@ret-secret@one:6379", "unescaped `@`; write it as `%40`"),
+            ("redis://:sec#ret-secret@one:6379", "unescaped `#`; write it as `%23`"),
+            ("rediss://user:secret/secret@one:6379", "unescaped `/`; write it as `%2F`"),
+            ("redis://:secret?secret@one:6379", "unescaped `?`; write it as `%3F`"),
+            ("redis://:secret%zz@one:6379", "unescaped `%`; write it as `%25`"),
+            ("redis-sentinel://:secret#secret@one:26379/main", "unescaped `#`"),
+            ("redis+unix:///run/redis.sock?pass=secret#secret", "unescaped `#`"),
             ("redis-sentinel://:secret@one:26379", "names no master"),
             ("redis-sentinel://:secret@one:x/main", "`x` is no port"),
             ("redis-sentinel://one/main/x", "`x` is no database number"),

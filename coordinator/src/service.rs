@@ -413,6 +413,14 @@ impl Coordinator {
 
 /// What `options` name.
 async fn open(options: &CoordinatorOptions) -> Result<Ground> {
+    let redis = match &options.data {
+        Data::Redis { url, prefix, may_lose_jobs, .. } => {
+            let store = RedisStore::new(url.reveal(), prefix)?;
+            store.vet(*may_lose_jobs).await?;
+            Some(store)
+        }
+        Data::Memory | Data::Dir(_) => None,
+    };
     let channels = Channels::new(options.check_timeout, options.tls.clone());
     let (data, signing_key) = (options.data.clone(), options.signing_key.clone());
     let opened = tokio::task::spawn_blocking(move || -> Result<Ground> {
@@ -433,8 +441,8 @@ async fn open(options: &CoordinatorOptions) -> Result<Ground> {
                 let store = RedbStore::open(&file)?;
                 (Arc::new(store), outputs, signer(&dir)?)
             }
-            Data::Redis { url, prefix, outputs: dir } => {
-                let store = RedisStore::new(url.reveal(), &prefix)?;
+            Data::Redis { outputs: dir, .. } => {
+                let store = redis.expect("it was made above for this very data");
                 (Arc::new(store), outputs(&dir)?, signer(&dir)?)
             }
         };

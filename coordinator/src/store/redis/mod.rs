@@ -7,6 +7,7 @@ mod base;
 mod link;
 mod live;
 mod scripts;
+mod settings;
 mod tail;
 mod writers;
 
@@ -66,6 +67,42 @@ impl RedisStore {
         let base = Arc::new(Base::new(url, prefix)?);
         let writers = Writers::new(Arc::clone(&base));
         Ok(Self { base, writers, live: OnceLock::new() })
+    }
+
+    /// Refuses a Redis whose settings let it lose jobs, unless that is accepted.
+    pub(crate) async fn vet(&self, may_lose_jobs: bool) -> Result<(), StoreError> {
+        let told = self.base.link.run("read settings", |mut connection| async move {
+            let mut told = String::new();
+            for section in ["memory", "persistence"] {
+                let mut command = ::redis::cmd("INFO");
+                told += &command.arg(section).query_async::<String>(&mut connection).await?;
+            }
+            Ok(told)
+        });
+        let told = match told.await {
+            Ok(told) => told,
+            // A user that may not ask.
+            Err(StoreError::Backend { problem, .. }) => {
+                tracing::warn!(problem, "redis does not tell its settings");
+                String::new()
+            }
+            Err(error) => return Err(error),
+        };
+        let found = settings::unfit(&told).join(", and ");
+        let name = self.base.link.name();
+        match (found.is_empty(), may_lose_jobs) {
+            (true, _) => Ok(()),
+            (false, true) => {
+                tracing::warn!(redis = name, "{found}; used all the same, as was asked for");
+                Ok(())
+            }
+            (false, false) => {
+                let problem = format!(
+                    "{name} is not fit to keep jobs: {found}; or accept that with --redis-may-lose-jobs"
+                );
+                Err(StoreError::Backend { what: "redis", problem })
+            }
+        }
     }
 
     /// Mends some open jobs; says how many shards were put back.
