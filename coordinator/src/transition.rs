@@ -5,6 +5,7 @@ use fairlead_common::ids::ShardId;
 use fairlead_proto::v1::{self, ImageStatus, JobState as State, watch_job_response::Event};
 
 use crate::{
+    error::without_places,
     lease::{AfterFailure, Commit, Failure, LeaseError, LeaseKey, Obstacle, Phase},
     state::{JobRecord, Shard, image_ended},
 };
@@ -251,7 +252,7 @@ impl Change<'_> {
                     "{} failed after {} attempt(s): {}",
                     shard.label(),
                     shard.lease.deliveries(),
-                    shard.lease.reason()
+                    without_places(shard.lease.reason())
                 );
             }
             self.end_images(shard.images(), ImageStatus::Failed);

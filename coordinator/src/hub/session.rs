@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Shared, state::SessionPhase};
 use crate::{
     clock::millis,
+    error::Error,
     lease::{Failure, LeaseKey},
     metrics,
     release::{Proposal, Rejection},
@@ -154,7 +155,9 @@ impl ShardTask {
                 self.shared.wake.notify_one();
             }
             Err(error) => {
-                self.reject(Rejection { reason: error.to_string(), retryable: true }).await;
+                tracing::error!(job = %self.job_id, %lease, %error, "cannot commit");
+                let reason = Error::from(error).public();
+                self.reject(Rejection { reason, retryable: true }).await;
             }
         }
     }
