@@ -6,7 +6,8 @@ use clap::Args;
 use fairlead_common::{ids::process_name, signature::PublicKey, tls::Tls};
 
 use crate::{
-    error::Result,
+    clock::{FARTHEST_MS, millis},
+    error::{Error, Result},
     policy::Policies,
     store::{self, RedisStore},
 };
@@ -183,6 +184,15 @@ impl CoordinatorArgs {
     pub fn options(&self) -> Result<CoordinatorOptions> {
         if let Some(url) = &self.redis {
             RedisStore::check(url.reveal())?;
+        }
+        for (flag, time) in [
+            ("--lease-ttl", self.lease_ttl),
+            ("--node-ttl", self.node_ttl),
+            ("--retry-delay", self.retry_delay),
+        ] {
+            if millis(time) > FARTHEST_MS / 2 {
+                return Err(Error::invalid(flag, "is more than 12 h; take less"));
+            }
         }
         let policies = match &self.policies {
             Some(path) => Policies::load(path)?,

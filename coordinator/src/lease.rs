@@ -6,8 +6,13 @@ use std::fmt;
 use fairlead_common::ids::ShardId;
 use fairlead_proto::v1;
 
+use crate::clock::is_beyond;
+
 /// Deliveries after which a shard that never finishes is given up, with its last reason.
 pub(crate) const MAX_DELIVERIES: u32 = 5;
+
+/// A shard that is put off is looked at again within this time after it is due, milliseconds.
+const LOOK_MS: i64 = 60_000;
 
 /// A shard and the fencing token of one delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,7 +181,7 @@ impl Lease {
     /// Hands the shard to `holder` until `now + ttl_ms` and returns the new token.
     pub(crate) fn grant(&mut self, holder: &str, now: i64, ttl_ms: i64) -> Result<u64, LeaseError> {
         self.require_queued()?;
-        if self.not_before_unix_ms > now {
+        if self.not_before_unix_ms > now && !is_beyond(self.not_before_unix_ms, now) {
             return Err(LeaseError::TooEarly(self.not_before_unix_ms));
         }
         self.set_phase(Phase::Leased);
@@ -193,7 +198,9 @@ impl Lease {
     /// renewed: its token is the newest, so nobody else can hold the shard.
     pub(crate) fn renew(&mut self, token: u64, now: i64, ttl_ms: i64) -> Result<(), LeaseError> {
         self.require_current(token)?;
-        self.expires_unix_ms = self.expires_unix_ms.max(now.saturating_add(ttl_ms));
+        let end = now.saturating_add(ttl_ms);
+        let is_meant = !is_beyond(self.expires_unix_ms, now);
+        self.expires_unix_ms = if is_meant { self.expires_unix_ms.max(end) } else { end };
         Ok(())
     }
 
@@ -243,6 +250,10 @@ impl Lease {
         self.require_queued()?;
         if self.put_off_since_unix_ms == 0 {
             self.put_off_since_unix_ms = now;
+        } else {
+            // Time in which nobody looked says nothing: no coordinator ran, or a clock was set.
+            let unseen = now.saturating_sub(self.not_before_unix_ms.saturating_add(LOOK_MS)).max(0);
+            self.put_off_since_unix_ms = self.put_off_since_unix_ms.saturating_add(unseen).min(now);
         }
         let Obstacle { reason, delay_ms, max_wait_ms } = obstacle.clone();
         if now.saturating_sub(self.put_off_since_unix_ms) >= max_wait_ms {

@@ -102,7 +102,12 @@ fn pause(shared: &Shared) -> Duration {
 async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
     let jump = shared.clock.set().await?;
     if Duration::from_millis(jump) > quarter(shared) {
-        tracing::warn!(jump_ms = jump, "the store's clock was set; leases get their time again");
+        metrics::clock_set();
+        tracing::error!(
+            jump_ms = jump,
+            "the store's clock was set; leases get their time again and nothing is deleted for it, but \
+             dates of jobs are wrong if the clock is: see to its NTP"
+        );
         shared.registry.interrupted();
     }
     shared.registry.refresh().await?;
@@ -111,7 +116,7 @@ async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
         keep_workers(shared).await?;
     }
     let now = shared.clock.now();
-    forget_stopped(shared, now);
+    forget_stopped(shared, Instant::now());
     if !shared.registry.is_settled(shared.options.lease_ttl) {
         return Ok(false);
     }
@@ -160,7 +165,7 @@ struct Rounds {
 
 /// Since when each queue has had shards and no worker, by the steady clock.
 #[derive(Default)]
-struct Abandoned(BTreeMap<QueueName, i64>);
+struct Abandoned(BTreeMap<QueueName, Instant>);
 
 impl Abandoned {
     /// The queues of `backlog` that have had no worker for `max_wait` by `now`.
@@ -168,8 +173,8 @@ impl Abandoned {
         &mut self,
         backlog: &Backlog,
         attached: &BTreeSet<QueueName>,
-        now: i64,
-        max_wait_ms: i64,
+        now: Instant,
+        max_wait: Duration,
     ) -> Vec<QueueName> {
         self.0.retain(|queue, _| backlog.queued.contains_key(queue) && !attached.contains(queue));
         for queue in backlog.queued.keys().filter(|queue| !attached.contains(queue)) {
@@ -178,7 +183,7 @@ impl Abandoned {
                 now
             });
         }
-        let over = self.0.iter().filter(|(_, since)| now.saturating_sub(**since) >= max_wait_ms);
+        let over = self.0.iter().filter(|(_, since)| now.duration_since(**since) >= max_wait);
         over.map(|(queue, _)| queue.clone()).collect()
     }
 }
@@ -202,8 +207,8 @@ async fn tick(shared: &Arc<Shared>, rounds: &mut Rounds) -> Result<Option<Durati
     });
     if !shared.draining.is_cancelled() {
         let attached = shared.registry.queues();
-        let max_wait = millis(shared.options.max_wait);
-        for queue in rounds.abandoned.look(&backlog, &attached, now, max_wait) {
+        let max_wait = shared.options.max_wait;
+        for queue in rounds.abandoned.look(&backlog, &attached, Instant::now(), max_wait) {
             give_up(shared, &queue, now).await?;
         }
         // Each time another one is first: a worker with several generators serves them in turn.
@@ -283,7 +288,7 @@ async fn keep_workers(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-fn forget_stopped(shared: &Shared, now: i64) {
+fn forget_stopped(shared: &Shared, now: Instant) {
     let mut state = shared.state.lock();
     state.sessions.retain(
         |_, session| !matches!(session.phase, SessionPhase::Stopping { until } if until <= now),

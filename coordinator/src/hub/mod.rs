@@ -13,7 +13,10 @@ use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{self, attach_response::Message};
 use futures::Stream;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
@@ -231,7 +234,7 @@ impl Shared {
     /// Tells a worker to stop a shard whose delivery has ended. The session counts against the
     /// worker's capacity until it says that it stopped, or for the length of a lease.
     fn stop_session(&self, lease: LeaseKey, reason: &str) {
-        let until = self.clock.now().saturating_add(millis(self.options.lease_ttl));
+        let until = Instant::now() + self.options.lease_ttl;
         let mut state = self.state.lock();
         let Some(session) = state.sessions.get_mut(&lease) else { return };
         session.abort.cancel();

@@ -143,6 +143,26 @@ fn a_shard_that_is_put_off_for_too_long_has_failed() {
 }
 
 #[test]
+fn a_clock_that_was_wrong_for_a_minute_neither_fails_a_shard_nor_keeps_it() {
+    const YEAR: i64 = 365 * 24 * 3_600_000;
+    let mut lease = Lease::default();
+    let token = lease.grant("w", YEAR, TTL).expect("it waits");
+    lease.renew(token, 5, TTL).expect("the clock is right again");
+    assert_eq!(lease.expires_unix_ms(), 5 + TTL);
+    lease.fail(token, &retry("broken"), 6).expect("the token is current");
+    let token = lease.grant("w", YEAR, TTL).expect("it waits");
+    assert_eq!(lease.expire(token, 50), Ok(AfterFailure::Requeued), "nobody means a year");
+    // Put off by a clock that is ahead, then by the right one.
+    assert_eq!(lease.postpone(&obstacle(100_000), YEAR), Ok(AfterFailure::Requeued));
+    assert_eq!(lease.postpone(&obstacle(100_000), 60), Ok(AfterFailure::Requeued));
+    assert_eq!(lease.postpone(&obstacle(100_000), 70), Ok(AfterFailure::Requeued));
+    // And the other way round.
+    assert_eq!(lease.postpone(&obstacle(100_000), YEAR), Ok(AfterFailure::Requeued));
+    let token = lease.grant("w", 80, TTL).expect("it waits no longer than was meant");
+    assert!(lease.commit(token).is_ok());
+}
+
+#[test]
 fn a_store_that_lost_a_grant_does_not_give_its_token_again() {
     let mut lease = Lease::default();
     let lost = lease.clone().grant("w", 1_000, TTL).expect("it waits");

@@ -10,6 +10,8 @@ use super::{
     world::{CHAOS, World},
 };
 
+const YEAR_MS: i64 = 365 * 24 * 3_600_000;
+
 /// Something that is wrong for a while.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Fault {
@@ -27,6 +29,8 @@ enum Fault {
     StoreSlow,
     StoreLossy,
     StoreDeaf,
+    /// The store's clock is a year ahead.
+    StoreAhead,
     /// Images and records cannot always be written or read.
     ObjectsFail,
 }
@@ -134,7 +138,8 @@ impl Faults {
             74..81 => Fault::StoreAway,
             81..88 => Fault::StoreSlow,
             88..93 => Fault::StoreLossy,
-            93..97 => Fault::StoreDeaf,
+            93..96 => Fault::StoreDeaf,
+            96..98 => Fault::StoreAhead,
             _ => Fault::ObjectsFail,
         }
     }
@@ -183,10 +188,11 @@ impl Fault {
     }
 
     fn set_weather(&self, world: &World, on: bool) {
-        world.database.set_weather(|Weather { away, slow, lossy, deaf }| match self {
+        world.database.set_weather(|Weather { away, slow, lossy, deaf, ahead_ms }| match self {
             Self::StoreAway => *away = on,
             Self::StoreSlow => *slow = on,
             Self::StoreLossy => *lossy = on,
+            Self::StoreAhead => *ahead_ms = i64::from(on) * YEAR_MS,
             _ => *deaf = on,
         });
     }

@@ -462,6 +462,7 @@ async fn all(store: Arc<dyn Store>) {
     a_poison_shard_fails_its_job_and_keeps_what_was_released(backend).await;
     the_queue_keeps_its_order_and_its_bound(backend).await;
     renewals_expiry_and_losses(backend).await;
+    what_was_noted_by_a_clock_that_was_ahead_stands_in_no_ones_way(backend).await;
     keys_shards_and_records_lead_to_their_job(backend).await;
     lists_are_newest_first_and_page(backend).await;
     old_jobs_are_forgotten_with_everything_about_them(backend).await;

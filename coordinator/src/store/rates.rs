@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::Full;
-use crate::{state::JobRecord, tenants::Quota};
+use crate::{clock::is_beyond, state::JobRecord, tenants::Quota};
 
 /// The time that an allowance is for, milliseconds.
 const MINUTE_MS: u64 = 60_000;
@@ -24,7 +24,7 @@ impl Rates {
     /// Takes `images` from a tenant's allowance of `per_minute`, or says how many milliseconds it has to
     /// wait. A whole allowance is enough for any job: what it lacks delays the next.
     fn take(&mut self, tenant: &str, images: usize, per_minute: u32, now: i64) -> Result<(), u64> {
-        self.0.retain(|_, whole| *whole > now);
+        self.0.retain(|_, whole| *whole > now && !is_beyond(*whole, now));
         let whole = self.0.get(tenant).map_or(now, |whole| *whole);
         let cost = images as u64 * MINUTE_MS / u64::from(per_minute.max(1));
         let used = whole.abs_diff(now) + cost.min(MINUTE_MS);

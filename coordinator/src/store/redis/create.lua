@@ -22,6 +22,7 @@ if own_limit >= 0 and own > own_limit then return {'tenant'} end
 if per_minute > 0 then -- as store/rates.rs
   local minute, rate = 60000, P .. ':rate:' .. tenant
   local whole = math.max(now, tonumber(redis.call('GET', rate) or '0'))
+  if whole - now > FARTHEST then whole = now end
   local cost = math.floor(images * minute / per_minute)
   local used = whole - now + math.min(cost, minute)
   if used > minute then return {'rate', string.format('%.0f', used - minute)} end

@@ -33,6 +33,19 @@
 -- worker holds it, so that lag counts what waits and pending what runs.
 local P, now = KEYS[1], tonumber(ARGV[1])
 local GROUP = 'workers'
+local FARTHEST = 86400000 -- as clock.rs
+
+-- Up to `limit` members of a set whose time has come, or is one that nobody can have meant.
+local function due(set, limit)
+  local found = redis.call('ZRANGEBYSCORE', set, '-inf', now, 'LIMIT', 0, limit)
+  if #found < limit then
+    local from = string.format('(%.0f', now + FARTHEST)
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', set, from, '+inf', 'LIMIT', 0, limit - #found)) do
+      found[#found + 1] = id
+    end
+  end
+  return found
+end
 
 local function ring(kind, value)
   local number = redis.call('INCR', P .. ':rung') -- one that is missing was trimmed before it was read
