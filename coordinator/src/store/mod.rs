@@ -497,4 +497,6 @@ pub(crate) fn enqueue(
 }
 
 #[cfg(test)]
-mod contract;
+pub(crate) mod contract;
+#[cfg(test)]
+mod linear;
