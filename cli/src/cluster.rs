@@ -153,6 +153,7 @@ impl LocalCluster {
             data: options.data_dir.clone().map_or(Data::Memory, Data::Dir),
             policies,
             policies_file: options.policies.clone().filter(|_| !options.measuring),
+            has_own_workers: true,
             ..CoordinatorOptions::default()
         };
         let coordinator_listener = TcpListener::bind(options.listen).await.with_context(|| {

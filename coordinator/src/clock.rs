@@ -11,6 +11,15 @@ use crate::store::{Store, StoreError};
 /// An answer that takes longer says too little about the time.
 const SLOW: Duration = Duration::from_millis(100);
 
+/// Nothing is meant to end later than this from now, milliseconds: no lease, no membership, no delay. Something
+/// that does was noted while a clock was ahead, and would stand in the way until then.
+pub(crate) const FARTHEST_MS: i64 = 24 * 3_600_000;
+
+/// Whether a time is one that nobody can have meant.
+pub(crate) fn is_beyond(time: i64, now: i64) -> bool {
+    time.saturating_sub(now) > FARTHEST_MS
+}
+
 /// The time that all coordinators of a store agree on: the store's, read now and then, and between two
 /// looks carried on by this machine's steady clock. Leases and memberships end by it, so that it matters
 /// neither how far the clocks of two machines are apart nor whether one of them is set.

@@ -6,7 +6,8 @@ use clap::Args;
 use fairlead_common::{ids::process_name, signature::PublicKey, tls::Tls};
 
 use crate::{
-    error::Result,
+    clock::{FARTHEST_MS, millis},
+    error::{Error, Result},
     policy::Policies,
     store::{self, RedisStore},
 };
@@ -55,6 +56,11 @@ pub struct CoordinatorArgs {
         value_parser = parse_prefix
     )]
     pub redis_prefix: String,
+
+    /// Use a Redis even if it may lose jobs: one that evicts keys when its memory is full, or that keeps no
+    /// append-only file. Without this flag such a Redis is refused.
+    #[arg(long, env = "FAIRLEAD_COORDINATOR_REDIS_MAY_LOSE_JOBS", requires = "redis")]
+    pub redis_may_lose_jobs: bool,
 
     /// TOML file of policies: `[policies.default] concepts = ["*"]` and so on. Without it there is
     /// one policy, `default`, over every concept that an energy node serves. With `[tenants.NAME]` in it,
@@ -148,7 +154,8 @@ pub struct CoordinatorArgs {
     )]
     pub drain_timeout: Duration,
 
-    /// How long jobs, images and records are kept after a job's end.
+    /// How long jobs, images and records are kept after a job's end. Only time in which a coordinator
+    /// runs counts, by its steady clock: a clock that is set deletes nothing.
     #[arg(
         long,
         env = "FAIRLEAD_COORDINATOR_RETENTION",
@@ -163,7 +170,12 @@ impl CoordinatorArgs {
     fn data(&self) -> Data {
         let dir = self.data_dir.clone();
         match self.redis.clone() {
-            Some(url) => Data::Redis { url, prefix: self.redis_prefix.clone(), outputs: dir },
+            Some(url) => Data::Redis {
+                url,
+                prefix: self.redis_prefix.clone(),
+                may_lose_jobs: self.redis_may_lose_jobs,
+                outputs: dir,
+            },
             None => Data::Dir(dir),
         }
     }
@@ -172,6 +184,15 @@ impl CoordinatorArgs {
     pub fn options(&self) -> Result<CoordinatorOptions> {
         if let Some(url) = &self.redis {
             RedisStore::check(url.reveal())?;
+        }
+        for (flag, time) in [
+            ("--lease-ttl", self.lease_ttl),
+            ("--node-ttl", self.node_ttl),
+            ("--retry-delay", self.retry_delay),
+        ] {
+            if millis(time) > FARTHEST_MS / 2 {
+                return Err(Error::invalid(flag, "is more than 12 h; take less"));
+            }
         }
         let policies = match &self.policies {
             Some(path) => Policies::load(path)?,
@@ -246,6 +267,8 @@ pub enum Data {
         url: RedisUrl,
         /// Begins every key.
         prefix: String,
+        /// Whether one is used that its settings let lose jobs.
+        may_lose_jobs: bool,
         /// The directory; created if absent.
         outputs: PathBuf,
     },
@@ -284,6 +307,9 @@ pub struct CoordinatorOptions {
     pub drain_timeout: Duration,
     /// How long ended jobs are kept.
     pub retention: Duration,
+    /// Workers run in the coordinator's process, so that what kills one kills the other: a shard that was
+    /// in work then counts as delivered.
+    pub has_own_workers: bool,
 }
 
 impl Default for CoordinatorOptions {
@@ -304,6 +330,7 @@ impl Default for CoordinatorOptions {
             max_wait: Duration::from_secs(600),
             drain_timeout: Duration::from_secs(10),
             retention: Duration::from_secs(30 * 24 * 3600),
+            has_own_workers: false,
         }
     }
 }
@@ -367,6 +394,13 @@ mod tests {
         }
         for (url, expected) in [
             ("http://127.0.0.1", "write redis://HOST"),
+            ("redis://:sec@ret-secret@one:6379", "unescaped `@`; write it as `%40`"),
+            ("redis://:sec#ret-secret@one:6379", "unescaped `#`; write it as `%23`"),
+            ("rediss://user:secret/secret@one:6379", "unescaped `/`; write it as `%2F`"),
+            ("redis://:secret?secret@one:6379", "unescaped `?`; write it as `%3F`"),
+            ("redis://:secret%zz@one:6379", "unescaped `%`; write it as `%25`"),
+            ("redis-sentinel://:secret#secret@one:26379/main", "unescaped `#`"),
+            ("redis+unix:///run/redis.sock?pass=secret#secret", "unescaped `#`"),
             ("redis-sentinel://:secret@one:26379", "names no master"),
             ("redis-sentinel://:secret@one:x/main", "`x` is no port"),
             ("redis-sentinel://one/main/x", "`x` is no database number"),

@@ -1,6 +1,6 @@
 //! Everything that can go wrong here, and the one table from it to gRPC codes.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use fairlead_common::{limits::FieldError, signature::KeyError};
 use tonic::{Code, Status};
@@ -210,6 +210,53 @@ impl Error {
         Self::Invalid { field, problem: problem.into() }
     }
 
+    /// What whoever called is told. Their own part in it is told in full; of what failed inside nothing
+    /// that says where the cluster keeps things or what it runs on: the coordinator's log has that.
+    pub(crate) fn public(&self) -> String {
+        const LOG: &str = "the coordinator's log says more";
+        match self {
+            Self::Store(StoreError::Refused(refusal)) => refusal.to_string(),
+            Self::Store(StoreError::UnknownJob(job)) => format!("job {job} does not exist"),
+            Self::Store(StoreError::Away { .. }) => {
+                format!("the cluster's store cannot be used now; retry later ({LOG})")
+            }
+            Self::Store(StoreError::Corrupt(_)) => {
+                format!("what the store has cannot be read; ask the operator ({LOG})")
+            }
+            Self::Store(StoreError::Backend { .. }) => {
+                format!("the cluster's store failed; ask the operator ({LOG})")
+            }
+            Self::Output(OutputError::Folder(_)) => {
+                format!("images cannot be stored or read now; retry later ({LOG})")
+            }
+            Self::Output(_) => {
+                format!("an image or record cannot be stored or read; ask the operator ({LOG})")
+            }
+            Self::Policy(_) | Self::Key(_) | Self::Server(_) | Self::Io { .. } => {
+                format!("the coordinator failed; ask the operator ({LOG})")
+            }
+            Self::Invalid { .. }
+            | Self::NotFound(_)
+            | Self::StillServed { .. }
+            | Self::NodeIdTaken { .. }
+            | Self::NotRegistered { .. }
+            | Self::NotReleased { .. }
+            | Self::KeyReused { .. }
+            | Self::NotCalibrated { .. }
+            | Self::OutsideEnvelope { .. }
+            | Self::Incompatible(_)
+            | Self::Unavailable(_)
+            | Self::QueueFull { .. }
+            | Self::TenantFull { .. }
+            | Self::TooFast { .. }
+            | Self::TooManyWithheld { .. }
+            | Self::Unauthenticated { .. }
+            | Self::Forbidden(_)
+            | Self::Damaged { .. }
+            | Self::Stopping => self.to_string(),
+        }
+    }
+
     /// When the same request may succeed, of those that are too many now: `google.rpc.RetryInfo` in the
     /// status.
     fn retry_after(&self) -> Option<Duration> {
@@ -240,7 +287,10 @@ impl Error {
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Store(StoreError::Refused(_)) => Code::Aborted,
-            Self::Store(StoreError::Away { .. }) => Code::Unavailable,
+            Self::Store(StoreError::UnknownJob(_)) => Code::NotFound,
+            Self::Store(StoreError::Away { .. }) | Self::Output(OutputError::Folder(_)) => {
+                Code::Unavailable
+            }
             Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Key(_) | Self::Io { .. } => {
                 Code::Internal
             }
@@ -254,17 +304,40 @@ impl From<FieldError> for Error {
     }
 }
 
+/// What a worker, a node or the store says, for whoever asked for a job: without addresses and paths.
+pub(crate) fn without_places(text: &str) -> String {
+    let is_edge = |c: char| !c.is_alphanumeric() && c != '/' && c != '_';
+    let words = text.split(' ').map(|word| {
+        let inner = word.trim_matches(is_edge);
+        let found = match inner {
+            _ if inner.contains("://") => "an address",
+            _ if is_host_and_port(inner) || inner.parse::<IpAddr>().is_ok() => "an address",
+            _ if inner.starts_with('/') && inner.len() > 1 => "a path",
+            _ => return word.to_owned(),
+        };
+        word.replace(inner, found)
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn is_host_and_port(word: &str) -> bool {
+    let Some((host, port)) = word.rsplit_once(':') else { return false };
+    let is_host = host == "localhost" || host.contains(['.', ':']);
+    is_host && !host.contains('/') && port.parse::<u16>().is_ok()
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let code = error.code();
-        if matches!(code, Code::Internal | Code::DataLoss) {
+        let public = error.public();
+        if matches!(code, Code::Internal | Code::DataLoss) || public != error.to_string() {
             tracing::error!(%error, "request failed");
         }
         match error.retry_after() {
-            None => Status::new(code, error.to_string()),
+            None => Status::new(code, public),
             wait => {
                 let details = ErrorDetails::with_retry_info(wait);
-                Status::with_error_details(code, error.to_string(), details)
+                Status::with_error_details(code, public, details)
             }
         }
     }
@@ -272,6 +345,8 @@ impl From<Error> for Status {
 
 #[cfg(test)]
 mod tests {
+    use fairlead_common::ids::JobId;
+
     use super::*;
     use crate::{lease::LeaseError, transition::Refusal};
 
@@ -329,7 +404,71 @@ mod tests {
             (Error::Store(StoreError::Corrupt("job 7".into())), Code::Internal),
             (Error::Policy(PolicyError::NoPolicies), Code::InvalidArgument),
             (Error::Io { what: "data dir".into(), source: io() }, Code::Internal),
+            (Error::Store(StoreError::UnknownJob(JobId::generate(0))), Code::NotFound),
+            (
+                Error::StillServed { concept: "axe".into(), node: "n".into() },
+                Code::FailedPrecondition,
+            ),
+            (
+                Error::TooFast { tenant: "a".into(), limit: 4, wait: Duration::from_secs(1) },
+                Code::ResourceExhausted,
+            ),
         ]
+    }
+
+    /// What must not get out, in everything that can hold it.
+    const SECRETS: [&str; 4] =
+        ["redis://10.0.0.7:6379", "f_1b9a1f2c", "/var/lib/fairlead", "node-7.internal"];
+
+    /// One of each that fails inside.
+    fn inner() -> Vec<Error> {
+        let secret = || SECRETS.join(" ");
+        let io = || std::io::Error::other(secret());
+        let object = || object_store::Error::Generic { store: "file", source: io().into() };
+        let json = || fairlead_common::record::from_json("").expect_err("it is none");
+        vec![
+            StoreError::Away { what: "read a job", problem: secret() }.into(),
+            StoreError::Backend { what: "read a job", problem: secret() }.into(),
+            StoreError::Corrupt(secret()).into(),
+            OutputError::Object { object: secret(), source: object() }.into(),
+            OutputError::Record { object: secret(), source: json() }.into(),
+            OutputError::Folder(secret()).into(),
+            Error::Io { what: secret(), source: io() },
+            PolicyError::Read { path: secret().into(), source: io() }.into(),
+        ]
+    }
+
+    #[test]
+    fn what_failed_inside_is_not_told_to_callers() {
+        for error in inner() {
+            let (name, code) = (format!("{error:?}"), error.code());
+            assert!(error.to_string().contains(SECRETS[0]), "the log has it: {name}");
+            let status = Status::from(error);
+            assert_eq!(status.code(), code);
+            let told = format!("{} {:?}", status.message(), status.details());
+            assert!(SECRETS.iter().all(|secret| !told.contains(secret)), "{name}: {told}");
+            assert!(!status.message().is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn reasons_name_no_places() {
+        for (said, told) in [
+            (
+                "worker w: energy node a (http://10.0.0.7:7200), concepts axe: no answer within 5 s",
+                "worker w: energy node a (an address), concepts axe: no answer within 5 s",
+            ),
+            ("connect to 10.0.0.7:6379 failed", "connect to an address failed"),
+            ("node-7.internal:7200: refused", "an address: refused"),
+            ("[::1]:7200 and 10.0.0.7, too", "[an address and an address, too"),
+            ("model folder /srv/models/sd: missing", "model folder a path: missing"),
+            (
+                "steps: 5; width: 63 and/or height, ratio 16:9",
+                "steps: 5; width: 63 and/or height, ratio 16:9",
+            ),
+        ] {
+            assert_eq!(without_places(said), told);
+        }
     }
 
     #[test]
@@ -351,7 +490,7 @@ mod tests {
     #[test]
     fn every_error_keeps_its_code_and_message_on_the_wire() {
         for (error, code) in samples() {
-            let text = error.to_string();
+            let text = error.public();
             let status = Status::from(error);
             let response = status.into_http::<()>();
             let back = Status::from_header_map(response.headers()).expect("headers hold a status");

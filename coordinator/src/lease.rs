@@ -6,8 +6,13 @@ use std::fmt;
 use fairlead_common::ids::ShardId;
 use fairlead_proto::v1;
 
+use crate::clock::is_beyond;
+
 /// Deliveries after which a shard that never finishes is given up, with its last reason.
 pub(crate) const MAX_DELIVERIES: u32 = 5;
+
+/// A shard that is put off is looked at again within this time after it is due, milliseconds.
+const LOOK_MS: i64 = 60_000;
 
 /// A shard and the fencing token of one delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,7 +181,7 @@ impl Lease {
     /// Hands the shard to `holder` until `now + ttl_ms` and returns the new token.
     pub(crate) fn grant(&mut self, holder: &str, now: i64, ttl_ms: i64) -> Result<u64, LeaseError> {
         self.require_queued()?;
-        if self.not_before_unix_ms > now {
+        if self.not_before_unix_ms > now && !is_beyond(self.not_before_unix_ms, now) {
             return Err(LeaseError::TooEarly(self.not_before_unix_ms));
         }
         self.set_phase(Phase::Leased);
@@ -193,7 +198,9 @@ impl Lease {
     /// renewed: its token is the newest, so nobody else can hold the shard.
     pub(crate) fn renew(&mut self, token: u64, now: i64, ttl_ms: i64) -> Result<(), LeaseError> {
         self.require_current(token)?;
-        self.expires_unix_ms = self.expires_unix_ms.max(now.saturating_add(ttl_ms));
+        let end = now.saturating_add(ttl_ms);
+        let is_meant = !is_beyond(self.expires_unix_ms, now);
+        self.expires_unix_ms = if is_meant { self.expires_unix_ms.max(end) } else { end };
         Ok(())
     }
 
@@ -221,12 +228,16 @@ impl Lease {
 
     /// Takes the shard back from a holder that stopped renewing.
     pub(crate) fn expire(&mut self, token: u64, now: i64) -> Result<AfterFailure, LeaseError> {
-        self.require_current(token)?;
-        if self.expires_unix_ms > now {
-            return Err(LeaseError::NotExpired(self.expires_unix_ms));
-        }
+        self.require_expired(token, now)?;
         let reason = format!("worker {} stopped renewing its lease", self.holder);
         Ok(self.end_delivery(&Failure { reason, retryable: true, delay_ms: 0 }, now))
+    }
+
+    /// Takes the shard back after its coordinator died: nobody was left to take the renewals. The
+    /// delivery does not count.
+    pub(crate) fn recover(&mut self, token: u64, now: i64) -> Result<(), LeaseError> {
+        self.require_expired(token, now)?;
+        self.give_back(token)
     }
 
     /// Puts off a delivery that cannot be made, e.g. because a concept has no live node: the shard
@@ -239,6 +250,10 @@ impl Lease {
         self.require_queued()?;
         if self.put_off_since_unix_ms == 0 {
             self.put_off_since_unix_ms = now;
+        } else {
+            // Time in which nobody looked says nothing: no coordinator ran, or a clock was set.
+            let unseen = now.saturating_sub(self.not_before_unix_ms.saturating_add(LOOK_MS)).max(0);
+            self.put_off_since_unix_ms = self.put_off_since_unix_ms.saturating_add(unseen).min(now);
         }
         let Obstacle { reason, delay_ms, max_wait_ms } = obstacle.clone();
         if now.saturating_sub(self.put_off_since_unix_ms) >= max_wait_ms {
@@ -251,7 +266,7 @@ impl Lease {
     }
 
     /// Returns the shard to the queue without counting the delivery: the coordinator itself
-    /// stopped, which is not the shard's fault.
+    /// stopped or lost it, which is not the shard's fault.
     pub(crate) fn give_back(&mut self, token: u64) -> Result<(), LeaseError> {
         self.require_current(token)?;
         self.deliveries = self.deliveries.saturating_sub(1);
@@ -292,6 +307,14 @@ impl Lease {
             return Ok(());
         }
         Err(LeaseError::Stale { token, current: self.token, phase: self.phase() })
+    }
+
+    fn require_expired(&self, token: u64, now: i64) -> Result<(), LeaseError> {
+        self.require_current(token)?;
+        match self.expires_unix_ms > now && !is_beyond(self.expires_unix_ms, now) {
+            true => Err(LeaseError::NotExpired(self.expires_unix_ms)),
+            false => Ok(()),
+        }
     }
 
     fn set_phase(&mut self, phase: Phase) {

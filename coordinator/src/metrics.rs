@@ -26,6 +26,21 @@ pub(crate) fn round(round: &Round) {
     gauge!("fairlead_coordinator_energy_nodes").set(round.nodes as f64);
 }
 
+/// Whether the coordinator can store what it is told.
+pub(crate) fn sound(is_sound: bool) {
+    gauge!("fairlead_coordinator_serving").set(f64::from(u8::from(is_sound)));
+}
+
+/// The store's clock was set while this process ran.
+pub(crate) fn clock_set() {
+    counter!("fairlead_coordinator_clock_jumps_total").increment(1);
+}
+
+/// A stored job could not be read.
+pub(crate) fn unreadable() {
+    counter!("fairlead_coordinator_unreadable_jobs_total").increment(1);
+}
+
 /// A policies file could not be used.
 pub(crate) fn reload_failed() {
     counter!("fairlead_coordinator_reload_failures_total").increment(1);

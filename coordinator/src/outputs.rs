@@ -15,6 +15,8 @@ use object_store::{
     ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, memory::InMemory, path::Path,
 };
 
+use crate::place::Place;
+
 /// The object store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
@@ -26,6 +28,9 @@ pub enum OutputError {
         /// The object store's error.
         source: object_store::Error,
     },
+    /// The folder is gone.
+    #[error("outputs: {0}")]
+    Folder(String),
     /// A stored record cannot be read.
     #[error("outputs: {object}: {source}")]
     Record {
@@ -40,6 +45,8 @@ pub enum OutputError {
 #[derive(Debug, Clone)]
 pub(crate) struct Outputs {
     objects: Arc<dyn ObjectStore>,
+    /// The folder of those that are files.
+    folder: Option<Place>,
 }
 
 impl Outputs {
@@ -49,7 +56,8 @@ impl Outputs {
             .map_err(|source| OutputError::Object { object: dir.display().to_string(), source })?
             .with_automatic_cleanup(true)
             .with_fsync(true);
-        Ok(Self::new(Arc::new(objects)))
+        let folder = Place::new(dir).map_err(|error| OutputError::Folder(error.to_string()))?;
+        Ok(Self { folder: Some(folder), ..Self::new(Arc::new(objects)) })
     }
 
     /// Objects in memory, gone with the process.
@@ -59,7 +67,13 @@ impl Outputs {
 
     /// Any object store.
     pub(crate) fn new(objects: Arc<dyn ObjectStore>) -> Self {
-        Self { objects }
+        Self { objects, folder: None }
+    }
+
+    /// Whether objects go where the earlier ones are. Written all the same, they would make a folder anew
+    /// that was deleted, or one under a file system that is not mounted any longer.
+    pub(crate) fn check(&self) -> Result<(), OutputError> {
+        self.folder.as_ref().map_or(Ok(()), Place::check).map_err(OutputError::Folder)
     }
 
     pub(crate) async fn put_image(
@@ -140,6 +154,7 @@ impl Outputs {
     }
 
     async fn put(&self, name: String, payload: PutPayload) -> Result<(), OutputError> {
+        self.check()?;
         match self.objects.put(&name.as_str().into(), payload).await {
             Ok(_) => Ok(()),
             Err(source) => Err(OutputError::Object { object: name, source }),

@@ -26,13 +26,12 @@ use crate::{
     config::CoordinatorOptions,
     error::{Error, Result},
     grpc::Grpc,
+    health::Health,
     service::Coordinator,
 };
 
 /// How long connections may take to end once every stream has.
 const CONNECTION_GRACE: Duration = Duration::from_secs(2);
-/// Pause between two looks for jobs past their retention.
-const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// The project's message limits on both directions of a service.
 macro_rules! limits {
@@ -100,10 +99,11 @@ async fn follow_policies(coordinator: &Coordinator, file: Option<PathBuf>) {
 }
 
 async fn forget_old(coordinator: &Coordinator) {
-    let mut interval = tokio::time::interval(FORGET_EVERY);
+    let mut retention = coordinator.retention();
+    let mut interval = tokio::time::interval(retention.pause());
     loop {
         interval.tick().await;
-        match coordinator.forget_old().await {
+        match retention.look().await {
             Ok(0) => {}
             Ok(jobs) => tracing::info!(jobs, "jobs past their retention were deleted"),
             Err(error) => tracing::error!(%error, "cannot delete old jobs"),
@@ -120,27 +120,26 @@ fn serve<I>(
 where
     I: AsyncRead + AsyncWrite + Connected + Send + Unpin + 'static,
 {
-    let grpc = Grpc::new(coordinator);
+    let grpc = Grpc::new(coordinator.clone());
     async move {
-        let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<GenerationServiceServer<Grpc>>().await;
-        health.set_serving::<CatalogServiceServer<Grpc>>().await;
-        health.set_serving::<RegistryServiceServer<Grpc>>().await;
-        health.set_serving::<WorkerServiceServer<Grpc>>().await;
+        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let health = Health::new(coordinator, reporter).await;
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .build_v1()
             .expect("the descriptors come from the build");
-        fairlead_common::grpc::server(&tls, Peers::Anybody)?
+        let server = fairlead_common::grpc::server(&tls, Peers::Anybody)?
             .add_service(health_service)
             .add_service(reflection)
             .add_service(limits!(GenerationServiceServer::new(grpc.clone())))
             .add_service(limits!(CatalogServiceServer::new(grpc.clone())))
             .add_service(limits!(RegistryServiceServer::new(grpc.clone())))
             .add_service(limits!(WorkerServiceServer::new(grpc)))
-            .serve_with_incoming_shutdown(incoming, ended.cancelled())
-            .await?;
-        Ok(())
+            .serve_with_incoming_shutdown(incoming, ended.cancelled());
+        tokio::select! {
+            served = server => Ok(served?),
+            () = health.follow() => Ok(()),
+        }
     }
 }

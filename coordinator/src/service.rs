@@ -4,7 +4,6 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use fairlead_common::{grpc::Channels, ids::JobId, signature::Signer, trace};
 use fairlead_proto::{MAX_MESSAGE_BYTES, v1};
-use futures::{StreamExt, stream};
 use prost::Message;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -15,7 +14,7 @@ use tracing::Span;
 use crate::{
     access::Access,
     admission::{self, Cluster, Identity},
-    clock::{Clock, millis},
+    clock::Clock,
     config::{CoordinatorOptions, Data},
     deploy::Deployer,
     error::{Error, Result},
@@ -24,10 +23,11 @@ use crate::{
     hub::{Hub, HubOptions},
     lease::Phase,
     metrics,
-    outputs::{OutputError, Outputs},
+    outputs::Outputs,
     registrar::Registrar,
     registry::Registry,
     release::ReleaseGate,
+    retention::Retention,
     state::JobRecord,
     store::{
         Created, Found, Full, Lookup, MemoryStore, NewJob, RedbStore, RedisStore, Store, StoreError,
@@ -43,9 +43,6 @@ const MAX_PAGE: u32 = 1_000;
 /// The key that signs records, in the data directory, and what others check it with.
 const SIGNING_KEY: &str = "signing-key.pem";
 const PUBLIC_KEY: &str = "signing-key.pub.pem";
-/// Jobs to forget that are read at once, and how many are forgotten at the same time.
-const FORGET_AT_ONCE: usize = 256;
-const FORGET_TOGETHER: usize = 16;
 
 /// The coordinator; clones share it.
 #[derive(Debug, Clone)]
@@ -106,6 +103,7 @@ impl Coordinator {
             lease_ttl: options.lease_ttl,
             retry_delay: options.retry_delay,
             max_wait: options.max_wait,
+            has_own_workers: options.has_own_workers,
         };
         let hub = Hub::start(
             Arc::clone(&store),
@@ -403,31 +401,15 @@ impl Coordinator {
         v1::ListConceptsResponse { concepts, absent: self.registry.absent() }
     }
 
-    /// Forgets jobs that ended longer ago than the retention, with their images and records.
-    pub(crate) async fn forget_old(&self) -> Result<usize> {
-        let before = self.clock.now().saturating_sub(millis(self.options.retention));
-        let mut forgotten = 0;
-        loop {
-            let old = self.store.ended(before, FORGET_AT_ONCE).await?;
-            // The job last: what a crash leaves is found again by it.
-            let whole = old.len() == FORGET_AT_ONCE;
-            let deleting = old.into_iter().map(|record| {
-                let outputs = self.outputs.clone();
-                async move { outputs.forget(&record.job.job_id).await.map(|()| record) }
-            });
-            let deleted: Vec<Result<JobRecord, OutputError>> =
-                stream::iter(deleting).buffer_unordered(FORGET_TOGETHER).collect().await;
-            let (gone, kept): (Vec<_>, Vec<_>) = deleted.into_iter().partition(Result::is_ok);
-            forgotten += gone.len();
-            // One that stays must not keep the others: but it would be found again at once.
-            self.store.forget(gone.into_iter().flatten().collect()).await?;
-            if let Some(Err(error)) = kept.into_iter().next() {
-                return Err(error.into());
-            }
-            if !whole {
-                return Ok(forgotten);
-            }
-        }
+    /// What forgets old jobs.
+    pub(crate) fn retention(&self) -> Retention {
+        Retention::new(Arc::clone(&self.store), self.outputs.clone(), self.options.retention)
+    }
+
+    /// Whether it can store what it is told.
+    pub(crate) async fn check(&self) -> Result<()> {
+        self.store.check().await?;
+        Ok(self.outputs.check()?)
     }
 
     /// Admits nothing more, lets running shards finish for a while, ends every stream.
@@ -446,6 +428,14 @@ impl Coordinator {
 
 /// What `options` name.
 async fn open(options: &CoordinatorOptions) -> Result<Ground> {
+    let redis = match &options.data {
+        Data::Redis { url, prefix, may_lose_jobs, .. } => {
+            let store = RedisStore::new(url.reveal(), prefix)?;
+            store.vet(*may_lose_jobs).await?;
+            Some(store)
+        }
+        Data::Memory | Data::Dir(_) => None,
+    };
     let channels = Channels::new(options.check_timeout, options.tls.clone());
     let (data, signing_key) = (options.data.clone(), options.signing_key.clone());
     let opened = tokio::task::spawn_blocking(move || -> Result<Ground> {
@@ -461,11 +451,13 @@ async fn open(options: &CoordinatorOptions) -> Result<Ground> {
             }
             Data::Dir(dir) => {
                 let outputs = outputs(&dir)?;
-                let store = RedbStore::open(&dir.join("jobs.redb"))?;
+                let file = dir.join("jobs.redb");
+                warn_of_orphans(&dir, &file);
+                let store = RedbStore::open(&file)?;
                 (Arc::new(store), outputs, signer(&dir)?)
             }
-            Data::Redis { url, prefix, outputs: dir } => {
-                let store = RedisStore::new(url.reveal(), &prefix)?;
+            Data::Redis { outputs: dir, .. } => {
+                let store = redis.expect("it was made above for this very data");
                 (Arc::new(store), outputs(&dir)?, signer(&dir)?)
             }
         };
@@ -475,6 +467,18 @@ async fn open(options: &CoordinatorOptions) -> Result<Ground> {
         what: "opening the data directory".to_owned(),
         source: std::io::Error::other(error),
     })?
+}
+
+/// Says that a folder has images and no jobs: then somebody has taken the file of the jobs away.
+fn warn_of_orphans(dir: &Path, file: &Path) {
+    let mut images = std::fs::read_dir(dir.join("outputs/jobs")).into_iter().flatten();
+    if !file.exists() && images.next().is_some() {
+        tracing::error!(
+            file = %file.display(),
+            "it is not there, but the folder has images of jobs: they are lost unless you restore the file \
+             from a backup; beginning without jobs"
+        );
+    }
 }
 
 fn outputs(dir: &Path) -> Result<Outputs> {

@@ -90,11 +90,6 @@ impl JobRecord {
         matches!(self.job.state(), State::Completed | State::Failed | State::Cancelled)
     }
 
-    /// Whether the job ended before `before`, Unix milliseconds.
-    pub(crate) fn ended_before(&self, before: i64) -> bool {
-        self.is_terminal() && self.job.updated_unix_ms < before
-    }
-
     /// The spec with every default filled in.
     pub(crate) fn spec(&self) -> v1::JobSpec {
         self.job.spec.clone().unwrap_or_default()

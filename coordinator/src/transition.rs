@@ -5,6 +5,7 @@ use fairlead_common::ids::ShardId;
 use fairlead_proto::v1::{self, ImageStatus, JobState as State, watch_job_response::Event};
 
 use crate::{
+    error::without_places,
     lease::{AfterFailure, Commit, Failure, LeaseError, LeaseKey, Obstacle, Phase},
     state::{JobRecord, Shard, image_ended},
 };
@@ -44,10 +45,12 @@ pub(crate) enum Transition {
         /// Why, and whether to try again.
         failure: Failure,
     },
-    /// Take a shard back whose holder stopped renewing.
+    /// Take a shard back whose lease has ended.
     Expire {
         /// The delivery.
         lease: LeaseKey,
+        /// Whose fault that is.
+        by: LostBy,
     },
     /// Put off a delivery that cannot be made now.
     Postpone {
@@ -56,7 +59,7 @@ pub(crate) enum Transition {
         /// Why, and for how long.
         obstacle: Obstacle,
     },
-    /// Put a shard back because the coordinator stops.
+    /// Put a shard back because the coordinator stops or has lost the delivery.
     GiveBack {
         /// The delivery.
         lease: LeaseKey,
@@ -66,6 +69,15 @@ pub(crate) enum Transition {
         /// Why, for the job's `reason`.
         reason: String,
     },
+}
+
+/// Who let a lease end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LostBy {
+    /// A worker that stopped renewing: what it worked on may be the reason, so the delivery counts.
+    Worker,
+    /// The coordinator that handed the shard out: it died, and so nobody took the renewals.
+    Coordinator,
 }
 
 impl Transition {
@@ -141,9 +153,13 @@ pub(crate) fn apply(
             let after = change.shard(lease.shard)?.lease.fail(lease.token, failure, now)?;
             change.ended(lease.shard, after)?
         }
-        Transition::Expire { lease } => {
+        Transition::Expire { lease, by: LostBy::Worker } => {
             let after = change.shard(lease.shard)?.lease.expire(lease.token, now)?;
             change.ended(lease.shard, after)?
+        }
+        Transition::Expire { lease, by: LostBy::Coordinator } => {
+            change.shard(lease.shard)?.lease.recover(lease.token, now)?;
+            Effect::GivenBack
         }
         Transition::Postpone { shard, obstacle } => {
             let after = change.shard(*shard)?.lease.postpone(obstacle, now)?;
@@ -236,7 +252,7 @@ impl Change<'_> {
                     "{} failed after {} attempt(s): {}",
                     shard.label(),
                     shard.lease.deliveries(),
-                    shard.lease.reason()
+                    without_places(shard.lease.reason())
                 );
             }
             self.end_images(shard.images(), ImageStatus::Failed);

@@ -84,6 +84,9 @@ pub enum Error {
         /// What is missing.
         why: String,
     },
+    /// Whoever asked for the pass has no use for it any longer.
+    #[error("stopped")]
+    Stopped,
     /// An operation of candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -2,26 +2,54 @@
 //!
 //! Every layer pushes what its input gradient needs and nothing more; the backward pass pops in
 //! reverse order, so memory falls as it goes. No weight is ever on the tape.
+//!
+//! The tape goes through every layer, so it also carries what stops a pass: layers that compute much ask
+//! it before they begin.
+
+use std::{fmt, sync::Arc};
 
 use candle_core::Tensor;
 
 use crate::{Error, Result};
 
 /// A stack of saved tensors, or nothing at all when no gradient is wanted.
-#[derive(Debug)]
 pub struct Tape {
     stack: Option<Vec<Tensor>>,
+    stop: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl fmt::Debug for Tape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { stack, stop } = self;
+        f.debug_struct("Tape").field("stack", stack).field("can_stop", &stop.is_some()).finish()
+    }
 }
 
 impl Tape {
     /// A tape that records: a backward pass may follow.
     pub fn recording() -> Self {
-        Self { stack: Some(Vec::new()) }
+        Self { stack: Some(Vec::new()), stop: None }
     }
 
     /// A tape that saves nothing: for forward passes alone.
     pub fn off() -> Self {
-        Self { stack: None }
+        Self { stack: None, stop: None }
+    }
+
+    /// The same tape for passes that end with [`Error::Stopped`] once `stop` says so.
+    pub fn stopped_by(self, stop: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self { stop: Some(Arc::new(stop)), ..self }
+    }
+
+    /// Asked by a layer before it computes.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] once the pass is to end.
+    pub fn go_on(&self) -> Result<()> {
+        match &self.stop {
+            Some(stop) if stop() => Err(Error::Stopped),
+            _ => Ok(()),
+        }
     }
 
     /// Whether [`Tape::push`] saves anything.

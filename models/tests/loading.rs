@@ -549,7 +549,7 @@ fn a_pipeline_folder_names_its_components() {
 /// The hash of what loading reads of the VAE of a pipeline.
 fn hash_of(folder: &Path) -> String {
     let pipeline = PipelineFolder::open(folder).unwrap();
-    AutoencoderKl::load(&pipeline.component("vae").unwrap(), &Device::Cpu).unwrap();
+    AutoencoderKl::load(pipeline.component("vae").unwrap(), &Device::Cpu).unwrap();
     pipeline.folder().hash().unwrap()
 }
 
@@ -653,14 +653,14 @@ fn the_models_of_this_repository_load() {
     assert_eq!(pipeline.class_name(), "StableDiffusionPipeline");
     let component = |name| pipeline.component(name).unwrap();
 
-    let tokenizer = ClipTokenizer::load(&component("tokenizer")).unwrap();
-    let text = ClipTextModel::load(&component("text_encoder"), &Device::Cpu).unwrap();
+    let tokenizer = ClipTokenizer::load(component("tokenizer")).unwrap();
+    let text = ClipTextModel::load(component("text_encoder"), &Device::Cpu).unwrap();
     let prompt = tokenizer.encode("a kitchen knife and a cat on a blue background").unwrap();
     assert_eq!(prompt.chunks.len(), 1);
     let context = text.forward(&prompt.chunks).unwrap();
 
-    let unet = UNet2DConditionModel::load(&component("unet"), &Device::Cpu).unwrap();
-    let vae = AutoencoderKl::load(&component("vae"), &Device::Cpu).unwrap();
+    let unet = UNet2DConditionModel::load(component("unet"), &Device::Cpu).unwrap();
+    let vae = AutoencoderKl::load(component("vae"), &Device::Cpu).unwrap();
     let [height, width] = unet.config().sample_size.unwrap();
     let latent = zeros(&[1, vae.config().latent_channels, height, width], DType::F32);
     let off = &mut Tape::off();

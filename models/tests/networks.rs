@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
 
 use std::path::{Path, PathBuf};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use candle_core::{IndexOp, Tensor};
 use fairlead_models::layers::composed_of_candle_ops;
@@ -204,6 +208,37 @@ fn vae_matches_diffusers() {
         assert_close(&format!("{name} encode"), &latent, golden.get("latent"), 1e-4);
         check(name, &golden, &Decode(vae));
     }
+}
+
+/// Cancelled anywhere, a decoder ends before its next layer, forward and backward; a stop that never comes
+/// changes no bit.
+#[test]
+fn vae_stops_between_any_two_layers() {
+    let vae = AutoencoderKl::load(&folder("vae"), &device()).unwrap();
+    let z = &Tensor::randn(0f32, 1.0, (1, 4, 4, 4), &device()).unwrap();
+    // Counts how often it is asked, and says stop at the `most`-th time and ever after.
+    let until = |tape: Tape, most: usize| {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&asked);
+        (tape.stopped_by(move || counter.fetch_add(1, Ordering::Relaxed) + 1 >= most), asked)
+    };
+    let both = |tape: &mut Tape| {
+        let pixels = vae.decode(z, tape)?;
+        let gradient = vae.decode_backward(&pixels, tape)?;
+        Ok::<_, Error>([numbers(&pixels), numbers(&gradient)])
+    };
+    let undisturbed = both(&mut Tape::recording()).unwrap();
+    let (mut tape, asked) = until(Tape::recording(), usize::MAX);
+    assert_eq!(both(&mut tape).unwrap(), undisturbed);
+    let layers = asked.load(Ordering::Relaxed);
+    assert!(layers > 40, "every layer asks: {layers}");
+    for most in 1..=layers {
+        let (mut tape, asked) = until(Tape::recording(), most);
+        assert!(matches!(both(&mut tape), Err(Error::Stopped)), "at layer {most}");
+        assert_eq!(asked.load(Ordering::Relaxed), most, "nothing follows");
+    }
+    let (mut tape, _) = until(Tape::off(), 3);
+    assert!(matches!(vae.decode(z, &mut tape), Err(Error::Stopped)), "without a gradient in view");
 }
 
 #[test]

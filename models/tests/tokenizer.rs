@@ -85,7 +85,7 @@ fn what_a_class_does_beside_its_file_is_done() {
     let [upper, lower] = windows(&[]);
     assert_eq!(upper, lower);
     let gemma = ("tokenizer_class", "GemmaTokenizerFast".into());
-    let [upper, same] = windows(&[gemma.clone()]);
+    let [upper, same] = windows(std::slice::from_ref(&gemma));
     assert_eq!((&upper, &same), (&lower, &lower), "do_lower_case says so");
     let [upper, same] = windows(&[gemma.clone(), ("do_lower_case", false.into())]);
     assert!(upper != lower && same == lower);

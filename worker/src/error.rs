@@ -9,10 +9,13 @@ use fairlead_common::limits::FieldError;
 pub enum Error {
     /// A network refused its folder or its input.
     #[error(transparent)]
-    Model(#[from] fairlead_models::Error),
-    /// Tensor arithmetic failed, usually for want of memory.
+    Model(fairlead_models::Error),
+    /// Tensor arithmetic failed.
     #[error("tensor arithmetic: {0}")]
-    Tensor(#[from] candle_core::Error),
+    Tensor(candle_core::Error),
+    /// The device failed or has no memory left. What it computes afterwards cannot be relied on.
+    #[error("the device failed: {0}; another worker can make this, and this one must start again")]
+    Device(candle_core::Error),
     /// A model folder that cannot be served.
     #[error("model folder {}: {reason}", path.display())]
     Folder {
@@ -106,6 +109,7 @@ impl Error {
             Self::Tensor(_)
             | Self::EngineGone { .. }
             | Self::Coordinator { .. }
+            | Self::Device(_)
             | Self::Panic { .. } => true,
             Self::Model(_)
             | Self::Folder { .. }
@@ -114,6 +118,11 @@ impl Error {
             | Self::Png { .. }
             | Self::Cancelled => false,
         }
+    }
+
+    /// Whether the worker's process must end: its supervisor starts one that opens the device anew.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Device(_))
     }
 
     /// A request field that is out of range.
@@ -128,12 +137,62 @@ impl From<FieldError> for Error {
     }
 }
 
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        if is_of_device(&error) { Self::Device(error) } else { Self::Tensor(error) }
+    }
+}
+
+impl From<fairlead_models::Error> for Error {
+    fn from(error: fairlead_models::Error) -> Self {
+        match error {
+            fairlead_models::Error::Stopped => Self::Cancelled,
+            fairlead_models::Error::Candle(error) if is_of_device(&error) => Self::Device(error),
+            error => Self::Model(error),
+        }
+    }
+}
+
+/// Whether an error comes from the driver of a device, e.g. a fault of its memory or the lack of it; not from a
+/// request that no device could meet.
+fn is_of_device(error: &candle_core::Error) -> bool {
+    use candle_core::Error::{Context, Cuda, Metal, WithBacktrace, WithPath};
+    match error {
+        Cuda(_) | Metal(_) => true,
+        Context { inner, .. } | WithPath { inner, .. } | WithBacktrace { inner, .. } => {
+            is_of_device(inner)
+        }
+        _ => false,
+    }
+}
+
 /// The worker's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_that_fails_costs_the_process_and_not_the_job() {
+        let cuda = || candle_core::Error::Cuda("CUDA_ERROR_ECC_UNCORRECTABLE".into());
+        let errors: [Error; 4] = [
+            cuda().into(),
+            cuda().bt().into(),
+            fairlead_models::Error::Candle(cuda()).into(),
+            fairlead_models::Error::Candle(cuda().context("conv2d").bt()).into(),
+        ];
+        for error in errors {
+            assert!(error.retryable() && error.is_fatal(), "{error:?}");
+            assert!(error.to_string().contains("ECC_UNCORRECTABLE"), "{error}");
+        }
+        let shape = || candle_core::Error::Msg("shapes do not fit".into());
+        let network: Error = fairlead_models::Error::Candle(shape()).into();
+        assert!(!network.retryable() && !network.is_fatal(), "it would fail anywhere");
+        assert!(!Error::from(shape()).is_fatal());
+        let stopped: Error = fairlead_models::Error::Stopped.into();
+        assert!(matches!(stopped, Error::Cancelled));
+    }
 
     #[test]
     fn a_node_failure_names_node_and_concepts_but_not_all_of_many() {

@@ -27,7 +27,7 @@ pub(super) const MODEL: &str = "simulated";
 
 /// A folder in memory, where there is one: images and records lie in an object store elsewhere, and creating
 /// files on a disk would be most of what is measured.
-fn folder() -> std::io::Result<TempDir> {
+pub(super) fn folder() -> std::io::Result<TempDir> {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
 }

@@ -5,6 +5,7 @@ mod calls;
 mod crowd;
 mod dispatch;
 mod jobs;
+mod memory;
 mod service;
 mod simulated;
 mod steering;
@@ -25,6 +26,9 @@ pub(crate) struct Sizes {
     /// Queued jobs of `cluster-crowd`.
     #[arg(long, default_value_t = 100_000)]
     jobs: usize,
+    /// Jobs of `cluster-memory`, each made and watched to its end.
+    #[arg(long, default_value_t = 10_000)]
+    made: usize,
 }
 
 /// One measurement.
@@ -40,12 +44,14 @@ pub(crate) enum Measurement {
     Dispatch,
     /// A coordinator with many workers and a long queue.
     Crowd,
+    /// The memory of a coordinator over many jobs.
+    Memory,
 }
 
 impl Measurement {
     /// All of them, in the order in which they run.
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Steering, Self::Waiting, Self::Calls, Self::Dispatch, Self::Crowd];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Steering, Self::Waiting, Self::Calls, Self::Dispatch, Self::Crowd, Self::Memory];
 
     /// Its name.
     pub(crate) fn name(self) -> &'static str {
@@ -55,6 +61,7 @@ impl Measurement {
             Self::Calls => "cluster-calls",
             Self::Dispatch => "cluster-dispatch",
             Self::Crowd => "cluster-crowd",
+            Self::Memory => "cluster-memory",
         }
     }
 
@@ -66,6 +73,7 @@ impl Measurement {
             Self::Calls => calls::run(rounds).await,
             Self::Dispatch => dispatch::run(sizes.shards).await,
             Self::Crowd => crowd::run(sizes.workers, sizes.jobs).await,
+            Self::Memory => memory::run(sizes.made).await,
         }
     }
 }

@@ -357,6 +357,8 @@ impl Connection {
     async fn leave(&self, shared: &Arc<Shared>) {
         let mut returned = Vec::new();
         let closing = shared.closing.is_cancelled();
+        // A worker whose renewals nobody took ends its stream itself.
+        let is_blameless = closing || !shared.registry.is_settled(shared.options.lease_ttl);
         {
             let mut state = shared.state.lock();
             state.workers.remove(&self.number);
@@ -380,7 +382,7 @@ impl Connection {
             tracing::warn!(worker = self.worker_id, %error, "its membership ends by itself");
         }
         for (job, lease) in returned {
-            if closing {
+            if is_blameless {
                 shared.give_back(job, lease).await;
             } else {
                 let reason = format!("worker {} went away", self.worker_id);
@@ -407,8 +409,12 @@ impl Shared {
     }
 
     pub(super) async fn give_back(&self, job: JobId, lease: LeaseKey) {
-        if let Err(error) = self.apply(job, Transition::GiveBack { lease }).await {
-            tracing::warn!(%job, %lease, %error, "shard returns to the queue at the next start");
+        match self.apply(job, Transition::GiveBack { lease }).await {
+            // It has ended already.
+            Ok(_) | Err(StoreError::Refused(_)) => {}
+            Err(error) => {
+                tracing::warn!(%job, %lease, %error, "shard returns to the queue when its lease ends");
+            }
         }
     }
 }

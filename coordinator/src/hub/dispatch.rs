@@ -27,7 +27,7 @@ use crate::{
     routing,
     state::{ActiveShard, JobRecord, QueueName},
     store::{Backlog, Member, MemberKey, StoreError},
-    transition::{Effect, Transition},
+    transition::{Effect, LostBy, Transition},
 };
 
 /// Longest pause between two looks at leases and registrations.
@@ -102,7 +102,12 @@ fn pause(shared: &Shared) -> Duration {
 async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
     let jump = shared.clock.set().await?;
     if Duration::from_millis(jump) > quarter(shared) {
-        tracing::warn!(jump_ms = jump, "the store's clock was set; leases get their time again");
+        metrics::clock_set();
+        tracing::error!(
+            jump_ms = jump,
+            "the store's clock was set; leases get their time again and nothing is deleted for it, but \
+             dates of jobs are wrong if the clock is: see to its NTP"
+        );
         shared.registry.interrupted();
     }
     shared.registry.refresh().await?;
@@ -111,15 +116,22 @@ async fn keep_once(shared: &Shared, kept: &mut Instant) -> Result<bool> {
         keep_workers(shared).await?;
     }
     let now = shared.clock.now();
-    forget_stopped(shared, now);
+    forget_stopped(shared, Instant::now());
     if !shared.registry.is_settled(shared.options.lease_ttl) {
         return Ok(false);
     }
-    let expired = shared.store.expired(now, EXPIRED).await?;
-    for shard in &expired {
+    // A coordinator ends the leases of its own workers first. What is still there a moment later was
+    // handed out by one that is no longer at work, or by an earlier life of this one.
+    let orphaned =
+        shared.store.expired(now.saturating_sub(millis(quarter(shared))), EXPIRED).await?;
+    for shard in &orphaned {
         expire(shared, shard).await;
     }
-    Ok(expired.len() == EXPIRED)
+    let expired = shared.store.expired(now, EXPIRED).await?;
+    for shard in expired.iter().filter(|shard| shared.has_session(shard)) {
+        expire(shared, shard).await;
+    }
+    Ok(orphaned.len() == EXPIRED)
 }
 
 /// Brings back shards that the store's queues have lost, about as often as a lease that nobody renews is
@@ -151,18 +163,18 @@ struct Rounds {
     abandoned: Abandoned,
 }
 
-/// Since when each queue has had shards and no worker; Unix milliseconds.
+/// Since when each queue has had shards and no worker, by the steady clock.
 #[derive(Default)]
-struct Abandoned(BTreeMap<QueueName, i64>);
+struct Abandoned(BTreeMap<QueueName, Instant>);
 
 impl Abandoned {
-    /// The queues of `backlog` that have had no worker for `max_wait_ms` by `now`.
+    /// The queues of `backlog` that have had no worker for `max_wait` by `now`.
     fn look(
         &mut self,
         backlog: &Backlog,
         attached: &BTreeSet<QueueName>,
-        now: i64,
-        max_wait_ms: i64,
+        now: Instant,
+        max_wait: Duration,
     ) -> Vec<QueueName> {
         self.0.retain(|queue, _| backlog.queued.contains_key(queue) && !attached.contains(queue));
         for queue in backlog.queued.keys().filter(|queue| !attached.contains(queue)) {
@@ -171,7 +183,7 @@ impl Abandoned {
                 now
             });
         }
-        let over = self.0.iter().filter(|(_, since)| now.saturating_sub(**since) >= max_wait_ms);
+        let over = self.0.iter().filter(|(_, since)| now.duration_since(**since) >= max_wait);
         over.map(|(queue, _)| queue.clone()).collect()
     }
 }
@@ -195,8 +207,8 @@ async fn tick(shared: &Arc<Shared>, rounds: &mut Rounds) -> Result<Option<Durati
     });
     if !shared.draining.is_cancelled() {
         let attached = shared.registry.queues();
-        let max_wait = millis(shared.options.max_wait);
-        for queue in rounds.abandoned.look(&backlog, &attached, now, max_wait) {
+        let max_wait = shared.options.max_wait;
+        for queue in rounds.abandoned.look(&backlog, &attached, Instant::now(), max_wait) {
             give_up(shared, &queue, now).await?;
         }
         // Each time another one is first: a worker with several generators serves them in turn.
@@ -276,7 +288,7 @@ async fn keep_workers(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-fn forget_stopped(shared: &Shared, now: i64) {
+fn forget_stopped(shared: &Shared, now: Instant) {
     let mut state = shared.state.lock();
     state.sessions.retain(
         |_, session| !matches!(session.phase, SessionPhase::Stopping { until } if until <= now),
@@ -284,12 +296,18 @@ fn forget_stopped(shared: &Shared, now: i64) {
     shared.count_sessions(&state);
 }
 
+/// Takes a shard back. Only the coordinator that handed it out can tell that the worker fell silent; where
+/// no session knows of the delivery, it was the coordinator that was lost.
 async fn expire(shared: &Shared, shard: &ActiveShard) {
     let Some((job, lease)) = shard.ids() else { return };
-    match shared.apply(job, Transition::Expire { lease }).await {
+    let (by, outcome) = match shared.has_session(shard) {
+        true => (LostBy::Worker, "expired"),
+        false => (LostBy::Coordinator, "orphaned"),
+    };
+    match shared.apply(job, Transition::Expire { lease, by }).await {
         Ok(_) => {
-            metrics::delivery("expired");
-            tracing::warn!(%job, %lease, worker = shard.holder, "lease expired");
+            metrics::delivery(outcome);
+            tracing::warn!(%job, %lease, worker = shard.holder, outcome, "lease ended");
             shared.mistrust(lease);
             shared.stop_session(lease, "the lease expired");
             shared.wake.notify_one();

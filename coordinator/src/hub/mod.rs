@@ -13,7 +13,10 @@ use fairlead_common::ids::JobId;
 use fairlead_proto::v1::{self, ImageStatus, attach_response::Message};
 use futures::Stream;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
@@ -45,6 +48,8 @@ pub(crate) struct HubOptions {
     pub(crate) retry_delay: Duration,
     /// How long a shard may stay queued that nobody can make.
     pub(crate) max_wait: Duration,
+    /// Workers run in this process.
+    pub(crate) has_own_workers: bool,
 }
 
 /// The hub; clones share it.
@@ -203,15 +208,29 @@ impl Shared {
         }
     }
 
-    /// Returns shards to the queue that an earlier process of this single coordinator held. Each
-    /// counts as a delivery: what kills the process that runs it must not be run for ever.
+    /// Returns shards to the queue that an earlier process of this single coordinator held. That it
+    /// died is not their fault, unless the worker died with it: what kills the process that makes it
+    /// must not be made for ever.
     async fn recover(&self) -> Result<()> {
         let held = self.store.expired(i64::MAX, usize::MAX).await?;
         let recovered = held.len();
         for (job, lease) in held.iter().filter_map(ActiveShard::ids) {
-            let reason = "the coordinator died while the shard ran".to_owned();
-            let failure = Failure { reason, retryable: true, delay_ms: 0 };
-            self.apply(job, Transition::Fail { lease, failure }).await?;
+            let end = match self.options.has_own_workers {
+                false => Transition::GiveBack { lease },
+                true => {
+                    let reason = "the process died while it made the shard".to_owned();
+                    let failure = Failure { reason, retryable: true, delay_ms: 0 };
+                    Transition::Fail { lease, failure }
+                }
+            };
+            match self.apply(job, end).await {
+                Ok(_) => {}
+                // A job that cannot be read keeps no other from going on.
+                Err(error @ (StoreError::Corrupt(_) | StoreError::UnknownJob(_))) => {
+                    tracing::error!(%job, %lease, %error, "a shard is left as it is");
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         if recovered > 0 {
             tracing::info!(shards = recovered, "unfinished shards returned to the queue");
@@ -240,7 +259,7 @@ impl Shared {
     /// Tells a worker to stop a shard whose delivery has ended. The session counts against the
     /// worker's capacity until it says that it stopped, or for the length of a lease.
     fn stop_session(&self, lease: LeaseKey, reason: &str) {
-        let until = self.clock.now().saturating_add(millis(self.options.lease_ttl));
+        let until = Instant::now() + self.options.lease_ttl;
         let mut state = self.state.lock();
         let Some(session) = state.sessions.get_mut(&lease) else { return };
         session.abort.cancel();
@@ -262,6 +281,11 @@ impl Shared {
         if let Some(worker) = state.workers.get_mut(&connection) {
             worker.silent = true;
         }
+    }
+
+    /// Whether a shard is held by a worker that is or was attached here.
+    fn has_session(&self, shard: &ActiveShard) -> bool {
+        shard.ids().is_some_and(|(_, lease)| self.state.lock().sessions.contains_key(&lease))
     }
 
     /// The job of a delivery whose worker is at it.

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Shared, state::SessionPhase};
 use crate::{
     clock::millis,
+    error::Error,
     lease::{Failure, LeaseKey},
     metrics,
     release::{Proposal, Rejection},
@@ -145,9 +146,19 @@ impl ShardTask {
                 self.reply(v1::CommitStatus::Aborted, refusal.to_string());
                 self.shared.remove_session(lease);
             }
-            // Unknown whether it took place, so the objects stay.
+            // Unknown whether it took place, so the objects stay. A store that is away says nothing about
+            // the shard.
+            Err(error @ StoreError::Away { .. }) => {
+                tracing::error!(job = %self.job_id, %lease, %error, "cannot commit");
+                self.reply(v1::CommitStatus::Aborted, "the coordinator's store is away".to_owned());
+                self.shared.remove_session(lease);
+                self.shared.give_back(self.job_id, lease).await;
+                self.shared.wake.notify_one();
+            }
             Err(error) => {
-                self.reject(Rejection { reason: error.to_string(), retryable: true }).await;
+                tracing::error!(job = %self.job_id, %lease, %error, "cannot commit");
+                let reason = Error::from(error).public();
+                self.reject(Rejection { reason, retryable: true }).await;
             }
         }
     }

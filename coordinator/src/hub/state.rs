@@ -10,7 +10,7 @@ use fairlead_proto::{
     PROTOCOL_VERSION,
     v1::{self, attach_response::Message},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -49,8 +49,8 @@ pub(super) enum SessionPhase {
     Committing,
     /// It has ended and the worker was told to stop; forgotten at `until`.
     Stopping {
-        /// Unix milliseconds.
-        until: i64,
+        /// By the steady clock.
+        until: Instant,
     },
 }
 

@@ -20,6 +20,7 @@ enum Op {
     Commit(usize),
     Fail(usize, bool),
     Expire(usize),
+    Recover(usize),
     Postpone,
     GiveBack(usize),
     Cancel,
@@ -33,6 +34,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (0usize..3).prop_map(Op::Commit),
         1 => (0usize..3, any::<bool>()).prop_map(|(back, retry)| Op::Fail(back, retry)),
         2 => (0usize..3).prop_map(Op::Expire),
+        1 => (0usize..3).prop_map(Op::Recover),
         1 => Just(Op::Postpone),
         1 => (0usize..3).prop_map(Op::GiveBack),
         1 => Just(Op::Cancel),
@@ -82,6 +84,10 @@ proptest! {
                     let token = token_of(back);
                     let due = before.expires_unix_ms() <= now;
                     prop_assert!(lease.expire(token, now).is_err() || due);
+                }
+                Op::Recover(back) => {
+                    let due = before.expires_unix_ms() <= now;
+                    prop_assert!(lease.recover(token_of(back), now).is_err() || due);
                 }
                 Op::Postpone => { let _ = lease.postpone(&obstacle(300), now); }
                 Op::GiveBack(back) => { let _ = lease.give_back(token_of(back)); }
@@ -137,6 +143,26 @@ fn a_shard_that_is_put_off_for_too_long_has_failed() {
 }
 
 #[test]
+fn a_clock_that_was_wrong_for_a_minute_neither_fails_a_shard_nor_keeps_it() {
+    const YEAR: i64 = 365 * 24 * 3_600_000;
+    let mut lease = Lease::default();
+    let token = lease.grant("w", YEAR, TTL).expect("it waits");
+    lease.renew(token, 5, TTL).expect("the clock is right again");
+    assert_eq!(lease.expires_unix_ms(), 5 + TTL);
+    lease.fail(token, &retry("broken"), 6).expect("the token is current");
+    let token = lease.grant("w", YEAR, TTL).expect("it waits");
+    assert_eq!(lease.expire(token, 50), Ok(AfterFailure::Requeued), "nobody means a year");
+    // Put off by a clock that is ahead, then by the right one.
+    assert_eq!(lease.postpone(&obstacle(100_000), YEAR), Ok(AfterFailure::Requeued));
+    assert_eq!(lease.postpone(&obstacle(100_000), 60), Ok(AfterFailure::Requeued));
+    assert_eq!(lease.postpone(&obstacle(100_000), 70), Ok(AfterFailure::Requeued));
+    // And the other way round.
+    assert_eq!(lease.postpone(&obstacle(100_000), YEAR), Ok(AfterFailure::Requeued));
+    let token = lease.grant("w", 80, TTL).expect("it waits no longer than was meant");
+    assert!(lease.commit(token).is_ok());
+}
+
+#[test]
 fn a_store_that_lost_a_grant_does_not_give_its_token_again() {
     let mut lease = Lease::default();
     let lost = lease.clone().grant("w", 1_000, TTL).expect("it waits");
@@ -151,6 +177,19 @@ fn a_restart_of_the_coordinator_costs_no_delivery() {
         lease.give_back(expected).expect("the token is current");
     }
     assert_eq!(lease.deliveries(), 0);
+}
+
+#[test]
+fn a_coordinator_that_dies_a_hundred_times_costs_no_delivery() {
+    let mut lease = Lease::default();
+    for _ in 0..100 {
+        let now = lease.expires_unix_ms() + 1_000;
+        let token = lease.grant("w", now, TTL).expect("it waits");
+        let early = lease.recover(token, now + TTL - 1);
+        assert_eq!(early, Err(LeaseError::NotExpired(now + TTL)), "its coordinator may be there");
+        lease.recover(token, now + TTL).expect("nobody renewed it");
+    }
+    assert_eq!((lease.phase(), lease.deliveries()), (Phase::Queued, 0));
 }
 
 #[test]

@@ -10,6 +10,8 @@ use super::{
     world::{CHAOS, World},
 };
 
+const YEAR_MS: i64 = 365 * 24 * 3_600_000;
+
 /// Something that is wrong for a while.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Fault {
@@ -27,6 +29,8 @@ enum Fault {
     StoreSlow,
     StoreLossy,
     StoreDeaf,
+    /// The store's clock is a year ahead.
+    StoreAhead,
     /// Images and records cannot always be written or read.
     ObjectsFail,
 }
@@ -53,6 +57,10 @@ impl Faults {
         if now < self.next {
             return;
         }
+        if world.only_coordinators_die() {
+            self.next = now + Duration::from_millis(self.rng.random_range(300..1_500));
+            return self.end_a_coordinator(sim, world);
+        }
         self.next = now + Duration::from_millis(self.rng.random_range(300..4_000));
         match self.rng.random_range(0..100) {
             0..6 => {
@@ -76,6 +84,23 @@ impl Faults {
 
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         *from.choose(&mut self.rng).expect("there are some")
+    }
+
+    /// Kills a coordinator for a moment, or asks it to stop.
+    fn end_a_coordinator(&mut self, sim: &mut Sim<'_>, world: &World) {
+        let host = self.pick(world.coordinators());
+        let fault = Fault::Dead(host);
+        if self.active.iter().any(|(_, other)| other.meets(&fault)) {
+            return;
+        }
+        if self.rng.random_bool(0.1) {
+            world.note(format!("fault: {host} is asked to stop"));
+            return world.shut_down(host);
+        }
+        world.note(format!("fault: {fault:?} for a moment"));
+        fault.start(sim, world);
+        let length = Duration::from_millis(self.rng.random_range(50..1_000));
+        self.active.push(((sim.elapsed() + length).min(CHAOS), fault));
     }
 
     fn begin(&mut self, sim: &mut Sim<'_>, world: &World) {
@@ -113,7 +138,8 @@ impl Faults {
             74..81 => Fault::StoreAway,
             81..88 => Fault::StoreSlow,
             88..93 => Fault::StoreLossy,
-            93..97 => Fault::StoreDeaf,
+            93..96 => Fault::StoreDeaf,
+            96..98 => Fault::StoreAhead,
             _ => Fault::ObjectsFail,
         }
     }
@@ -162,10 +188,11 @@ impl Fault {
     }
 
     fn set_weather(&self, world: &World, on: bool) {
-        world.database.set_weather(|Weather { away, slow, lossy, deaf }| match self {
+        world.database.set_weather(|Weather { away, slow, lossy, deaf, ahead_ms }| match self {
             Self::StoreAway => *away = on,
             Self::StoreSlow => *slow = on,
             Self::StoreLossy => *lossy = on,
+            Self::StoreAhead => *ahead_ms = i64::from(on) * YEAR_MS,
             _ => *deaf = on,
         });
     }

@@ -21,10 +21,14 @@ mod world;
 use std::{
     io::Read,
     process::{Command, Stdio},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
+use fairlead_common::signature::Signer;
 use parking_lot::Mutex;
 use tracing_subscriber::{
     EnvFilter,
@@ -36,6 +40,8 @@ const SEEDS: u64 = 60;
 /// Lines of history that a failure shows.
 const LAST_LINES: usize = 60;
 
+use crate::store::Store;
+
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// The time in logs.
@@ -44,6 +50,30 @@ struct SimulatedTime;
 impl FormatTime for SimulatedTime {
     fn format_time(&self, writer: &mut Writer<'_>) -> std::fmt::Result {
         write!(writer, "{:9.3}", turmoil::sim_elapsed().unwrap_or_default().as_secs_f64())
+    }
+}
+
+/// A store outside any run, and what is wrong with it.
+pub(crate) fn lone_store(seed: u64) -> (Arc<dyn Store>, Trouble) {
+    let time = world::Time::default();
+    let (objects, signer) = (Arc::default(), Signer::generate().public());
+    let model = Arc::new(Mutex::new(model::Model::new(time.clone(), objects, signer)));
+    let database = Arc::new(store::Database::new(seed, false, model, time));
+    (Arc::new(store::SimulatedStore(Arc::clone(&database))), Trouble(database))
+}
+
+/// What goes wrong with a [`lone_store`].
+pub(crate) struct Trouble(Arc<store::Database>);
+
+impl Trouble {
+    /// Its clock is so many milliseconds ahead.
+    pub(crate) fn set_clock(&self, ahead_ms: i64) {
+        self.0.set_weather(|weather| weather.ahead_ms = ahead_ms);
+    }
+
+    /// It is slow; answers get lost if `lossy`.
+    pub(crate) fn be_slow(&self, lossy: bool) {
+        self.0.set_weather(|weather| (weather.slow, weather.lossy) = (true, lossy));
     }
 }
 

@@ -143,6 +143,15 @@ impl Model {
         tally
     }
 
+    /// Nothing but coordinators went wrong, which is no job's fault.
+    pub(super) fn none_may_fail(&mut self) {
+        let failed = self.jobs.values().find(|job| job.last.state() == JobState::Failed);
+        if let Some(Job { last, .. }) = failed {
+            let problem = format!("job {} failed: {}", last.job_id, last.reason);
+            self.broken(problem);
+        }
+    }
+
     /// Everything was healed `patience` ago, and something goes on.
     pub(super) fn late(&mut self, patience: Duration) {
         let open = self.open_jobs();

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::{model::Model, world::Time};
 use crate::{
-    clock::{Clock, millis},
+    clock::{Clock, is_beyond, millis},
     lease::Phase,
     state::{ActiveShard, JobRecord, QueueName},
     store::{
@@ -40,6 +40,8 @@ pub(super) struct Weather {
     pub(super) lossy: bool,
     /// Coordinators do not hear of each other.
     pub(super) deaf: bool,
+    /// How far its clock is ahead, milliseconds.
+    pub(super) ahead_ms: i64,
 }
 
 /// The database behind all coordinators.
@@ -183,8 +185,9 @@ impl Database {
             return shards;
         }
         let claims = &mut self.state.lock().claims;
-        let free =
-            |shard: &ActiveShard| claims.get(&shard.shard_id).is_none_or(|until| *until <= now);
+        let free = |shard: &ActiveShard| {
+            claims.get(&shard.shard_id).is_none_or(|until| *until <= now || is_beyond(*until, now))
+        };
         let free: Vec<ActiveShard> = shards.into_iter().filter(free).collect();
         claims.extend(free.iter().map(|shard| (shard.shard_id.clone(), now + millis(CLAIM))));
         free
@@ -319,7 +322,8 @@ impl Store for SimulatedStore {
 
     async fn clock(&self) -> Result<i64, StoreError> {
         self.0.ask("clock").await?;
-        self.0.answer("clock", Ok(self.0.time.unix_ms())).await
+        let ahead = self.0.state.lock().weather.ahead_ms;
+        self.0.answer("clock", Ok(self.0.time.unix_ms() + ahead)).await
     }
 
     fn is_shared(&self) -> bool {
@@ -371,7 +375,12 @@ impl Store for SimulatedStore {
         self.0.answer("roster", self.0.tables.roster(known, now).await).await
     }
 
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError> {
+        self.0.ask("age").await?;
+        self.0.answer("age", self.0.tables.age(since).await).await
+    }
+
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
         self.0.ask("ended").await?;
         self.0.answer("ended", self.0.tables.ended(before, limit).await).await
     }

@@ -12,6 +12,7 @@ use super::*;
 use crate::{
     lease::{AfterFailure, Commit, Failure, LeaseKey, MAX_DELIVERIES, Obstacle},
     state::Shard,
+    transition::LostBy,
 };
 
 pub(super) const TTL: i64 = 1_000;
@@ -67,7 +68,7 @@ fn released(range: std::ops::Range<u32>) -> Vec<v1::ImageInfo> {
     range.map(image).collect()
 }
 
-pub(super) async fn stored(
+pub(crate) async fn stored(
     store: &dyn Store,
     images: u32,
     per_shard: u32,
@@ -217,8 +218,18 @@ async fn renewals_expiry_and_losses(store: &dyn Store) {
     let renew = Transition::Renew { leases: vec![a, stale], ttl_ms: TTL };
     let renewed = store.apply(id, renew, 600).await.expect("it answers").effect;
     assert_eq!(renewed, Effect::Renewed { lost: vec![stale] });
-    store.apply(id, Transition::Expire { lease: a }, 1_000).await.expect_err("it was renewed");
-    store.apply(id, Transition::Expire { lease: b }, 1_000).await.expect("it has expired");
+    let expire = |lease, by| Transition::Expire { lease, by };
+    for by in [LostBy::Worker, LostBy::Coordinator] {
+        store.apply(id, expire(a, by), 1_000).await.expect_err("it was renewed");
+    }
+    let worker = store.apply(id, expire(b, LostBy::Worker), 1_000).await.expect("it has expired");
+    assert_eq!(worker.effect, Effect::Ended(AfterFailure::Requeued));
+    let b = grant(store, id, shards[1], 1_000).await;
+    let lost = expire(b, LostBy::Coordinator);
+    let lost = store.apply(id, lost, 2_000).await.expect("it has expired");
+    assert_eq!(lost.effect, Effect::GivenBack);
+    let deliveries = |shard: usize| lost.record.shards[shard].lease.deliveries();
+    assert_eq!((deliveries(0), deliveries(1)), (1, 1), "of the two the worker's alone counts");
     let ended = store.expired(1_599, 100).await.expect("index");
     assert!(ended.iter().all(|shard| shard.job_id != id.to_string()), "one lease, until 1600");
     let ended = store.expired(1_600, 100).await.expect("index");
@@ -230,6 +241,30 @@ async fn renewals_expiry_and_losses(store: &dyn Store) {
     assert_eq!(mine, [(a, 1_600, "w")]);
     store.apply(id, Transition::GiveBack { lease: a }, 1_100).await.expect("it is current");
     assert!(grant(store, id, shards[0], 1_100).await.token > a.token);
+}
+
+async fn what_was_noted_by_a_clock_that_was_ahead_stands_in_no_ones_way(store: &dyn Store) {
+    const YEAR: i64 = 365 * 24 * 3_600_000;
+    let (id, shards) = stored(store, 2, 1).await;
+    let lease = grant(store, id, shards[0], YEAR).await;
+    let put_off = Obstacle { reason: "no node".into(), delay_ms: 100, max_wait_ms: 1_000 };
+    let postpone = Transition::Postpone { shard: shards[1], obstacle: put_off };
+    store.apply(id, postpone, YEAR).await.expect("it is queued");
+    assert_eq!(take(store, id, 10, 50).await, shards[1..], "it is due");
+    let ended = store.expired(50, 1_000).await.expect("index");
+    let mine = ended.iter().find(|shard| shard.job_id == id.to_string()).expect("it has ended");
+    assert_eq!(mine.ids().expect("ids").1, lease);
+    let expire = Transition::Expire { lease, by: LostBy::Worker };
+    store.apply(id, expire, 50).await.expect("nobody means a year");
+    let member = Member { id: "ahead".into(), ..Member::default() };
+    store.join(member.clone(), YEAR, 100).await.expect("it joins");
+    let roster = store.roster(None, 0).await.expect("it answers").expect("it is new");
+    assert!(roster.members.iter().any(|member| member.id == "ahead"), "at 0 nobody is gone");
+    let roster = store.roster(None, 50).await.expect("it answers").expect("it is new");
+    assert!(roster.members.iter().all(|member| member.id != "ahead"));
+    assert_eq!(store.keep(&[member.key()], 50, 100).await.expect("it answers").len(), 1);
+    let cancel = Transition::Cancel { reason: String::new() };
+    store.apply(id, cancel, 60).await.expect("it cancels");
 }
 
 async fn keys_shards_and_records_lead_to_their_job(store: &dyn Store) {
@@ -273,16 +308,24 @@ async fn old_jobs_are_forgotten_with_everything_about_them(store: &dyn Store) {
         let ended = store.ended(before, limit).await.expect("it answers");
         ended.into_iter().filter(|record| record.job.job_id == id.to_string()).collect()
     };
-    assert!(ended(i64::MAX, 100).await.is_empty(), "it has not ended");
+    assert!(ended(u64::MAX, 1_000).await.is_empty(), "it has not ended");
+    let age = store.age(None).await.expect("it has one");
+    let second = Some((age, Duration::from_secs(1)));
+    assert_eq!(store.age(second).await.expect("it grows"), age + 1_000);
+    assert_eq!(store.age(second).await.expect("it answers"), age + 1_000, "another has added it");
     let cancel = Transition::Cancel { reason: String::new() };
-    store.apply(id, cancel, 100).await.expect("it cancels");
-    assert!(ended(100, 100).await.is_empty(), "not old enough");
-    assert!(ended(101, 0).await.is_empty(), "none was asked for");
-    let old = ended(101, 100).await;
+    store
+        .apply(id, cancel.clone(), i64::MAX / 2)
+        .await
+        .expect("it cancels, whatever the clock says");
+    store.apply(id, cancel, 6).await.expect("again is fine");
+    assert!(ended(age + 1_000, 1_000).await.is_empty(), "not old enough");
+    assert!(ended(age + 1_001, 0).await.is_empty(), "none was asked for");
+    let old = ended(age + 1_001, 1_000).await;
     assert_eq!(old.len(), 1);
     store.forget(old.clone()).await.expect("it forgets");
     store.forget(old).await.expect("again is fine");
-    assert!(ended(101, 100).await.is_empty());
+    assert!(ended(u64::MAX, 1_000).await.is_empty());
     assert_eq!(store.get(id).await.expect("it answers"), None);
     assert!(store.events(id, 0, 10).await.expect("it answers").is_empty());
     assert_eq!(store.find(Lookup::Key("", &key)).await.expect("it answers"), None);
@@ -436,6 +479,7 @@ async fn all(store: Arc<dyn Store>) {
     a_poison_shard_fails_its_job_and_keeps_what_was_released(backend).await;
     the_queue_keeps_its_order_and_its_bound(backend).await;
     renewals_expiry_and_losses(backend).await;
+    what_was_noted_by_a_clock_that_was_ahead_stands_in_no_ones_way(backend).await;
     keys_shards_and_records_lead_to_their_job(backend).await;
     lists_are_newest_first_and_page(backend).await;
     old_jobs_are_forgotten_with_everything_about_them(backend).await;

@@ -7,6 +7,8 @@ use std::{
 
 use fairlead_common::probe::Probe;
 
+use crate::clock::is_beyond;
+
 use super::{Member, MemberKey, Roster, Seen};
 
 #[derive(Debug, Default)]
@@ -69,7 +71,8 @@ impl Members {
     /// Everyone whose membership has not ended, if that is not what `known` was.
     pub(super) fn roster(&mut self, known: Option<u64>, now: i64) -> Option<Roster> {
         let before = self.all.len();
-        self.all.retain(|_, (_, until)| *until > now);
+        // At 0 nobody is found to be gone.
+        self.all.retain(|_, (_, until)| *until > now && (now == 0 || !is_beyond(*until, now)));
         self.version += u64::from(self.all.len() < before);
         (known != Some(self.version)).then(|| Roster {
             version: self.version,

@@ -1,6 +1,9 @@
 //! State in memory: for a temporary cluster and for tests. Nothing survives the process.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use fairlead_common::ids::JobId;
@@ -9,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::{
     Applied, Backlog, Charge, Created, Found, Lookup, Member, MemberKey, NewJob, Roster, Store,
-    StoreError, enqueue, lookups, members::Members, queues::Queues, rates::Rates,
+    StoreError, enqueue, grown, lookups, members::Members, queues::Queues, rates::Rates,
 };
 use crate::{
     state::{ActiveShard, JobRecord, QueueName},
@@ -31,13 +34,20 @@ struct Tables {
     events: BTreeMap<(JobId, u64), WatchJobResponse>,
     lookups: BTreeMap<String, Found>,
     next_position: u64,
+    age: u64,
+    /// Jobs that have ended, by the age at their end.
+    ended: BTreeSet<(u64, JobId)>,
 }
 
 impl Tables {
     fn write(&mut self, id: JobId, record: JobRecord, events: Vec<WatchJobResponse>) {
         self.queues.update(&record);
         self.events.extend(events.into_iter().map(|event| ((id, event.sequence), event)));
-        self.jobs.insert(id, record);
+        let is_over = record.is_terminal();
+        let before = self.jobs.insert(id, record);
+        if is_over && before.is_none_or(|before| !before.is_terminal()) {
+            self.ended.insert((self.age, id));
+        }
     }
 }
 
@@ -156,10 +166,16 @@ impl Store for MemoryStore {
         Ok(self.tables.lock().members.roster(known, now))
     }
 
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError> {
+        let age = &mut self.tables.lock().age;
+        *age = grown(*age, since);
+        Ok(*age)
+    }
+
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
         let tables = self.tables.lock();
-        let over = |record: &&JobRecord| record.ended_before(before);
-        Ok(tables.jobs.values().filter(over).take(limit).cloned().collect())
+        let old = tables.ended.iter().take_while(|(age, _)| *age < before).take(limit);
+        Ok(old.filter_map(|(_, job)| tables.jobs.get(job)).cloned().collect())
     }
 
     async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError> {
@@ -167,6 +183,7 @@ impl Store for MemoryStore {
         let gone: BTreeSet<JobId> = old.iter().filter_map(JobRecord::id).collect();
         let names: BTreeSet<&str> = old.iter().map(|record| record.job.job_id.as_str()).collect();
         tables.jobs.retain(|job, _| !gone.contains(job));
+        tables.ended.retain(|(_, job)| !gone.contains(job));
         tables.events.retain(|(job, _), _| !gone.contains(job));
         tables.lookups.retain(|_, found| !names.contains(found.job_id.as_str()));
         Ok(())

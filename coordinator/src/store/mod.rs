@@ -29,7 +29,8 @@ pub(crate) use self::{
 use tokio::sync::mpsc;
 
 use crate::{
-    clock::{Clock, unix_ms},
+    clock::{Clock, millis, unix_ms},
+    metrics,
     state::{ActiveShard, JobRecord, QueueName},
     tenants::Quota,
     transition::{Effect, Refusal, Transition},
@@ -271,6 +272,11 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
         Ok(unix_ms())
     }
 
+    /// Whether it can do its work now. One that cannot is tried anew.
+    async fn check(&self) -> Result<(), StoreError> {
+        self.clock().await.map(drop)
+    }
+
     /// Whether other processes use it at the same time.
     fn is_shared(&self) -> bool {
         false
@@ -307,8 +313,13 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Everyone whose membership has not ended, unless that is the version `known`.
     async fn roster(&self, known: Option<u64>, now: i64) -> Result<Option<Roster>, StoreError>;
 
-    /// At most `limit` of the oldest jobs that ended before `before` (Unix milliseconds).
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
+    /// How long the store has been in use, milliseconds: what retention counts by. `since` adds the time
+    /// that has passed since it was that old, unless another process has. So whatever clocks say, it never
+    /// grows faster than time passes.
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError>;
+
+    /// At most `limit` jobs that ended when the store was younger than `before`; the oldest first.
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError>;
 
     /// Removes jobs that have ended, with their events.
     async fn forget(&self, old: Vec<JobRecord>) -> Result<(), StoreError>;
@@ -460,6 +471,12 @@ fn decode<M: prost::Message + Default>(bytes: &[u8], what: &str) -> Result<M, St
     M::decode(bytes).map_err(|error| StoreError::Corrupt(format!("{what} ({error})")))
 }
 
+/// Reports a stored job that cannot be read, where it is left out so that it does not hide the others.
+fn unreadable(job: &str, error: &StoreError) {
+    metrics::unreadable();
+    tracing::error!(job, %error, "a job is left out; it stays in the store");
+}
+
 /// Index entries that lead to `record`.
 pub(crate) fn lookups(record: &JobRecord, key: Option<&(String, Vec<u8>)>) -> Vec<(String, Found)> {
     let found = |index, body_hash| Found { job_id: record.job.job_id.clone(), index, body_hash };
@@ -477,6 +494,14 @@ pub(crate) fn lookups(record: &JobRecord, key: Option<&(String, Vec<u8>)>) -> Ve
     shards.chain(images).chain(key).collect()
 }
 
+/// The age of a store that was `age` old and learns of time that has passed; see [`Store::age`].
+fn grown(age: u64, since: Option<(u64, Duration)>) -> u64 {
+    match since {
+        Some((known, passed)) if known == age => age.saturating_add(millis(passed).unsigned_abs()),
+        _ => age,
+    }
+}
+
 /// Gives the shards of a new job their places in the queue and its first event.
 pub(crate) fn enqueue(
     record: &mut JobRecord,
@@ -491,4 +516,6 @@ pub(crate) fn enqueue(
 }
 
 #[cfg(test)]
-mod contract;
+pub(crate) mod contract;
+#[cfg(test)]
+mod linear;

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Backlog, Full};
 use crate::{
+    clock::is_beyond,
     state::{ActiveShard, JobRecord, Lane, QueueName},
     tenants::Quota,
 };
@@ -53,6 +54,18 @@ impl Queues {
         let mut queues = Self::default();
         shards.into_iter().for_each(|shard| queues.put(shard));
         queues
+    }
+
+    /// These shards, as they are stored, in place of those that are here: some of what was written last
+    /// may be lost. A lease that was renewed meanwhile ends no earlier for that.
+    pub(super) fn again(&self, stored: Vec<ActiveShard>) -> Self {
+        Self::new(stored.into_iter().map(|mut shard| {
+            let known = self.shards.get(&shard.shard_id);
+            if let Some(known) = known.filter(|known| known.leased && known.token == shard.token) {
+                shard.expires_unix_ms = shard.expires_unix_ms.max(known.expires_unix_ms);
+            }
+            shard
+        }))
     }
 
     /// Brings the shards of a job to where its record says they are.
@@ -119,8 +132,9 @@ impl Queues {
 
     /// Up to `limit` shards whose lease has ended, those of the oldest first.
     pub(super) fn expired(&self, now: i64, limit: usize) -> Vec<ActiveShard> {
-        let ended = self.leases.iter().take_while(|(end, _)| *end <= now).take(limit);
-        ended.filter_map(|(_, id)| self.shards.get(id)).cloned().collect()
+        let ended = self.leases.iter().take_while(|(end, _)| *end <= now);
+        let beyond = self.leases.iter().rev().take_while(|(end, _)| is_beyond(*end, now));
+        ended.chain(beyond).take(limit).filter_map(|(_, id)| self.shards.get(id)).cloned().collect()
     }
 
     /// What waits and runs, and when the next delayed shard is due.
@@ -153,10 +167,15 @@ impl Queues {
     }
 
     fn promote(&mut self, now: i64) {
-        while let Some((due, _)) = self.delayed.first()
-            && *due <= now
-        {
-            let Some((_, id)) = self.delayed.pop_first() else { return };
+        loop {
+            let is_due = self.delayed.first().is_some_and(|(due, _)| *due <= now);
+            let is_beyond = self.delayed.last().is_some_and(|(due, _)| is_beyond(*due, now));
+            let next = match (is_due, is_beyond) {
+                (true, _) => self.delayed.pop_first(),
+                (false, true) => self.delayed.pop_last(),
+                (false, false) => return,
+            };
+            let Some((_, id)) = next else { return };
             let Some(shard) = self.shards.get(&id) else { continue };
             let queue = self.queues.entry(shard.queue.clone()).or_default();
             queue.lanes.entry(shard.lane.clone()).or_default().insert((shard.position, id));

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::{Charge, Full};
-use crate::{state::JobRecord, tenants::Quota};
+use crate::{clock::is_beyond, state::JobRecord, tenants::Quota};
 
 /// The time that an allowance is for, milliseconds.
 const MINUTE_MS: u64 = 60_000;
@@ -56,7 +56,8 @@ struct Allowances(BTreeMap<String, i64>);
 
 impl Allowances {
     fn whole(&self, tenant: &str, now: i64) -> i64 {
-        self.0.get(tenant).map_or(now, |whole| *whole).max(now)
+        let known = self.0.get(tenant).filter(|whole| !is_beyond(**whole, now));
+        known.map_or(now, |whole| *whole).max(now)
     }
 
     /// Takes `images` from a tenant's allowance of `per_minute`, or says how many milliseconds it has to
@@ -72,7 +73,7 @@ impl Allowances {
 
     /// Takes `images` whether they are left or not.
     fn put(&mut self, tenant: &str, images: usize, per_minute: u32, now: i64) {
-        self.0.retain(|_, whole| *whole > now);
+        self.0.retain(|_, whole| *whole > now && !is_beyond(*whole, now));
         let whole = self.whole(tenant, now).saturating_add_unsigned(cost(images, per_minute));
         self.0.insert(tenant.to_owned(), whole);
     }

@@ -39,7 +39,7 @@ enum Op {
     Renew(usize, u64),
     Commit(usize, u64, bool),
     Fail(usize, u64, bool),
-    Expire(usize, u64),
+    Expire(usize, u64, LostBy),
     Postpone(usize),
     GiveBack(usize, u64),
     Cancel,
@@ -54,7 +54,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (shard.clone(), back.clone()).prop_map(|(s, b)| Op::Renew(s, b)),
         4 => (shard.clone(), back.clone(), any::<bool>()).prop_map(|(s, b, w)| Op::Commit(s, b, w)),
         2 => (shard.clone(), back.clone(), any::<bool>()).prop_map(|(s, b, r)| Op::Fail(s, b, r)),
-        2 => (shard.clone(), back.clone()).prop_map(|(s, b)| Op::Expire(s, b)),
+        2 => (shard.clone(), back.clone()).prop_map(|(s, b)| Op::Expire(s, b, LostBy::Worker)),
+        1 => (shard.clone(), back.clone()).prop_map(|(s, b)| Op::Expire(s, b, LostBy::Coordinator)),
         1 => shard.clone().prop_map(Op::Postpone),
         1 => (shard, back).prop_map(|(s, b)| Op::GiveBack(s, b)),
         1 => Just(Op::Cancel),
@@ -87,7 +88,7 @@ fn transition(record: &JobRecord, op: &Op) -> Transition {
         Op::Fail(shard, back, retryable) => {
             Transition::Fail { lease: key(shard, back), failure: failure(retryable) }
         }
-        Op::Expire(shard, back) => Transition::Expire { lease: key(shard, back) },
+        Op::Expire(shard, back, by) => Transition::Expire { lease: key(shard, back), by },
         Op::Postpone(shard) => Transition::Postpone {
             shard: id(shard),
             obstacle: Obstacle { reason: "no node".to_owned(), delay_ms: 0, max_wait_ms: 50 },

@@ -42,6 +42,7 @@ impl Attention {
     /// # Errors
     /// When the shapes do not fit, or `causal` and `n != m`.
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         self.check(q, k, v)?;
         let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
         let (y, log_sums) = if use_kernels(q.device()) {
@@ -60,6 +61,7 @@ impl Attention {
     /// # Errors
     /// When the tape is empty or `dy` is not of the shape of the output.
     pub fn backward(&self, dy: &Tensor, tape: &mut Tape) -> Result<(Tensor, Tensor, Tensor)> {
+        tape.go_on()?;
         let (log_sums, y) = (tape.pop()?, tape.pop()?);
         let (v, k, q) = (tape.pop()?, tape.pop()?, tape.pop()?);
         if dy.dims() != y.dims() {

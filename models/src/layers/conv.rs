@@ -94,6 +94,7 @@ impl Conv2d {
     /// # Errors
     /// When `x` has another number of channels or is smaller than the kernel.
     pub fn forward(&self, x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         super::expect("Conv2d::forward", x, 4, "[b, c, h, w]")?;
         let (c_in, k) = (self.weight.dim(1)?, self.weight.dim(2)?);
         let (_, c, h, w) = x.dims4()?;
@@ -122,6 +123,7 @@ impl Conv2d {
     /// # Errors
     /// When `dy` has another shape than the output had, or the tape is empty.
     pub fn backward(&self, dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         super::expect("Conv2d::backward", dy, 4, "[b, c, h, w]")?;
         let (c_out, k) = (self.weight.dim(0)?, self.weight.dim(2)?);
         let (_, c, ho, wo) = dy.dims4()?;

@@ -37,7 +37,8 @@ impl Linear {
     ///
     /// # Errors
     /// When the last dimension is not `inputs`.
-    pub fn forward(&self, x: &Tensor, _tape: &mut Tape) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         self.check("Linear::forward", x, self.inputs)?;
         if !use_kernels(x.device()) {
             return composed::linear(x, &self.weight.t()?, self.bias.as_ref());
@@ -57,7 +58,8 @@ impl Linear {
     ///
     /// # Errors
     /// When the last dimension is not `outputs`.
-    pub fn backward(&self, dy: &Tensor, _tape: &mut Tape) -> Result<Tensor> {
+    pub fn backward(&self, dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         self.check("Linear::backward", dy, self.outputs)?;
         if !use_kernels(dy.device()) {
             return composed::linear(dy, &self.weight, None);

@@ -44,6 +44,7 @@ impl GroupNorm {
     /// # Errors
     /// When `x` has another number of channels.
     pub fn forward(&self, x: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         let shape = self.grouped("GroupNorm::forward", x)?;
         let x = &x.contiguous()?;
         let (y, stats) = if use_kernels(x.device()) {
@@ -61,6 +62,7 @@ impl GroupNorm {
     /// # Errors
     /// When the tape is empty or the shape is another one.
     pub fn backward(&self, dy: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+        tape.go_on()?;
         let shape = self.grouped("GroupNorm::backward", dy)?;
         let (stats, x) = (tape.pop()?, tape.pop()?);
         same_shape("GroupNorm::backward", dy, &x)?;

@@ -6,6 +6,7 @@ use fairlead_models::{
     layers::{Filter, resize, resize_backward},
 };
 use fairlead_proto::v1::{InputSpec, ResizeFilter};
+use tokio_util::sync::CancellationToken;
 
 use crate::{energy::Answer, error::Result, generator::Generator};
 
@@ -58,6 +59,8 @@ pub(super) struct Estimates<'a> {
     pixels: Tensor,
     /// The first so many rows were decoded on this tape.
     recorded: Option<(usize, Tape)>,
+    /// Ends decoding and pulling back within a layer.
+    cancel: CancellationToken,
 }
 
 impl<'a> Estimates<'a> {
@@ -67,6 +70,7 @@ impl<'a> Estimates<'a> {
         latents: Vec<Vec<f32>>,
         shape: [usize; 3],
         cut: Cut,
+        cancel: &CancellationToken,
     ) -> Result<Self> {
         let likely = cut.recorded;
         let part = |range: std::ops::Range<usize>, tape: &mut Tape| {
@@ -77,16 +81,17 @@ impl<'a> Estimates<'a> {
         let mut parts = Vec::new();
         let mut recorded = None;
         if likely > 0 {
-            let mut tape = Tape::recording();
+            let mut tape = stopped_by(Tape::recording(), cancel);
             let pixels = part(0..likely, &mut tape)?;
             parts.push(pixels);
             recorded = Some((likely, tape));
         }
         for start in (likely..all).step_by(cut.plain) {
-            parts.push(part(start..all.min(start + cut.plain), &mut Tape::off())?);
+            let mut tape = stopped_by(Tape::off(), cancel);
+            parts.push(part(start..all.min(start + cut.plain), &mut tape)?);
         }
         let pixels = Tensor::cat(&parts, 0)?;
-        Ok(Self { generator, latents, shape, pixels, recorded })
+        Ok(Self { generator, latents, shape, pixels, recorded, cancel: cancel.clone() })
     }
 
     /// Pixels of row `row`, `[3, H, W]`.
@@ -129,7 +134,7 @@ impl<'a> Estimates<'a> {
         for chunk in later.chunks((RECORDED_PIXELS / (height * width)).max(1)) {
             let latents: Vec<&[f32]> =
                 chunk.iter().map(|&i| self.latents[rows[i]].as_slice()).collect();
-            let mut tape = Tape::recording();
+            let mut tape = stopped_by(Tape::recording(), &self.cancel);
             let x = stack(&latents, self.shape, self.generator.device())?;
             self.generator.decode(&x, &mut tape)?;
             let wanted: Vec<Vec<f32>> = chunk.iter().map(|&i| dpixels[i].clone()).collect();
@@ -181,6 +186,12 @@ impl<'a> Estimates<'a> {
     }
 }
 
+/// A tape for passes that end within a layer once they are cancelled.
+pub(super) fn stopped_by(tape: Tape, cancel: &CancellationToken) -> Tape {
+    let cancel = cancel.clone();
+    tape.stopped_by(move || cancel.is_cancelled())
+}
+
 /// Scale and shift from the decoder's -1..1 to the node's range, by way of 0..1.
 fn to_range(input: &InputSpec) -> (f64, f64) {
     let (low, high) = (f64::from(input.range_min), f64::from(input.range_max));
@@ -202,6 +213,7 @@ pub(super) fn rows(tensor: &Tensor) -> Result<Vec<Vec<f32>>> {
 mod tests {
     use super::*;
     use crate::{
+        error::Error,
         generator::{Context, EncodedText},
         noise,
         sampler::Sampler,
@@ -241,6 +253,7 @@ mod tests {
         }
 
         fn decode(&self, latents: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+            tape.go_on()?;
             let pixels = latents.tanh()?;
             tape.push(&pixels);
             let (_, _, h, w) = latents.dims4()?;
@@ -248,12 +261,28 @@ mod tests {
         }
 
         fn decode_backward(&self, dpixels: &Tensor, tape: &mut Tape) -> Result<Tensor> {
+            tape.go_on()?;
             let slope = tape.pop()?.sqr()?.affine(-1.0, 1.0)?;
             Ok(((dpixels.avg_pool2d(4)? * 16.0)? * slope)?)
         }
     }
 
     const SHAPE: [usize; 3] = [3, 3, 3];
+
+    #[test]
+    fn a_cancelled_decoding_ends_and_so_does_a_gradient() {
+        let cut = Cut { recorded: 1, plain: 2 };
+        let cancel = CancellationToken::new();
+        let estimates = || Estimates::decode(&Decoder, latents(), SHAPE, cut, &cancel);
+        let (first, second) = (estimates().expect("it decodes"), estimates().expect("it decodes"));
+        cancel.cancel();
+        assert!(matches!(estimates().err(), Some(Error::Cancelled)));
+        let answers = inputs().map(answer);
+        for (estimates, row) in [(first, 0), (second, 2)] {
+            let ended = estimates.pull_back(&answers, &[row]);
+            assert!(matches!(ended, Err(Error::Cancelled)), "row {row}");
+        }
+    }
 
     fn latents() -> Vec<Vec<f32>> {
         (0..3).map(|seed| noise::normal(seed, 27)).collect()
@@ -286,6 +315,7 @@ mod tests {
             vec![latent.to_vec()],
             SHAPE,
             Cut { recorded: 0, plain: 1 },
+            &CancellationToken::new(),
         )
         .expect("it decodes");
         let of = |input: &InputSpec| -> f64 {
@@ -296,15 +326,18 @@ mod tests {
         inputs().iter().map(of).sum()
     }
 
-    fn gradients(likely: usize, rows: &[usize]) -> Vec<Vec<f32>> {
-        let answer = |input: InputSpec| Answer {
+    fn answer(input: InputSpec) -> Answer {
+        Answer {
             input,
             weight: weight_of(&input),
             samples: Vec::new(),
             gradient: Some(weights(&input).repeat(3)),
-        };
+        }
+    }
+
+    fn gradients(likely: usize, rows: &[usize]) -> Vec<Vec<f32>> {
         let cut = Cut { recorded: likely, plain: 2 };
-        Estimates::decode(&Decoder, latents(), SHAPE, cut)
+        Estimates::decode(&Decoder, latents(), SHAPE, cut, &CancellationToken::new())
             .and_then(|estimates| estimates.pull_back(&inputs().map(answer), rows))
             .expect("it has a gradient")
     }
@@ -344,6 +377,7 @@ mod tests {
             shape: SHAPE,
             pixels: Tensor::full(1.5f32, (1, 3, 12, 12), &Device::Cpu).expect("a tensor"),
             recorded: None,
+            cancel: CancellationToken::new(),
         };
         assert!(estimates.render(&input).expect("it renders").iter().all(|&v| v == 1.25));
     }

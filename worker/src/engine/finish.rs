@@ -60,7 +60,8 @@ impl Run<'_> {
             .iter()
             .map(|track| {
                 let latent = estimate::stack(&[&track.latent], self.shape, generator.device())?;
-                let pixels = generator.decode(&latent, &mut Tape::off())?;
+                let mut tape = estimate::stopped_by(Tape::off(), self.turn.cancel());
+                let pixels = generator.decode(&latent, &mut tape)?;
                 let pixels = pixels.flatten_all()?.to_vec1::<f32>()?;
                 self.picture(track, &pixels)
             })

@@ -92,7 +92,7 @@ impl<'a> Run<'a> {
         let (width, height) = self.shard.size;
         let latents = due.iter().map(|&i| moments[i].advance.clean.clone()).collect();
         let cut = Cut::new(likely, width, height);
-        Estimates::decode(self.generator(), latents, self.shape, cut)
+        Estimates::decode(self.generator(), latents, self.shape, cut, self.turn.cancel())
     }
 
     fn ask(

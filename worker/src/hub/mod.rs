@@ -66,7 +66,8 @@ impl Hub {
     /// Serves until `shutdown`, then finishes or hands back what it holds.
     ///
     /// # Errors
-    /// [`Error::Coordinator`] if the address is none or the coordinator refuses this worker for good.
+    /// [`Error::Coordinator`] if the address is none or the coordinator refuses this worker for good,
+    /// [`Error::Device`] when the device has failed.
     pub async fn run(self, shutdown: CancellationToken) -> Result<()> {
         let coordinators = grpc::replicas(&self.options.coordinator, HANDSHAKE, &self.options.tls)
             .map_err(|error| self.refused(error.to_string()))?;
@@ -84,6 +85,7 @@ impl Hub {
             };
             match ended {
                 Ended::Drained => break,
+                Ended::Fatal(error) => return Err(error),
                 Ended::Broken(status) if is_final(&status) => {
                     return Err(self.refused(status.message().to_owned()));
                 }

@@ -28,9 +28,9 @@ use tracing::Instrument;
 use super::{
     HANDSHAKE, Hub,
     outbox::{Closed, Outbox},
-    work::{Control, Stop, Work},
+    work::{Control, Outcome, Stop, Work},
 };
-use crate::energy::PoolOptions;
+use crate::{energy::PoolOptions, error::Error};
 
 /// Time for the last messages to leave after the drain's deadline.
 const FLUSH: Duration = Duration::from_secs(5);
@@ -44,6 +44,8 @@ pub(super) enum Ended {
     Drained,
     /// The stream broke or was refused.
     Broken(Status),
+    /// The process must end.
+    Fatal(Error),
 }
 
 impl From<Status> for Ended {
@@ -76,9 +78,11 @@ pub(super) struct Session<'a> {
     /// When a renewal was last confirmed.
     confirmed: Instant,
     held: BTreeMap<String, Held>,
-    /// Shards' tasks; each ends with its lease and whether a commit is waited for.
-    work: JoinSet<(LeaseRef, bool)>,
+    /// Shards' tasks; each ends with its lease.
+    work: JoinSet<(LeaseRef, Outcome)>,
     draining: bool,
+    /// Why the process must end.
+    fatal: Option<Error>,
 }
 
 impl<'a> Session<'a> {
@@ -116,6 +120,7 @@ impl<'a> Session<'a> {
                 held: BTreeMap::new(),
                 work: JoinSet::new(),
                 draining: false,
+                fatal: None,
             }),
             other => Err(Status::internal(format!("expected a welcome, got {other:?}")).into()),
         }
@@ -128,6 +133,7 @@ impl<'a> Session<'a> {
             Ok(()) => self.leave().await,
             Err(ended) => ended,
         };
+        let ended = self.fatal.take().map_or(ended, Ended::Fatal);
         for held in self.held.values() {
             held.control.stop(Stop::Lost);
         }
@@ -138,7 +144,7 @@ impl<'a> Session<'a> {
         let mut renewal = interval(self.ttl / 3);
         renewal.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut deadline = tokio::time::Instant::now();
-        while !(self.draining && self.held.is_empty()) {
+        while !(self.draining && self.held.is_empty()) && self.fatal.is_none() {
             tokio::select! {
                 reply = self.inbound.message() => match reply? {
                     Some(AttachResponse { message: Some(reply) }) => self.handle(reply)?,
@@ -255,13 +261,18 @@ impl<'a> Session<'a> {
     /// A shard's task ended: without a commit to wait for the lease is over.
     fn settle(
         &mut self,
-        ended: Result<(LeaseRef, bool), tokio::task::JoinError>,
+        ended: Result<(LeaseRef, Outcome), tokio::task::JoinError>,
     ) -> Result<(), Ended> {
         match ended {
-            Ok((_, true)) => {}
-            Ok((lease, false)) => {
+            Ok((_, Outcome::Committing)) => {}
+            Ok((lease, outcome)) => {
                 if self.current(Some(&lease)).is_some() {
                     self.held.remove(&lease.shard_id);
+                }
+                if let Outcome::Fatal(error) = outcome {
+                    tracing::error!(%error, shards = self.held.len(), "ending; others are handed back");
+                    self.held.values().for_each(|held| held.control.stop(Stop::HandedBack));
+                    self.fatal = Some(error);
                 }
             }
             Err(error) => {

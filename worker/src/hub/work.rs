@@ -33,6 +33,17 @@ pub(super) enum Stop {
     HandedBack,
 }
 
+/// How a shard's task ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// All was sent; a commit is now to be waited for.
+    Committing,
+    /// There is nothing to wait for.
+    Over,
+    /// The device failed: nothing more can be made in this process.
+    Fatal(Error),
+}
+
 /// What the session and a shard's task share.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Control {
@@ -71,18 +82,20 @@ pub(super) struct Work {
 
 impl Work {
     /// Runs the shard to its end. Images are sent as they are finished, then `done` or a failure.
-    /// Returns whether a commit is now to be waited for.
-    pub(super) async fn run(self) -> bool {
-        let result = match self.make().await {
+    pub(super) async fn run(self) -> Outcome {
+        let outcome = match self.make().await {
             Ok(()) if self.control.stopped().is_none() => {
                 let done = ShardDone { lease: Some(self.lease.clone()) };
-                self.outbox.result(Message::Done(done)).await.is_ok()
+                match self.outbox.result(Message::Done(done)).await {
+                    Ok(()) => Outcome::Committing,
+                    Err(_) => Outcome::Over,
+                }
             }
-            Ok(()) => self.fail(&Error::Cancelled).await,
-            Err(error) => self.fail(&error).await,
+            Ok(()) => self.fail(Error::Cancelled).await,
+            Err(error) => self.fail(error).await,
         };
-        tracing::debug!(shard = %self.lease.shard_id, committing = result, "shard ended here");
-        result
+        tracing::debug!(shard = %self.lease.shard_id, ?outcome, "shard ended here");
+        outcome
     }
 
     async fn make(&self) -> Result<()> {
@@ -111,14 +124,19 @@ impl Work {
     }
 
     /// Reports why there is no result, unless the lease is lost.
-    async fn fail(&self, error: &Error) -> bool {
+    async fn fail(&self, error: Error) -> Outcome {
+        self.report(&error).await;
+        if error.is_fatal() { Outcome::Fatal(error) } else { Outcome::Over }
+    }
+
+    async fn report(&self, error: &Error) {
         let stopped = self.control.stopped();
         let (cancelled, handed_back) = (
             matches!(stopped, Some(Stop::Cancelled(_))),
             matches!(stopped, Some(Stop::HandedBack)),
         );
         let (reason, retryable) = match (error, stopped) {
-            (_, Some(Stop::Lost)) => return false,
+            (_, Some(Stop::Lost)) => return,
             (_, Some(Stop::Cancelled(reason))) => (reason, false),
             (_, Some(Stop::HandedBack)) => (LEAVING.to_owned(), true),
             (error, None) => (error.to_string(), error.retryable()),
@@ -128,7 +146,6 @@ impl Work {
         let lease = Some(self.lease.clone());
         let failure = ShardFailure { lease, reason, retryable, cancelled, handed_back };
         let _ = self.outbox.result(Message::Failure(failure)).await;
-        false
     }
 }
 

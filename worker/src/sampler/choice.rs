@@ -405,7 +405,7 @@ pub(crate) mod tests {
     }
 
     /// Betas and alphas of the longest schedule, some of them at once.
-    const MAX_SCHEDULE: usize = 32 * MAX_TRAIN_TIMESTEPS as usize;
+    const MAX_SCHEDULE: usize = 32 * MAX_TRAIN_TIMESTEPS;
 
     /// Steps through what a scheduler's file says, if it says something sound.
     fn step_through(length: usize, choose: impl FnOnce() -> Result<Chosen>) {

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     cluster::{Attachment, Coordinator, Flaw, Node},
-    toy::{ToyGenerator, concept},
+    toy::{Fault, ToyGenerator, concept},
 };
 
 const GATE: f32 = 1.0;
@@ -416,6 +416,20 @@ async fn a_leaving_worker_finishes_what_it_began_and_hands_back_the_rest() {
     assert!(attachment.result().await.is_none(), "the worker ends the stream");
     drop(attachment);
     worker.task.await.expect("no panic").expect("a clean end");
+}
+
+#[tokio::test]
+async fn a_device_that_fails_ends_the_worker_and_not_the_job() {
+    let mut coordinator = Coordinator::start().await;
+    let worker = Worker::with(&coordinator, ToyGenerator::with_fault(Fault::Device)).await;
+    let mut attachment = coordinator.greet(TTL).await;
+    attachment.send(Reply::Assignment(assignment(1, 1, Vec::new()))).await;
+    let failure = failure(&mut attachment).await;
+    assert!(failure.retryable && failure.reason.contains("OUT_OF_MEMORY"), "{failure:?}");
+    assert!(attachment.result().await.is_none(), "it takes nothing more");
+    drop(attachment);
+    let ended = worker.task.await.expect("no panic").expect_err("its supervisor must see it");
+    assert!(ended.is_fatal() && ended.to_string().contains("OUT_OF_MEMORY"), "{ended}");
 }
 
 #[tokio::test]

@@ -34,6 +34,8 @@ const WINDOW: usize = 12;
 pub(crate) enum Fault {
     /// The denoiser answers NaN.
     Denoiser,
+    /// The denoiser's device has failed.
+    Device,
     /// The decoder answers NaN at the finished image only.
     FinalDecoder,
     /// The decoder's gradient is NaN.
@@ -127,6 +129,9 @@ impl Generator for ToyGenerator {
         if let Some(permits) = &self.permits {
             // The other side is gone only when the test is over.
             let _ = permits.lock().expect("no test panicked").recv();
+        }
+        if self.fault == Some(Fault::Device) {
+            return Err(candle_core::Error::Cuda("CUDA_ERROR_OUT_OF_MEMORY".into()).bt().into());
         }
         let (_, channels, h, w) = latents.dims4()?;
         let a = alpha(timestep);

@@ -13,7 +13,7 @@ use crate::{
     simulation::truth,
     state::JobRecord,
     store::Applied,
-    transition::{Effect, Transition},
+    transition::{Effect, LostBy, Transition},
 };
 
 impl Model {
@@ -77,7 +77,13 @@ impl Model {
                 self.check(same, || format!("{lease} was committed again, but never before"));
             }
             (Transition::Fail { lease, failure }, _) => self.ended(*lease, &failure.reason),
-            (Transition::Expire { lease }, _) => self.ended(*lease, "it expired"),
+            (Transition::Expire { lease, by: LostBy::Worker }, _) => {
+                self.ended(*lease, "it expired");
+            }
+            (Transition::Expire { lease, by: LostBy::Coordinator }, _) => {
+                self.ended(*lease, "its coordinator was lost");
+                self.shard(&lease.shard.to_string()).deliveries -= 1;
+            }
             (Transition::GiveBack { lease }, _) => {
                 self.ended(*lease, "it was given back");
                 self.shard(&lease.shard.to_string()).deliveries -= 1;

@@ -21,12 +21,12 @@ end
 if queued > limit then return {'full'} end
 if own_limit >= 0 and own > own_limit then return {'tenant'} end
 if withheld > 0 then
-  local wait = withheld_wait(tonumber(redis.call('GET', P .. ':withheld:' .. tenant) or '0'), withheld)
+  local wait = withheld_wait(no_earlier(P .. ':withheld:' .. tenant), withheld)
   if wait > 0 then return {'withheld', string.format('%.0f', wait)} end
 end
 if per_minute > 0 then -- as store/rates.rs
   local minute, rate = MINUTE, P .. ':rate:' .. tenant
-  local whole = math.max(now, tonumber(redis.call('GET', rate) or '0'))
+  local whole = no_earlier(rate)
   local cost = math.floor(images * minute / per_minute)
   local used = whole - now + math.min(cost, minute)
   if used > minute then return {'rate', string.format('%.0f', used - minute)} end

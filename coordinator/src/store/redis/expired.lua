@@ -1,7 +1,7 @@
 -- Shards whose lease has ended. Arguments: now, limit. Answers the shards; a lease of what is no longer
 -- there is removed.
 local found = {}
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':leases', '-inf', now, 'LIMIT', 0, number())) do
+for _, id in ipairs(due(P .. ':leases', number())) do
   local shard = redis.call('HGET', P .. ':shards', id)
   if shard then
     found[#found + 1] = shard

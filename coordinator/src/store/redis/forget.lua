@@ -3,6 +3,7 @@ local job, tenant = argument(), argument()
 local key = redis.call('HGET', P .. ':job:' .. job, 'k')
 if key then redis.call('DEL', P .. ':lookup:' .. key) end
 for _ = 1, number() do redis.call('DEL', P .. ':lookup:' .. argument()) end
+redis.call('ZREM', P .. ':aged', job)
 redis.call('ZREM', P .. ':ended', job)
 redis.call('SREM', P .. ':open', job)
 redis.call('ZREM', P .. ':jobs', job)

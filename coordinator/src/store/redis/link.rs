@@ -11,6 +11,7 @@ use ::redis::{
     sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 use fairlead_common::backoff::Backoff;
+use percent_encoding::percent_decode_str;
 use tokio::{sync::Mutex, time::Instant};
 
 use crate::store::StoreError;
@@ -64,6 +65,9 @@ impl Link {
                  redis+unix:///SOCKET or redis-sentinel://HOST:PORT[,HOST:PORT]/MASTER[/DB]"
             ),
         };
+        if let Some(problem) = unescaped(scheme, rest) {
+            return Err(wrong(&problem));
+        }
         let source = match scheme {
             "redis-sentinel" | "rediss-sentinel" => {
                 let sentinel = sentinel(rest, scheme == "rediss-sentinel");
@@ -77,6 +81,11 @@ impl Link {
             }
         };
         Ok(Self { source, name, current: Mutex::default() })
+    }
+
+    /// Where it leads, without the password.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Runs `call` on the connection. While Redis is away it is tried again for [`PATIENCE`]; whatever
@@ -216,10 +225,33 @@ fn tcp_settings() -> TcpSettings {
 }
 
 /// The URL of a Redis as it may be shown: without user, password and options, which may hold them too.
+/// What comes before the last `@` may all be a password that somebody has not escaped.
 pub(crate) fn without_password(url: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
-    let rest = rest.split_once('?').map_or(rest, |(place, _)| place);
-    format!("{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, place)| place))
+    let rest = match scheme {
+        SOCKET => rest,
+        _ => rest.rsplit_once('@').map_or(rest, |(_, place)| place),
+    };
+    format!("{scheme}://{}", rest.split(['?', '#']).next().unwrap_or_default())
+}
+
+/// A socket of this machine: user and password are among the options.
+const SOCKET: &str = "redis+unix";
+
+/// What of a user or password ends it before its time.
+fn unescaped(scheme: &str, rest: &str) -> Option<String> {
+    let (secret, special) = match scheme {
+        SOCKET => (rest.split_once('?')?.1, &['#'][..]),
+        _ => (rest.rsplit_once('@')?.0, &['@', '#', '/', '?'][..]),
+    };
+    let is_escape = |at: usize| {
+        let digits = secret.as_bytes().get(at + 1..at + 3);
+        digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    };
+    let mut wrong = secret.char_indices();
+    let (_, found) = wrong.find(|&(at, c)| special.contains(&c) || (c == '%' && !is_escape(at)))?;
+    let escape = u32::from(found);
+    Some(format!("the user or password has an unescaped `{found}`; write it as `%{escape:02X}`"))
 }
 
 /// Whether the server answers, and cannot do it now: a script runs for too long, replicas are behind
@@ -284,10 +316,11 @@ fn sentinel(text: &str, tls: bool) -> Result<SentinelClientBuilder, String> {
     if let Some((user, password)) =
         credentials.map(|text| text.split_once(':').unwrap_or(("", text)))
     {
+        let decoded = |text| percent_decode_str(text).decode_utf8().map_err(|_| "is no UTF-8");
         if !user.is_empty() {
-            builder = builder.set_client_to_redis_username(user);
+            builder = builder.set_client_to_redis_username(&*decoded(user)?);
         }
-        builder = builder.set_client_to_redis_password(password);
+        builder = builder.set_client_to_redis_password(&*decoded(password)?);
     }
     Ok(builder)
 }

@@ -72,7 +72,8 @@ elseif what == 'recall' then
   see()
   changed()
 else
-  local gone = redis.call('ZRANGEBYSCORE', P .. ':present', '-inf', now)
+  -- At 0 nobody is found to be gone.
+  local gone = now > 0 and due(P .. ':present', 1000) or {}
   for _, member in ipairs(gone) do remove(member) end
   if #gone > 0 then changed() end
   local version = redis.call('GET', P .. ':roster') or '0'

@@ -7,6 +7,7 @@ mod base;
 mod link;
 mod live;
 mod scripts;
+mod settings;
 mod tail;
 mod writers;
 
@@ -32,7 +33,7 @@ use self::{
 };
 use super::{
     Applied, Backlog, CLAIM, Change, Charge, Created, Found, Full, Lookup, Member, MemberKey,
-    NewJob, Roster, Seen, Store, StoreError, decode, enqueue, lookups,
+    NewJob, Roster, Seen, Store, StoreError, decode, enqueue, lookups, unreadable,
 };
 use crate::{
     clock::{Clock, millis},
@@ -72,6 +73,42 @@ impl RedisStore {
         let base = Arc::new(Base::new(url, prefix)?);
         let writers = Writers::new(Arc::clone(&base));
         Ok(Self { base, writers, live: OnceLock::new() })
+    }
+
+    /// Refuses a Redis whose settings let it lose jobs, unless that is accepted.
+    pub(crate) async fn vet(&self, may_lose_jobs: bool) -> Result<(), StoreError> {
+        let told = self.base.link.run("read settings", |mut connection| async move {
+            let mut told = String::new();
+            for section in ["memory", "persistence"] {
+                let mut command = ::redis::cmd("INFO");
+                told += &command.arg(section).query_async::<String>(&mut connection).await?;
+            }
+            Ok(told)
+        });
+        let told = match told.await {
+            Ok(told) => told,
+            // A user that may not ask.
+            Err(StoreError::Backend { problem, .. }) => {
+                tracing::warn!(problem, "redis does not tell its settings");
+                String::new()
+            }
+            Err(error) => return Err(error),
+        };
+        let found = settings::unfit(&told).join(", and ");
+        let name = self.base.link.name();
+        match (found.is_empty(), may_lose_jobs) {
+            (true, _) => Ok(()),
+            (false, true) => {
+                tracing::warn!(redis = name, "{found}; used all the same, as was asked for");
+                Ok(())
+            }
+            (false, false) => {
+                let problem = format!(
+                    "{name} is not fit to keep jobs: {found}; or accept that with --redis-may-lose-jobs"
+                );
+                Err(StoreError::Backend { what: "redis", problem })
+            }
+        }
     }
 
     /// Mends some open jobs; says how many shards were put back.
@@ -115,7 +152,7 @@ impl RedisStore {
             match decode(&bytes, "a job") {
                 Ok(record) => Some(Versioned { version, record }),
                 Err(error) => {
-                    tracing::error!(job = id, %error, "left out");
+                    unreadable(id, &error);
                     None
                 }
             }
@@ -182,16 +219,26 @@ impl Store for RedisStore {
             Some(tenant) => self.base.key(&format!("jobs:{tenant}")),
             None => self.base.key("jobs"),
         };
-        let from = &before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
-        let limit = isize::try_from(limit).unwrap_or(isize::MAX);
-        let ids: Vec<String> = self
-            .base
-            .link
-            .run("list jobs", |mut connection| async move {
-                connection.zrevrangebylex_limit(key, from, "-", 0, limit).await
-            })
-            .await?;
-        self.records(&ids).await
+        let mut from = before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
+        let mut records = Vec::new();
+        // More than once only where some cannot be read.
+        while records.len() < limit {
+            let (first, wanted) = (&from, limit - records.len());
+            let most = isize::try_from(wanted).unwrap_or(isize::MAX);
+            let ids: Vec<String> = self
+                .base
+                .link
+                .run("list jobs", |mut connection| async move {
+                    connection.zrevrangebylex_limit(key, first, "-", 0, most).await
+                })
+                .await?;
+            records.extend(self.records(&ids).await?);
+            match ids.last() {
+                Some(last) if ids.len() == wanted => from = format!("({last}"),
+                _ => break,
+            }
+        }
+        Ok(records)
     }
 
     async fn apply(
@@ -457,8 +504,19 @@ impl Store for RedisStore {
         Ok(Some(roster))
     }
 
-    async fn ended(&self, before: i64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
-        let key = &self.base.key("ended");
+    async fn age(&self, since: Option<(u64, Duration)>) -> Result<u64, StoreError> {
+        self.base
+            .script("count time", &self.base.scripts.age, 0, |invocation| {
+                match since {
+                    Some((known, passed)) => invocation.arg(known).arg(millis(passed)),
+                    None => invocation.arg("").arg(0),
+                };
+            })
+            .await
+    }
+
+    async fn ended(&self, before: u64, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        let key = &self.base.key("aged");
         let most = isize::try_from(limit).unwrap_or(isize::MAX);
         let ids: Vec<String> = self
             .base

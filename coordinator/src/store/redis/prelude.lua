@@ -5,7 +5,9 @@
 -- P:jobs        zset     job ids in the order of their creation
 -- P:jobs:TENANT zset     the same of one tenant
 -- P:open        set      jobs that have not ended
--- P:ended       zset     jobs that have, by when
+-- P:aged        zset     jobs that have, by the age of the store at their end
+-- P:age         string   how long the store has been in use, milliseconds
+-- P:ended       zset     jobs that an earlier release ended
 -- P:lookup:KEY  string   where a key, shard or record leads
 -- P:shards      hash     shards that have not ended
 -- P:places      hash     where each of them is: queue, lane, work, stream entry
@@ -33,10 +35,30 @@
 local P, now = KEYS[1], tonumber(ARGV[1])
 local GROUP = 'workers'
 local MINUTE = 60000 -- an allowance is for this long, as in store/rates.rs
+local FARTHEST = 86400000 -- as clock.rs
+
+-- Up to `limit` members of a set whose time has come, or is one that nobody can have meant.
+local function due(set, limit)
+  local found = redis.call('ZRANGEBYSCORE', set, '-inf', now, 'LIMIT', 0, limit)
+  if #found < limit then
+    local from = string.format('(%.0f', now + FARTHEST)
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', set, from, '+inf', 'LIMIT', 0, limit - #found)) do
+      found[#found + 1] = id
+    end
+  end
+  return found
+end
 
 local function ring(kind, value)
   local number = redis.call('INCR', P .. ':rung') -- one that is missing was trimmed before it was read
   redis.call('XADD', P .. ':bell', 'MAXLEN', '~', 10000, '*', 'kind', kind, 'value', value, 'number', number)
+end
+
+-- The time kept at `key`, not before now; one that nobody can have meant counts as now.
+local function no_earlier(key)
+  local time = math.max(now, tonumber(redis.call('GET', key) or '0'))
+  if time - now > FARTHEST then return now end
+  return time
 end
 
 -- How long a tenant has to wait whose withheld images are made up for at `whole`.
@@ -159,16 +181,16 @@ local function shards()
   return all
 end
 
--- Writes a job in place of the version `before`: record, end or '', whether somebody else than its holder may have ended a
+-- Writes a job in place of the version `before`: record, whether it has ended, whether somebody else than its holder may have ended a
 -- lease, events, shards that changed, those that ended with queue and tenant. Returns its version, which is at
 -- least the time: a server that has lost its last writes does not give one twice.
 local function write(job, before)
-  local record, ended, told = argument(), argument(), argument() == '1'
+  local record, ended, told = argument(), argument() == '1', argument() == '1'
   local time = redis.call('TIME')
   local version = string.format('%.0f', math.max(before + 1, time[1] * 1000000 + time[2]))
   redis.call('HSET', P .. ':job:' .. job, 'v', version, 'r', record)
-  if ended ~= '' then
-    redis.call('ZADD', P .. ':ended', ended, job)
+  if ended then
+    redis.call('ZADD', P .. ':aged', redis.call('GET', P .. ':age') or '0', job)
     redis.call('SREM', P .. ':open', job)
   end
   local events = number()

@@ -22,6 +22,7 @@ pub(super) struct Scripts {
     pub(super) forget: Script,
     pub(super) mend: Script,
     pub(super) members: Script,
+    pub(super) age: Script,
 }
 
 impl Scripts {
@@ -37,6 +38,7 @@ impl Scripts {
             forget: script(include_str!("forget.lua")),
             mend: script(include_str!("mend.lua")),
             members: script(include_str!("members.lua")),
+            age: script(include_str!("age.lua")),
         }
     }
 }
@@ -87,11 +89,8 @@ pub(super) fn add_change(
     events: &[WatchJobResponse],
 ) {
     let was_open = before.is_none_or(|before| !before.record.is_terminal());
-    let ended = match was_open && after.is_terminal() {
-        true => after.job.updated_unix_ms.to_string(),
-        false => String::new(),
-    };
-    invocation.arg(after.encode_to_vec()).arg(ended);
+    let has_ended = was_open && after.is_terminal();
+    invocation.arg(after.encode_to_vec()).arg(u8::from(has_ended));
     invocation.arg(u8::from(told)).arg(events.len());
     for event in events {
         invocation.arg(event.sequence).arg(event.encode_to_vec());

@@ -2,13 +2,13 @@
 -- the shards. One consumer serves all coordinators: claims say who may hand out what, not the group.
 local queue, limit, claim = argument(), number(), number()
 
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':delayed', '-inf', now, 'LIMIT', 0, 1000)) do
+for _, id in ipairs(due(P .. ':delayed', 1000)) do
   redis.call('ZREM', P .. ':delayed', id)
   local place = get_place(id)
   if place then list(id, place) end
 end
 -- Whoever took these has died.
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':claims', '-inf', now, 'LIMIT', 0, 1000)) do
+for _, id in ipairs(due(P .. ':claims', 1000)) do
   redis.call('ZREM', P .. ':claims', id)
   local place = get_place(id)
   if place and place.queued then

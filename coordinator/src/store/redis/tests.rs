@@ -314,3 +314,67 @@ async fn transitions_of_a_job_that_come_together_all_count() {
     assert_eq!(sequence, (1..=events.len() as u64).collect::<Vec<_>>());
     assert!(events.len() > SHARDS as usize, "each end is an event: {}", events.len());
 }
+
+#[tokio::test]
+async fn one_job_that_cannot_be_read_hides_no_other() {
+    let world = World::new();
+    let store = world.store();
+    let mut jobs = Vec::new();
+    for _ in 0..5 {
+        jobs.push(stored(&store, 1, 1).await.0);
+    }
+    for bad in [1, 3] {
+        let spoil = format!("HSET {{fairlead}}:job:{} r spoiled", jobs[bad]);
+        assert_eq!(world.server.command(&spoil).expect("it answers"), ":0\r\n");
+    }
+    let list = async |before, limit| -> Vec<JobId> {
+        let listed = store.list(None, before, limit).await.expect("a page");
+        listed.iter().map(|record| record.id().expect("an id")).collect()
+    };
+    assert_eq!(list(None, 2).await, [jobs[4], jobs[2]], "a page is full all the same");
+    assert_eq!(list(Some(jobs[2]), 2).await, [jobs[0]]);
+    let error = store.get(jobs[1]).await.expect_err("it cannot be read");
+    assert!(matches!(error, StoreError::Corrupt(_)), "{error}");
+}
+
+#[tokio::test]
+async fn a_redis_that_may_lose_jobs_is_refused_unless_that_is_accepted() {
+    let world = World::new();
+    let store = world.store();
+    store.vet(false).await.expect("it keeps what it is told");
+    let set = |setting: &str| {
+        let answer = world.server.command(&format!("CONFIG SET {setting}")).expect("it answers");
+        assert_eq!(answer, "+OK\r\n");
+    };
+    for (setting, undo, part) in [
+        ("maxmemory-policy allkeys-lru", "maxmemory-policy noeviction", "maxmemory-policy"),
+        ("maxmemory-policy volatile-ttl", "maxmemory-policy noeviction", "`volatile-ttl`"),
+        ("appendonly no", "appendonly yes", "`appendonly yes`"),
+    ] {
+        set(setting);
+        let refused = store.vet(false).await.expect_err(part).to_string();
+        assert!(refused.contains(part) && refused.contains("--redis-may-lose-jobs"), "{refused}");
+        store.vet(true).await.expect("it is accepted");
+        set(undo);
+    }
+    // One that may not ask is told to see for himself.
+    let user = "ACL SETUSER default -info";
+    assert_eq!(world.server.command(user).expect("it answers"), "+OK\r\n");
+    store.vet(false).await.expect("it is not known to be unfit");
+}
+
+#[tokio::test]
+async fn jobs_that_an_earlier_release_ended_are_kept_from_now_on() {
+    let world = World::new();
+    let store = world.store();
+    let (job, _) = stored(&store, 1, 1).await;
+    let cancel = Transition::Cancel { reason: String::new() };
+    store.apply(job, cancel, 11).await.expect("it cancels");
+    world.delete("aged");
+    let noted = format!("ZADD {{fairlead}}:ended 1700000000000 {job}");
+    assert_eq!(world.server.command(&noted).expect("it answers"), ":1\r\n");
+    let age = store.age(Some((0, Duration::from_secs(100)))).await.expect("it has one");
+    assert_eq!(age, 100_000);
+    assert!(store.ended(age, 10).await.expect("it answers").is_empty());
+    assert_eq!(store.ended(age + 1, 10).await.expect("it answers").len(), 1);
+}
