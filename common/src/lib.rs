@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod clock;
 pub mod grpc;
 pub mod ids;
+pub mod limits;
 pub mod metrics;
 pub mod parameters;
 pub mod picture;
