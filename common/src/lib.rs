@@ -2,7 +2,13 @@
 
 pub mod backoff;
 pub mod clock;
+pub mod connection;
+pub mod door;
+pub mod follow;
 pub mod grpc;
+#[cfg(test)]
+mod handshakes;
+pub mod identity;
 pub mod ids;
 pub mod limits;
 pub mod metrics;
@@ -14,7 +20,7 @@ pub mod shutdown;
 pub mod signature;
 pub mod telemetry;
 pub mod tensor;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod text;
 pub mod tls;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fairlead_common::signature::KeyError;
+use fairlead_common::{identity::Refusal, signature::KeyError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -136,7 +136,10 @@ pub enum Error {
         /// What is missing and where it comes from.
         problem: &'static str,
     },
-    /// A tenant that asks for what it may not have.
+    /// A service that calls without the certificate for it.
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    /// A tenant or service that asks for what it may not have.
     #[error("{0}")]
     Forbidden(String),
     /// A stored object is not what was signed and released.
@@ -206,6 +209,7 @@ impl Error {
             }
             Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
+            Self::Refused(refusal) => refusal.code(),
             Self::Damaged { .. } => Code::DataLoss,
             Self::Store(StoreError::Refused(_)) => Code::Aborted,
             Self::Store(StoreError::Away { .. }) => Code::Unavailable,

@@ -59,7 +59,7 @@ impl PoolOptions {
         }
         let input = usable_input(node)?;
         let _inside = self.runtime.enter();
-        let channel = self.channels.get(&node.address);
+        let channel = self.channels.get(node);
         let channel = channel.map_err(|error| Trouble::refused(error.to_string()))?;
         let client = EnergyServiceClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -332,8 +332,13 @@ fn labelled(path: &Path) -> Result<Vec<Prompt>> {
 
 async fn model(client: &Client, name: &str) -> Result<ModelInfo> {
     let models = client.models().await?;
-    let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
-    let mut matching = models.into_iter().filter(|model| name.is_empty() || model.name == name);
+    let mut names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    names.dedup();
+    let mut matching: Vec<_> =
+        models.into_iter().filter(|model| name.is_empty() || model.name == name).collect();
+    // Of several of a name, the first is the one that has been there longest.
+    matching.dedup_by(|other, first| other.name == first.name);
+    let mut matching = matching.into_iter();
     match (matching.next(), matching.next()) {
         (Some(model), None) => Ok(model),
         (None, _) => bail!("generator `{name}` is not attached; there are: {}", names.join(", ")),
@@ -345,15 +350,16 @@ async fn model(client: &Client, name: &str) -> Result<ModelInfo> {
 /// concepts with the same energy model.
 async fn nodes(client: &Client) -> Result<Vec<NodeInfo>> {
     let concepts = client.concepts().await?;
-    let addresses: BTreeSet<&String> =
-        concepts.iter().flat_map(|served| &served.nodes).map(|node| &node.address).collect();
+    let serving = concepts.iter().flat_map(|served| &served.nodes);
+    let addresses: BTreeSet<(&String, &String)> =
+        serving.map(|node| (&node.node_id, &node.address)).collect();
     ensure!(
         !addresses.is_empty(),
         "no energy node is registered; start one with `fairlead energy`"
     );
     let mut nodes: BTreeMap<Vec<(String, String)>, NodeInfo> = BTreeMap::new();
-    for address in addresses {
-        let channel = grpc::channel(address, grpc::REQUEST_TIMEOUT, client.tls())?;
+    for (node_id, address) in addresses {
+        let channel = grpc::node_channel(node_id, address, grpc::REQUEST_TIMEOUT, client.tls())?;
         let reply = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
         let reply = reply.with_context(|| format!("the energy node at {address}"))?;
         let node = reply.into_inner().node.context("an answer without a description")?;
