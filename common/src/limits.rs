@@ -43,7 +43,7 @@ pub const MAX_NOTICES: usize = 64;
 pub const MAX_TEXT_CHARS: usize = 1_024;
 
 /// Most attempts at one image: the first and its reruns.
-pub const MAX_ATTEMPTS: usize = 3;
+pub const MAX_ATTEMPTS: u32 = 3;
 
 /// Largest side of an image, in pixels, that a generator may claim.
 pub const MAX_SIDE: u32 = 16_384;
@@ -226,21 +226,6 @@ pub fn answer(ids: &[String], fallbacks: &[String]) -> Result<(), Problem> {
     fallbacks.iter().try_for_each(|fallback| line(fallback, MAX_TEXT_CHARS))
 }
 
-/// Refuses a result of a job with so many `steps` and so many probes (a concept with one energy model)
-/// if it tells more than there was.
-pub fn outcome(outcome: &v1::ImageOutcome, steps: u32, probes: usize) -> Result<(), Problem> {
-    count("notices", outcome.notices.len(), MAX_NOTICES)?;
-    let Some(report) = &outcome.report else { return Ok(()) };
-    let most = MAX_ATTEMPTS.saturating_mul(steps.max(1) as usize);
-    count("steps in its trajectory", report.trajectory.len(), most)?;
-    let scores = |scores: &[v1::ConceptScore]| {
-        count("scores in a step", scores.len(), probes)?;
-        scores.iter().try_for_each(score)
-    };
-    report.trajectory.iter().try_for_each(|step| scores(&step.scores))?;
-    scores(&report.final_scores)
-}
-
 /// Refuses a step's progress of a job with so many probes if it tells more than there was.
 pub fn progress(step: &v1::StepProgress, probes: usize) -> Result<(), Problem> {
     count("scores in a step", step.scores.len(), probes)?;
@@ -310,20 +295,14 @@ mod tests {
     }
 
     #[test]
-    fn results_tell_no_more_than_there_was() {
-        let score = v1::ConceptScore { concept: "axe".into(), ..Default::default() };
-        let step = v1::StepRecord { scores: vec![score.clone(); 2], ..Default::default() };
-        let good = v1::ImageOutcome {
-            report: Some(v1::WorkerReport { trajectory: vec![step; 75], ..Default::default() }),
-            notices: vec!["a long prompt".into(); MAX_NOTICES],
-            ..Default::default()
-        };
-        assert_eq!(outcome(&good, 25, 2), Ok(()));
-        assert!(outcome(&good, 24, 2).expect_err("steps").contains("75 steps"));
-        assert!(outcome(&good, 25, 1).expect_err("scores").contains("2 scores"));
-        let mut many = good;
-        many.notices.push("one more".into());
-        assert!(outcome(&many, 25, 2).expect_err("notices").contains("65 notices"));
+    fn answers_and_steps_tell_no_more_than_there_was() {
+        let score =
+            |concept: &str| v1::ConceptScore { concept: concept.into(), ..Default::default() };
+        let step = v1::StepProgress { scores: vec![score("axe"); 2], ..Default::default() };
+        assert_eq!(progress(&step, 2), Ok(()));
+        assert!(progress(&step, 1).expect_err("scores").contains("2 scores"));
+        let odd = v1::StepProgress { scores: vec![score("a\u{1b}")], ..Default::default() };
+        progress(&odd, 2).expect_err("no concept is called so");
         let ids = vec!["c".to_owned(); MAX_ANSWER_CALIBRATIONS + 1];
         assert!(answer(&ids, &[]).expect_err("ids").contains("calibrations"));
         assert!(answer(&["c".repeat(40 << 20)], &[]).expect_err("one").len() < 200);

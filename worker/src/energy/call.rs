@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fairlead_common::{grpc::Channels, record, tls::Tls, trace};
+use fairlead_common::{grpc::Channels, limits, record, tls::Tls, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -177,6 +177,7 @@ pub(super) async fn evaluate(
         let mut response = within("evaluate", timeout, client.evaluate(part)).await?;
         let ids = std::mem::take(&mut response.calibration_ids);
         let fallbacks = std::mem::take(&mut response.calibration_fallbacks);
+        limits::answer(&ids, &fallbacks).map_err(Trouble::unusable)?;
         calibrations.extend(record::calibrations(ids, fallbacks));
         let (samples, gradient) =
             validate::evaluation(response, &concepts, batch, &input, scores_only)
@@ -207,6 +208,7 @@ pub(super) async fn check(
         let mut response = within("check", timeout, client.check(request)).await?;
         let ids = std::mem::take(&mut response.calibration_ids);
         let fallbacks = std::mem::take(&mut response.calibration_fallbacks);
+        limits::answer(&ids, &fallbacks).map_err(Trouble::unusable)?;
         calibrations.extend(record::calibrations(ids, fallbacks));
         answer.push(
             validate::verdict(response, &concepts, &hash, scores_only)
