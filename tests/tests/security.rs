@@ -305,17 +305,18 @@ async fn a_service_needs_the_certificate_of_its_role() -> Result<()> {
     let (model, concepts) = (asset("emojiland-clip"), asset("concepts"));
     let [model, concepts] = [&model, &concepts].map(|path| path.to_str().unwrap_or_default());
     let energy = ["energy", "--model", model, "--concepts", concepts];
-    let wrong = refused(&[&energy[..], &worker].concat(), folder).await?;
+    let wrong = refused(&[&energy[..], &worker[..]].concat(), folder).await?;
     assert!(wrong.contains("but this service has the role energy"), "{wrong}");
     assert!(wrong.contains("--role energy --name worker-1 --host HOST"), "{wrong}");
-    for (arguments, part) in [
-        (&["--role", "energy", "--name", "a"][..], "--host: others connect to the energy"),
+    let cases: [(&[&str], &str); 6] = [
+        (&["--role", "energy", "--name", "a"], "--host: others connect to the energy"),
         (&["--role", "worker", "--name", "a", "--host", "b"], "--host: nobody connects"),
         (&["--role", "worker", "--name", "a b"], "letters, digits"),
         (&["--role", "worker", "--name", "ca"], "`ca` is the authority"),
         (&["--role", "root", "--name", "a"], "operator"),
         (&["--name", "a"], "--role"),
-    ] {
+    ];
+    for (arguments, part) in cases {
         let told = refused(&[&["keys", "tls"][..], arguments].concat(), folder).await?;
         assert!(told.contains(part), "{told}");
     }
