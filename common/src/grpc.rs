@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     fmt,
     future::poll_fn,
+    io,
     pin::Pin,
     sync::{
         Arc,
@@ -13,20 +14,35 @@ use std::{
     time::Duration,
 };
 
+use fairlead_proto::v1::NodeInfo;
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use rand::Rng;
 use tokio::net::TcpListener;
+use tokio_stream::Stream;
 use tonic::{
     Code,
     body::Body,
     codegen::{Service, StdError as Error, http},
-    transport::{Channel, Endpoint, Server, server::TcpIncoming},
+    transport::{Channel, ClientTlsConfig, Endpoint, Server, Uri},
 };
 
-use crate::tls::{Peers, Tls};
+use crate::{
+    connection::Connection,
+    door::{self, ServerArgs},
+    identity::Expected,
+    tls::{Peers, Tls},
+};
 
 /// Time to open a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The port of an address that names none.
+const HTTPS: u16 = 443;
+
+/// Most calls at once on one connection, and most bytes of the headers of one.
+const MAX_STREAMS: u32 = 128;
+const MAX_HEADERS: u32 = 16 << 10;
 
 /// Channels kept; a cluster has fewer energy nodes.
 const MAX_CHANNELS: usize = 256;
@@ -34,23 +50,78 @@ const MAX_CHANNELS: usize = 256;
 /// Deadline of a plain request, unless a caller has a reason for another.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A lazily connected channel to `address` ("http://host:port", or with "https" by `tls`) whose calls end
-/// after `timeout`. Streams are bounded by it only until their first response headers.
+/// A lazily connected channel to a coordinator at `address` ("http://host:port", or with "https" by `tls`)
+/// whose calls end after `timeout`. Streams are bounded by it only until their first response headers.
+///
+/// # Errors
+/// If the address is none, or is in the clear where `tls` has an authority.
 pub fn channel(address: &str, timeout: Duration, tls: &Tls) -> Result<Channel, AddressError> {
-    Ok(endpoint(address, timeout, tls)?.connect_lazy())
+    channel_to(&Expected::coordinator(), address, timeout, tls)
 }
 
-/// Where [`channel`] connects to, with the project's settings.
-pub fn endpoint(address: &str, timeout: Duration, tls: &Tls) -> Result<Endpoint, AddressError> {
-    let failed = |source| AddressError { address: address.to_owned(), source: Some(source) };
-    let endpoint = Endpoint::from_shared(address.to_owned()).map_err(failed)?;
-    // "host:port" is a URI as well, that nothing can connect to.
-    if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) {
-        return Err(AddressError { address: address.to_owned(), source: None });
+/// As [`channel`], to the energy node `node_id`.
+///
+/// # Errors
+/// As [`channel`].
+pub fn node_channel(
+    node_id: &str,
+    address: &str,
+    timeout: Duration,
+    tls: &Tls,
+) -> Result<Channel, AddressError> {
+    channel_to(&Expected::node(node_id), address, timeout, tls)
+}
+
+fn channel_to(
+    expected: &Expected,
+    address: &str,
+    timeout: Duration,
+    tls: &Tls,
+) -> Result<Channel, AddressError> {
+    let endpoint = endpoint(address, timeout)?;
+    let is_secret = endpoint.uri().scheme_str() == Some("https");
+    match (is_secret, tls.has_authority()) {
+        (false, false) => Ok(endpoint.connect_lazy()),
+        (false, true) => Err(AddressError::clear(address)),
+        // Of an authority that the system trusts: not the cluster's, so nobody in particular is there.
+        (true, false) => {
+            let endpoint = endpoint.tls_config(ClientTlsConfig::new().with_native_roots());
+            let endpoint = endpoint.map_err(|source| AddressError::malformed(address, source))?;
+            Ok(endpoint.connect_lazy())
+        }
+        (true, true) => {
+            let uri = endpoint.uri().clone();
+            let (host, port) = (uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(HTTPS));
+            let there = Arc::new((host.to_owned(), port, tls.clone(), expected.clone()));
+            let connector = tower::service_fn(move |_: Uri| {
+                let there = Arc::clone(&there);
+                async move {
+                    let (host, port, tls, expected) = &*there;
+                    Connection::connect(host, *port, tls, expected).await.map(TokioIo::new)
+                }
+            });
+            // The transport would speak TLS itself where it is told so; the requests say "https".
+            let clear = format!("http://{}", uri.authority().map_or(host, |there| there.as_str()));
+            let endpoint = self::endpoint(&clear, timeout)?.origin(uri);
+            Ok(endpoint.connect_with_connector_lazy(connector))
+        }
     }
-    Ok(tls
-        .connect(endpoint)
-        .map_err(failed)?
+}
+
+/// Where a channel to `address` connects to, with the project's settings.
+///
+/// # Errors
+/// If the address is none.
+pub fn endpoint(address: &str, timeout: Duration) -> Result<Endpoint, AddressError> {
+    let endpoint = Endpoint::from_shared(address.to_owned())
+        .map_err(|source| AddressError::malformed(address, source))?;
+    let has_host = endpoint.uri().host().is_some_and(|host| !host.is_empty());
+    // "host:port" is a URI as well, that nothing can connect to.
+    if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) || !has_host {
+        let address = address.to_owned();
+        return Err(AddressError { address, problem: Problem::Malformed, source: None });
+    }
+    Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(timeout)
         .tcp_nodelay(true)
@@ -58,15 +129,15 @@ pub fn endpoint(address: &str, timeout: Duration, tls: &Tls) -> Result<Endpoint,
         .keep_alive_timeout(Duration::from_secs(10)))
 }
 
-/// How a channel to an address is made.
-type Connect = dyn Fn(&str) -> Result<Channel, AddressError> + Send + Sync;
+/// How a channel to a node is made.
+type Connect = dyn Fn(&NodeInfo) -> Result<Channel, AddressError> + Send + Sync;
 
-/// Channels to the energy nodes of a cluster, one an address, made when they are first asked for; clones
-/// share them.
+/// Channels to the energy nodes of a cluster, one a name and address, made when they are first asked for;
+/// clones share them. Where there is TLS, a channel leads to nobody but the node of that name.
 #[derive(Clone)]
 pub struct Channels {
     connect: Arc<Connect>,
-    open: Arc<Mutex<HashMap<String, Channel>>>,
+    open: Arc<Mutex<HashMap<(String, String), Channel>>>,
 }
 
 impl fmt::Debug for Channels {
@@ -76,35 +147,42 @@ impl fmt::Debug for Channels {
 }
 
 impl Channels {
-    /// Channels as [`channel`] makes them.
+    /// Channels as [`node_channel`] makes them.
     pub fn new(timeout: Duration, tls: Tls) -> Self {
-        Self::made_by(move |address| channel(address, timeout, &tls))
+        Self::made_by(move |node| node_channel(&node.node_id, &node.address, timeout, &tls))
     }
 
     /// Channels as `connect` makes them, e.g. over a simulated network.
     pub fn made_by(
-        connect: impl Fn(&str) -> Result<Channel, AddressError> + Send + Sync + 'static,
+        connect: impl Fn(&NodeInfo) -> Result<Channel, AddressError> + Send + Sync + 'static,
     ) -> Self {
         Self { connect: Arc::new(connect), open: Arc::default() }
     }
 
-    /// Another channel to `address`, which knows nothing of what became of earlier connections.
-    pub fn fresh(&self, address: &str) -> Result<Channel, AddressError> {
-        (self.connect)(address)
+    /// Another channel to `node`, which knows nothing of what became of earlier connections.
+    ///
+    /// # Errors
+    /// As [`node_channel`].
+    pub fn fresh(&self, node: &NodeInfo) -> Result<Channel, AddressError> {
+        (self.connect)(node)
     }
 
-    /// The channel to `address`. Call it inside a tokio runtime.
-    pub fn get(&self, address: &str) -> Result<Channel, AddressError> {
+    /// The channel to `node`. Call it inside a tokio runtime.
+    ///
+    /// # Errors
+    /// As [`node_channel`].
+    pub fn get(&self, node: &NodeInfo) -> Result<Channel, AddressError> {
+        let key = (node.node_id.clone(), node.address.clone());
         let mut open = self.open.lock();
-        if let Some(channel) = open.get(address) {
+        if let Some(channel) = open.get(&key) {
             return Ok(channel.clone());
         }
-        let channel = self.fresh(address)?;
+        let channel = self.fresh(node)?;
         // Nodes that came and went on ports of their own; those that are left connect again.
         if open.len() >= MAX_CHANNELS {
             open.clear();
         }
-        open.insert(address.to_owned(), channel.clone());
+        open.insert(key, channel.clone());
         Ok(channel)
     }
 }
@@ -209,30 +287,46 @@ fn is_unavailable(answer: &http::Response<Body>) -> bool {
     code == Some(Code::Unavailable)
 }
 
-/// A server with the project's transport settings, which lets in `peers` where `tls` has a certificate.
-pub fn server(tls: &Tls, peers: Peers) -> Result<Server, tonic::transport::Error> {
-    let server = Server::builder()
+/// A server with the project's transport settings, for the connections of [`crate::door::open`].
+pub fn server() -> Server {
+    Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)));
-    match tls.server(peers) {
-        Some(config) => server.tls_config(config),
-        None => Ok(server),
-    }
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_max_header_list_size(MAX_HEADERS)
+        .max_concurrent_streams(MAX_STREAMS)
 }
 
-/// The connections of `listener`, for `serve_with_incoming`. They do not wait to fill a packet: the
-/// builder's own setting does not reach a listener that the caller bound, and Nagle's algorithm
-/// with delayed acknowledgements adds 40 ms to every answer of more than one packet.
-pub fn incoming(listener: TcpListener) -> TcpIncoming {
-    TcpIncoming::from(listener).with_nodelay(Some(true))
+/// The connections of `listener` in the clear, with the usual limits.
+pub fn incoming(listener: TcpListener) -> impl Stream<Item = io::Result<Connection>> + use<> {
+    door::open(listener, Tls::default(), Peers::Anybody, &ServerArgs::default())
 }
 
-/// An address that is no URL.
+/// An address that nothing can, or may, connect to.
 #[derive(Debug, thiserror::Error)]
-#[error("`{address}` is not an address; write it as http://host:port, or https:// with TLS")]
+#[error("`{address}` {problem}")]
 pub struct AddressError {
     address: String,
+    problem: Problem,
     source: Option<tonic::transport::Error>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Problem {
+    #[error("is not an address; write it as http://host:port, or https:// with TLS")]
+    Malformed,
+    #[error("is in the clear, and where there is a --tls-ca nobody is called so; write https://")]
+    Clear,
+}
+
+impl AddressError {
+    fn malformed(address: &str, source: tonic::transport::Error) -> Self {
+        let (address, problem) = (address.to_owned(), Problem::Malformed);
+        Self { address, problem, source: Some(source) }
+    }
+
+    fn clear(address: &str) -> Self {
+        Self { address: address.to_owned(), problem: Problem::Clear, source: None }
+    }
 }
 
 #[cfg(test)]

@@ -66,8 +66,17 @@ impl JobId {
 
 /// A short random name for a process that was not given one, e.g. `worker-3f9c21ab`.
 pub fn process_name(kind: &str) -> String {
+    format!("{kind}-{}", short())
+}
+
+/// The same for one of several processes that share the certificate of `name`, e.g. `worker-1/3f9c21ab`.
+pub fn process_part(name: &str) -> String {
+    format!("{name}/{}", short())
+}
+
+fn short() -> String {
     let uuid = Uuid::new_v4().simple().to_string();
-    format!("{kind}-{}", &uuid[..8])
+    uuid[..8].to_owned()
 }
 
 #[cfg(test)]

@@ -1,9 +1,16 @@
 //! Process plumbing used by two crates or more.
 
 pub mod backoff;
+pub mod bounds;
 pub mod clock;
+pub mod connection;
+pub mod door;
 pub mod envelope;
+pub mod follow;
 pub mod grpc;
+#[cfg(test)]
+mod handshakes;
+pub mod identity;
 pub mod ids;
 pub mod limits;
 pub mod metrics;
@@ -16,7 +23,7 @@ pub mod signature;
 pub mod steering;
 pub mod telemetry;
 pub mod tensor;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod text;
 pub mod tls;

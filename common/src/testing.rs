@@ -1,5 +1,5 @@
 //! Processes for tests and benchmarks: services that say where they listen, and a real `redis-server`
-//! with a data directory and a socket of its own.
+//! with a data directory and a socket of its own; and an authority that makes certificates.
 
 use std::{
     io::{Read, Write},
@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncBufReadExt, BufReader};
+
+use crate::{identity::Role, tls::TlsArgs};
 
 /// What a service says before the address of its metrics.
 pub const METRICS: &str = "metrics at ";
@@ -155,5 +159,89 @@ impl RedisServer {
 impl Drop for RedisServer {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// An authority whose certificates say what a test wants.
+pub struct Authority {
+    pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Default for Authority {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Authority {
+    /// Another authority than any before.
+    ///
+    /// # Panics
+    /// If a key cannot be made.
+    pub fn new() -> Self {
+        let key = KeyPair::generate().expect("a key is made");
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let pem = params.self_signed(&key).expect("it is sound").pem();
+        Self { pem, issuer: Issuer::new(params, key) }
+    }
+
+    /// A certificate with these URIs and hosts, and the PEM of its private key.
+    ///
+    /// # Panics
+    /// If a URI or host is none.
+    pub fn certificate(&self, uris: &[&str], hosts: &[&str]) -> (CertificateDer<'static>, String) {
+        let (certificate, key) = self.issue(uris, hosts);
+        (certificate.der().clone(), key.serialize_pem())
+    }
+
+    fn issue(&self, uris: &[&str], hosts: &[&str]) -> (rcgen::Certificate, KeyPair) {
+        let key = KeyPair::generate().expect("a key is made");
+        let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
+        let mut params = CertificateParams::new(hosts).expect("hosts are names or addresses");
+        let uri = |&uri: &&str| SanType::URI(uri.try_into().expect("a URI is ASCII"));
+        params.subject_alt_names.extend(uris.iter().map(uri));
+        let certificate = params.signed_by(&key, &self.issuer).expect("it is sound");
+        (certificate, key)
+    }
+
+    /// Writes a certificate for `role` and `name`, which is reached at 127.0.0.1 and localhost, with its key
+    /// and this authority into `folder`; what was there under the name is replaced.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn write(&self, folder: &Path, role: Role, name: &str) -> TlsArgs {
+        self.write_for(folder, name, &[&format!("fairlead://{role}/{name}")])
+    }
+
+    /// As [`Self::write`], for these URIs.
+    ///
+    /// # Panics
+    /// As [`Self::write`].
+    pub fn write_for(&self, folder: &Path, name: &str, uris: &[&str]) -> TlsArgs {
+        let (certificate, key) = self.issue(uris, &["127.0.0.1", "localhost"]);
+        let file = |file: String, text: &str| {
+            let path = folder.join(file);
+            std::fs::write(&path, text).expect("the folder is there");
+            Some(path)
+        };
+        TlsArgs {
+            tls_cert: file(format!("{name}.pem"), &certificate.pem()),
+            tls_key: file(format!("{name}-key.pem"), &key.serialize_pem()),
+            tls_ca: self.write_ca(folder),
+            tls_revoked: None,
+        }
+    }
+
+    /// Writes this authority's certificate into `folder`.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn write_ca(&self, folder: &Path) -> Option<PathBuf> {
+        let path = folder.join("ca.pem");
+        std::fs::write(&path, &self.pem).expect("the folder is there");
+        Some(path)
     }
 }

@@ -1,13 +1,17 @@
-//! Who may call: clients by the key of their tenant, services by a certificate of the cluster. Holds the
-//! policies that are valid now and reads their file again when it changes.
+//! Who may call: clients by the key of their tenant, services by a certificate of the cluster, which says
+//! their role and name. Holds the policies that are valid now and reads their file again when it changes.
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
-use parking_lot::RwLock;
+use fairlead_common::{
+    bounds::shown,
+    follow::follow,
+    identity::{Identity, Role, authorize},
+};
+use parking_lot::{Mutex, RwLock};
 use tonic::{Request, metadata::MetadataMap};
 
 use crate::{
@@ -16,9 +20,6 @@ use crate::{
     policy::{Policies, PolicyError},
     tenants::Tenant,
 };
-
-/// How often the file is looked at.
-const RELOAD_PERIOD: Duration = Duration::from_secs(2);
 
 /// The policies in force; clones share them.
 #[derive(Debug, Clone)]
@@ -58,9 +59,13 @@ impl Access {
         tenant.cloned().ok_or_else(|| refused("the key is no tenant's; ask the operator for one"))
     }
 
-    /// Refuses a call of a tenant that may not change what all tenants share.
-    pub(crate) fn admin(&self, metadata: &MetadataMap) -> Result<()> {
-        let tenant = self.client(metadata)?;
+    /// Refuses a call of somebody who may not change what all tenants share: a tenant that is no admin, or
+    /// where there are services with certificates and no tenants, whoever is no operator.
+    pub(crate) fn admin<T>(&self, request: &Request<T>) -> Result<()> {
+        let tenant = self.client(request.metadata())?;
+        if self.policies().tenants().is_empty() {
+            self.service(request, &[Role::Operator])?;
+        }
         match tenant.admin {
             true => Ok(()),
             false => Err(Error::Forbidden(format!(
@@ -70,45 +75,53 @@ impl Access {
         }
     }
 
-    /// Refuses a call that only services may make. The handshake has checked a certificate that is there.
-    pub(crate) fn service<T>(&self, request: &Request<T>) -> Result<()> {
-        let known = request.peer_certs().is_some_and(|certificates| !certificates.is_empty());
-        match known || !self.mutual {
-            true => Ok(()),
-            false => Err(Error::Unauthenticated {
-                problem: "this call is for the cluster's services; give yours --tls-cert and --tls-key",
-            }),
+    /// Who makes a call that is for services of these roles alone; `None` where services need no
+    /// certificate. The handshake has checked one that is there.
+    pub(crate) fn service<T>(
+        &self,
+        request: &Request<T>,
+        roles: &[Role],
+    ) -> Result<Option<Arc<Identity>>> {
+        Ok(authorize(request, self.mutual, roles)?)
+    }
+
+    /// Refuses a call of an energy node that is for another one.
+    pub(crate) fn node<T>(
+        &self,
+        request: &Request<T>,
+        node_id: &str,
+    ) -> Result<Option<Arc<Identity>>> {
+        let who = self.service(request, &[Role::Energy])?;
+        match &who {
+            Some(who) if who.name != node_id => Err(Error::Forbidden(format!(
+                "node.node_id: {} is not who the certificate is for, {who}; leave out --node-id",
+                shown(node_id)
+            ))),
+            _ => Ok(who),
         }
     }
 
     /// Reads `file` whenever it changes. One that cannot be used changes nothing.
     pub(crate) async fn follow(&self, file: PathBuf) {
-        let mut seen = read(&file).await.ok();
-        let mut told = String::new();
-        loop {
-            tokio::time::sleep(RELOAD_PERIOD).await;
-            let text = read(&file).await;
-            if text.as_ref().ok() == seen.as_ref() && text.is_ok() {
-                continue;
+        let access = self.clone();
+        let seen = Mutex::new(read(&file).ok());
+        let look = move || {
+            let text = read(&file)?;
+            if seen.lock().as_ref() == Some(&text) {
+                return Ok(false);
             }
-            match text.and_then(|text| self.replace(&file, &text).map(|()| text)) {
-                Ok(text) => {
-                    seen = Some(text);
-                    told.clear();
-                    tracing::info!(file = %file.display(), "policies read again");
-                }
-                Err(error) if error.to_string() != told => {
-                    told = error.to_string();
-                    metrics::reload_failed();
-                    tracing::error!(%error, "the policies stay as they were");
-                }
-                Err(_) => {}
-            }
-        }
+            access.replace(&file, &text)?;
+            *seen.lock() = Some(text);
+            Ok::<_, PolicyError>(true)
+        };
+        follow("policies", look, metrics::reload_failed).await;
     }
 
     fn replace(&self, file: &Path, text: &str) -> Result<(), PolicyError> {
         let policies = Policies::parse_at(text, format!(" {}", file.display()))?;
+        if self.mutual {
+            policies.check_known()?;
+        }
         let mut current = self.policies.write();
         // Nobody opens the cluster to everybody by a slip of the editor.
         if policies.tenants().is_empty() && !current.tenants().is_empty() {
@@ -119,9 +132,9 @@ impl Access {
     }
 }
 
-async fn read(file: &Path) -> Result<String, PolicyError> {
+fn read(file: &Path) -> Result<String, PolicyError> {
     let failed = |source| PolicyError::Read { path: file.to_owned(), source };
-    tokio::fs::read_to_string(file).await.map_err(failed)
+    std::fs::read_to_string(file).map_err(failed)
 }
 
 #[cfg(test)]

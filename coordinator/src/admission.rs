@@ -47,7 +47,8 @@ pub(crate) struct Identity {
     pub(crate) now: i64,
 }
 
-/// Admits `spec` or refuses it.
+/// Admits `spec` or refuses it. Where workers have different models of the name that is asked for, the job
+/// gets the first that it can have.
 pub(crate) fn admit(
     spec: &v1::JobSpec,
     policies: &Policies,
@@ -56,7 +57,35 @@ pub(crate) fn admit(
     identity: Identity,
 ) -> Result<JobRecord> {
     check_request(spec)?;
-    let model = find_model(&spec.model, cluster)?;
+    let models = find_models(&spec.model, cluster)?;
+    let mut refused = None;
+    for &model in &models {
+        match admit_for(model, spec, policies, tenant, cluster, identity) {
+            Ok(mut record) => {
+                if models.len() > 1 {
+                    let (name, hash) = (&model.name, &model.hash);
+                    let all = models.len();
+                    record.job.notices.push(format!(
+                        "workers have {all} different models called `{name}`; this is `{name}@{hash}`"
+                    ));
+                }
+                return Ok(record);
+            }
+            // What the first says is what most people want to know.
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    Err(refused.expect("a name that is found has one model at least"))
+}
+
+fn admit_for(
+    model: &v1::ModelInfo,
+    spec: &v1::JobSpec,
+    policies: &Policies,
+    tenant: &Tenant,
+    cluster: &Cluster<'_>,
+    identity: Identity,
+) -> Result<JobRecord> {
     let Shape { width, height, steps, guidance } = Shape::of(spec, model)?;
     let policy = find_policy(&spec.policy, policies, tenant)?;
     let priority = priority(spec.priority(), tenant)?;
@@ -102,13 +131,26 @@ fn check_request(spec: &v1::JobSpec) -> Result<()> {
     Ok(())
 }
 
-fn find_model<'a>(name: &str, cluster: &Cluster<'a>) -> Result<&'a v1::ModelInfo> {
+/// The models of a name, or of NAME@HASH, the beginning of a hash; never none.
+fn find_models<'a>(asked: &str, cluster: &Cluster<'a>) -> Result<Vec<&'a v1::ModelInfo>> {
     let names = || cluster.models.iter().map(|model| model.name.as_str());
+    let (name, hash) = asked.split_once('@').unwrap_or((asked, ""));
+    // Without a name, the only one that there is.
+    let only = cluster.models.first().map(|model| model.name.as_str());
+    let only = only.filter(|only| name.is_empty() && names().all(|name| name == *only));
+    let found: Vec<_> = cluster
+        .models
+        .iter()
+        .filter(|model| model.name == only.unwrap_or(name) && model.hash.starts_with(hash))
+        .collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
     if let Some(model) = cluster.models.iter().find(|model| model.name == name) {
-        return Ok(model);
+        let problem = format!("`{asked}`: no worker has that; there is `{name}@{}`", model.hash);
+        return Err(Error::invalid("model", problem));
     }
     match (name.is_empty(), cluster.models) {
-        (true, [only]) => Ok(only),
         (_, []) => Err(Error::Unavailable(
             "model: no worker is attached; start one with `fairlead worker`".to_owned(),
         )),

@@ -3,7 +3,7 @@
 use std::{convert::Infallible, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
-use fairlead_common::{ids::process_name, signature::PublicKey, tls::Tls};
+use fairlead_common::{door::ServerArgs, ids::process_name, signature::PublicKey, tls::Tls};
 
 use crate::{
     clock::{FARTHEST_MS, millis},
@@ -164,6 +164,10 @@ pub struct CoordinatorArgs {
         value_name = "TIME"
     )]
     pub retention: Duration,
+
+    /// Who may connect, and what is shown to them.
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 impl CoordinatorArgs {
@@ -216,6 +220,7 @@ impl CoordinatorArgs {
             max_wait: self.max_wait,
             drain_timeout: self.drain_timeout,
             retention: self.retention,
+            server: self.server.clone(),
             ..CoordinatorOptions::default()
         })
     }
@@ -291,6 +296,8 @@ pub struct CoordinatorOptions {
     pub trusted_signers: Vec<PublicKey>,
     /// With a certificate, services must show theirs.
     pub tls: Tls,
+    /// Who may connect, and what is shown to them.
+    pub server: ServerArgs,
     /// Most queued shards.
     pub max_queued: usize,
     /// Length of a shard's lease.
@@ -322,6 +329,7 @@ impl Default for CoordinatorOptions {
             signing_key: None,
             trusted_signers: Vec::new(),
             tls: Tls::default(),
+            server: ServerArgs::default(),
             max_queued: 1024,
             lease_ttl: Duration::from_secs(15),
             node_ttl: Duration::from_secs(10),

@@ -82,7 +82,7 @@ impl Deployer {
         node: &LiveNode,
         request: v1::AddConceptsRequest,
     ) -> Result<v1::AddConceptsResponse, tonic::Status> {
-        let channel = self.channels.get(&node.info.address);
+        let channel = self.channels.get(&node.info);
         let channel = channel.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
         let mut request = tonic::Request::new(request);
         request.set_timeout(DEADLINE);

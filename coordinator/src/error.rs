@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use fairlead_common::{limits::FieldError, signature::KeyError};
+use fairlead_common::{identity::Refusal, limits::FieldError, signature::KeyError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -166,7 +166,10 @@ pub enum Error {
         /// What is missing and where it comes from.
         problem: &'static str,
     },
-    /// A tenant that asks for what it may not have.
+    /// A service that calls without the certificate for it.
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    /// A tenant or service that asks for what it may not have.
     #[error("{0}")]
     Forbidden(String),
     /// A stored object is not what was signed and released.
@@ -250,6 +253,7 @@ impl Error {
             | Self::TenantFull { .. }
             | Self::TooFast { .. }
             | Self::TooManyWithheld { .. }
+            | Self::Refused(_)
             | Self::Unauthenticated { .. }
             | Self::Forbidden(_)
             | Self::Damaged { .. }
@@ -285,6 +289,7 @@ impl Error {
             | Self::TooManyWithheld { .. } => Code::ResourceExhausted,
             Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::Forbidden(_) => Code::PermissionDenied,
+            Self::Refused(refusal) => refusal.code(),
             Self::Damaged { .. } => Code::DataLoss,
             Self::Store(StoreError::Refused(_)) => Code::Aborted,
             Self::Store(StoreError::UnknownJob(_)) => Code::NotFound,

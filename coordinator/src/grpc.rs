@@ -2,7 +2,11 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use fairlead_common::trace;
+use fairlead_common::{
+    bounds::{self, MAX_CONCEPTS},
+    identity::Role,
+    trace,
+};
 use fairlead_proto::v1::{
     self, catalog_service_server::CatalogService, generation_service_server::GenerationService,
     registry_service_server::RegistryService, worker_service_server::WorkerService,
@@ -31,6 +35,23 @@ impl Grpc {
     /// Who asks.
     fn client<T>(&self, request: &Request<T>) -> Result<Arc<Tenant>, Error> {
         self.coordinator.access().client(request.metadata())
+    }
+
+    /// An operator who expects a new concept to count should hear that it does not.
+    fn tell_unasked(&self, node: &v1::NodeInfo) {
+        let refs = node.concepts.iter().filter_map(|info| info.concept.as_ref());
+        let names = refs.map(|concept| concept.name.as_str());
+        let policies = self.coordinator.access().policies();
+        let unasked = policies.unasked(names.take(MAX_CONCEPTS));
+        if !unasked.is_empty() {
+            let (concepts, first) = (unasked.len(), bounds::shown(unasked[0]));
+            tracing::warn!(
+                node = %bounds::shown(&node.node_id),
+                concepts,
+                %first,
+                "serves concepts that no policy asks for; name them in known_concepts of the policies file"
+            );
+        }
     }
 
     fn ttl_ms(&self) -> u32 {
@@ -133,7 +154,7 @@ impl CatalogService for Grpc {
         &self,
         request: Request<v1::RetireConceptRequest>,
     ) -> Answer<v1::RetireConceptResponse> {
-        self.coordinator.access().admin(request.metadata())?;
+        self.coordinator.access().admin(&request)?;
         let concept = request.into_inner().concept;
         let energies = self.coordinator.registry().retire(&concept).await?;
         let energies = energies.into_iter().collect();
@@ -144,7 +165,7 @@ impl CatalogService for Grpc {
         &self,
         request: Request<v1::DeployConceptsRequest>,
     ) -> Answer<v1::DeployConceptsResponse> {
-        self.coordinator.access().admin(request.metadata())?;
+        self.coordinator.access().admin(&request)?;
         let deployed = self.coordinator.deployer().deploy(request.into_inner()).await?;
         Ok(Response::new(deployed))
     }
@@ -156,10 +177,13 @@ impl RegistryService for Grpc {
         &self,
         request: Request<v1::RegisterNodeRequest>,
     ) -> Answer<v1::RegisterNodeResponse> {
-        self.coordinator.access().service(&request)?;
+        let node = request.get_ref().node.as_ref();
+        let node_id = node.map_or("", |node| node.node_id.as_str());
+        let who = self.coordinator.access().node(&request, node_id)?;
         let node = request.into_inner().node;
         let node = node.ok_or_else(|| Error::invalid("node", "is missing"))?;
-        let registration_id = self.coordinator.registrar().register(node).await?;
+        self.tell_unasked(&node);
+        let registration_id = self.coordinator.registrar().register(node, who.as_deref()).await?;
         Ok(Response::new(v1::RegisterNodeResponse { registration_id, ttl_ms: self.ttl_ms() }))
     }
 
@@ -167,7 +191,7 @@ impl RegistryService for Grpc {
         &self,
         request: Request<v1::RenewNodeRequest>,
     ) -> Answer<v1::RenewNodeResponse> {
-        self.coordinator.access().service(&request)?;
+        self.coordinator.access().node(&request, &request.get_ref().node_id)?;
         let v1::RenewNodeRequest { node_id, registration_id } = request.into_inner();
         self.coordinator.registry().renew(&node_id, &registration_id).await?;
         Ok(Response::new(v1::RenewNodeResponse { ttl_ms: self.ttl_ms() }))
@@ -177,7 +201,7 @@ impl RegistryService for Grpc {
         &self,
         request: Request<v1::DeregisterNodeRequest>,
     ) -> Answer<v1::DeregisterNodeResponse> {
-        self.coordinator.access().service(&request)?;
+        self.coordinator.access().node(&request, &request.get_ref().node_id)?;
         let v1::DeregisterNodeRequest { node_id, registration_id } = request.into_inner();
         self.coordinator.registry().deregister(&node_id, &registration_id).await?;
         Ok(Response::new(v1::DeregisterNodeResponse {}))
@@ -192,8 +216,8 @@ impl WorkerService for Grpc {
         &self,
         request: Request<Streaming<v1::AttachRequest>>,
     ) -> Answer<Self::AttachStream> {
-        self.coordinator.access().service(&request)?;
-        let outbound = self.coordinator.hub().attach(request.into_inner());
+        let who = self.coordinator.access().service(&request, &[Role::Worker])?;
+        let outbound = self.coordinator.hub().attach(request.into_inner(), who);
         Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
     }
 }

@@ -3,9 +3,11 @@
 //!
 //! ```toml
 //! default_policy = "default"
+//! known_concepts = ["kitchen-knife"]   # what "*" stands for: with it, no energy node adds to a policy.
+//!                                      # ["*"], or without TLS if left out: all that was ever served
 //!
 //! [policies.default]
-//! concepts = ["*"]                     # every concept ever served in this cluster
+//! concepts = ["*"]                     # every known concept
 //! energies = ["clip", "siglip"]       # optional: energy models that must all be satisfied; all that
 //!                                      # serve a concept if not named
 //! weights = { siglip = 0.5 }           # optional: factors of their gradients, 1 if not named
@@ -32,6 +34,7 @@ use std::{
 };
 
 use fairlead_common::{
+    bounds,
     limits::FieldError,
     steering::{self, Leave},
 };
@@ -49,7 +52,7 @@ use crate::{
 /// Most nodes that check one image for one concept.
 const MAX_CHECKS: u32 = 8;
 
-/// Stands for every concept that was ever served in this cluster.
+/// Stands for every known concept.
 const ALL: &str = "*";
 
 /// A policies file that cannot be used.
@@ -91,6 +94,15 @@ pub enum PolicyError {
         /// What is wrong.
         problem: String,
     },
+    /// What "*" stands for that is no concept's name.
+    #[error("policies file: known_concepts: {0}")]
+    Known(String),
+    /// A cluster whose nodes would decide what is forbidden.
+    #[error(
+        "policies file: with TLS the operator says what \"*\" stands for, so that no energy node alone can have \
+         jobs refused: write known_concepts = [\"NAME\", ...] at its top, or [\"*\"] for whatever nodes serve"
+    )]
+    Unlisted,
     /// A file that would open to everybody what was for tenants.
     #[error(
         "policies file {0}: it names no tenants any longer; restart without them if that is meant"
@@ -110,6 +122,7 @@ pub enum PolicyError {
 #[serde(deny_unknown_fields)]
 struct File {
     default_policy: Option<String>,
+    known_concepts: Option<BTreeSet<String>>,
     #[serde(default)]
     policies: BTreeMap<String, PolicyFile>,
     #[serde(default)]
@@ -234,7 +247,7 @@ impl Policy {
         self.observe_only || self.allow_unchecked
     }
 
-    fn from_file(name: &str, file: PolicyFile) -> Result<Self, PolicyError> {
+    fn from_file(name: &str, file: PolicyFile, known: &Known) -> Result<Self, PolicyError> {
         let value = |problem: String| PolicyError::Value { policy: name.to_owned(), problem };
         if file.concepts.is_empty() && !file.observe_only && !file.allow_unchecked {
             return Err(PolicyError::Unchecked(name.to_owned()));
@@ -275,10 +288,13 @@ impl Policy {
             return Err(value(format!("weights.{energy}: energies does not name it")));
         }
         let (all, named): (Vec<_>, Vec<_>) = file.concepts.into_iter().partition(|c| c == ALL);
+        let mut concepts: BTreeSet<String> = named.into_iter().collect();
+        let listed = known.listed.as_ref().filter(|_| !all.is_empty());
+        concepts.extend(listed.into_iter().flatten().cloned());
         Ok(Self {
             name: name.to_owned(),
-            concepts: named.into_iter().collect(),
-            all_served: !all.is_empty(),
+            concepts,
+            all_served: !all.is_empty() && listed.is_none(),
             energies: file.energies,
             weights: file.weights,
             steering,
@@ -293,9 +309,33 @@ impl Policy {
     }
 }
 
+/// What "*" stands for.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct Known {
+    /// These; `None` for whatever was ever served.
+    listed: Option<BTreeSet<String>>,
+    /// The operator has said so.
+    said: bool,
+}
+
+impl Known {
+    fn from_file(names: Option<BTreeSet<String>>) -> Result<Self, PolicyError> {
+        let Some(names) = names else { return Ok(Self::default()) };
+        if names.iter().map(String::as_str).eq([ALL]) {
+            return Ok(Self { listed: None, said: true });
+        }
+        names.iter().try_for_each(|name| bounds::kebab_case(name)).map_err(PolicyError::Known)?;
+        match names.is_empty() {
+            true => Err(PolicyError::Known("is empty; name concepts, or [\"*\"]".to_owned())),
+            false => Ok(Self { listed: Some(names), said: true }),
+        }
+    }
+}
+
 /// All policies of a coordinator.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policies {
+    known: Known,
     default: String,
     policies: BTreeMap<String, Policy>,
     tenants: Tenants,
@@ -321,6 +361,7 @@ impl Default for Policies {
         };
         Self {
             default: policy.name.clone(),
+            known: Known::default(),
             policies: BTreeMap::from([(policy.name.clone(), policy)]),
             tenants: Tenants::default(),
         }
@@ -343,10 +384,11 @@ impl Policies {
     pub(crate) fn parse_at(text: &str, at: String) -> Result<Self, PolicyError> {
         let file: File = toml::from_str(text)
             .map_err(|source| PolicyError::Parse { at, source: Box::new(source) })?;
+        let known = Known::from_file(file.known_concepts)?;
         let policies = file
             .policies
             .into_iter()
-            .map(|(name, policy)| Ok((name.clone(), Policy::from_file(&name, policy)?)))
+            .map(|(name, policy)| Ok((name.clone(), Policy::from_file(&name, policy, &known)?)))
             .collect::<Result<BTreeMap<_, _>, PolicyError>>()?;
         let names = || policies.keys().cloned().collect::<Vec<_>>().join(", ");
         let default = match (file.default_policy, policies.len()) {
@@ -359,15 +401,35 @@ impl Policies {
             (None, _) if policies.contains_key("default") => "default".to_owned(),
             (None, _) => return Err(PolicyError::Default("is missing; name one".into(), names())),
         };
-        let known: Vec<&str> = policies.keys().map(String::as_str).collect();
-        let tenants = Tenants::from_file(file.tenants, &default, &known)
+        let all: Vec<&str> = policies.keys().map(String::as_str).collect();
+        let tenants = Tenants::from_file(file.tenants, &default, &all)
             .map_err(|(tenant, problem)| PolicyError::Tenant { tenant, problem })?;
-        Ok(Self { default, policies, tenants })
+        Ok(Self { known, default, policies, tenants })
     }
 
     /// The policy `name`, or the default one if it is empty.
     pub fn get(&self, name: &str) -> Option<&Policy> {
         self.policies.get(if name.is_empty() { self.default.as_str() } else { name })
+    }
+
+    /// Refuses policies to which any energy node could add a concept, unless their operator has said so.
+    ///
+    /// # Errors
+    /// If "*" stands for what nodes serve, and nobody has said that it should.
+    pub fn check_known(&self) -> Result<(), PolicyError> {
+        match !self.known.said && self.policies.values().any(|policy| policy.all_served) {
+            true => Err(PolicyError::Unlisted),
+            false => Ok(()),
+        }
+    }
+
+    /// Of `names`, those that no policy asks for.
+    pub(crate) fn unasked<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+        let asks = |name: &str| {
+            let mut policies = self.policies.values();
+            policies.any(|policy| policy.all_served || policy.concepts.contains(name))
+        };
+        names.filter(|name| !asks(name)).collect()
     }
 
     /// Who may ask; nobody in particular where there are none.
@@ -473,6 +535,31 @@ mod tests {
         let nothing = SteeringParams { eta: Some(0.0), ..Default::default() };
         let refused = policies.set_knobs(&nothing).expect_err("out of range").to_string();
         assert!(refused.contains("policy `a`: eta is 0; it must be above 0"), "{refused}");
+    }
+
+    #[test]
+    fn with_known_concepts_no_node_adds_to_a_policy() {
+        let all = "[policies.a]\nconcepts = ['*', 'pill']\n[policies.default]\nconcepts = ['axe']";
+        let listed = Policies::parse(&format!("known_concepts = ['axe', 'hat']\n{all}"));
+        let listed = listed.expect("it is right");
+        let policy = listed.get("a").expect("there");
+        let asked = policy.concepts_for(["invented"], &["extra".to_owned()]);
+        assert_eq!(asked.into_iter().collect::<Vec<_>>(), ["axe", "extra", "hat", "pill"]);
+        listed.check_known().expect("they are named");
+        assert_eq!(listed.unasked(["hat", "invented"].into_iter()), ["invented"]);
+
+        let open = Policies::parse(&format!("known_concepts = ['*']\n{all}")).expect("right");
+        open.check_known().expect("the operator says so");
+        assert!(open.get("a").expect("there").concepts_for(["invented"], &[]).contains("invented"));
+        let error = Policies::parse(all).expect("right").check_known().expect_err("nobody said");
+        assert!(error.to_string().contains("known_concepts = [\"NAME\""), "{error}");
+        Policies::default().check_known().expect_err("nobody said");
+        let named = "[policies.a]\nconcepts = ['axe']";
+        Policies::parse(named).expect("right").check_known().expect("none stands for all");
+        for (list, part) in [("[]", "is empty"), ("['*', 'axe']", "kebab-case"), ("['A']", "`A`")] {
+            let wrong = problem(&format!("known_concepts = {list}\n{all}"));
+            assert!(wrong.contains("known_concepts: ") && wrong.contains(part), "{wrong}");
+        }
     }
 
     #[test]

@@ -7,9 +7,10 @@ use std::{
     time::Duration,
 };
 
-use fairlead_common::probe::Probe;
+use fairlead_common::{bounds::MAX_KNOWN_CONCEPTS, probe::Probe};
 use fairlead_proto::v1;
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
@@ -173,6 +174,21 @@ impl Registry {
         Ok(left)
     }
 
+    /// Refuses a node whose concepts are more than a cluster remembers. What it has already counts once.
+    pub(crate) fn has_room(&self, info: &v1::NodeInfo) -> Result<()> {
+        let known = &self.view().roster.seen.probes;
+        let own = info.concepts.iter().filter_map(|info| info.concept.as_ref()).map(Probe::from);
+        let new = own.filter(|probe| !known.contains(probe)).count();
+        match new == 0 || known.len() + new <= MAX_KNOWN_CONCEPTS {
+            true => Ok(()),
+            false => Err(Error::Forbidden(format!(
+                "node.concepts: the cluster remembers {} concepts and {new} more would be above \
+                 {MAX_KNOWN_CONCEPTS}; retire those that nobody needs (`fairlead concepts --retire NAME`)",
+                known.len()
+            ))),
+        }
+    }
+
     /// Registers an energy node and returns the registration's id. It replaces the one of that name.
     pub(crate) async fn register(&self, info: v1::NodeInfo) -> Result<String> {
         let registration = uuid::Uuid::new_v4().to_string();
@@ -266,19 +282,26 @@ impl Registry {
         self.workers().iter().flat_map(|worker| &worker.models).map(QueueName::of).collect()
     }
 
-    /// Generators of workers that take shards, with the number of workers each; the batch is what each
-    /// of them can do.
+    /// Generators of workers that take shards, with the number of workers each; the batch is what each of
+    /// them can do. Whoever describes a name otherwise has another generator: of one name, the one that has
+    /// been there longest comes first.
     pub(crate) fn models(&self) -> Vec<v1::ModelInfo> {
-        let mut models: BTreeMap<String, v1::ModelInfo> = BTreeMap::new();
-        let workers = self.workers();
-        for model in workers.iter().filter(|worker| !worker.draining).flat_map(|w| &w.models) {
-            let entry = models
-                .entry(model.name.clone())
-                .or_insert_with(|| v1::ModelInfo { workers: 0, ..model.clone() });
-            entry.workers += 1;
-            entry.max_batch = entry.max_batch.min(model.max_batch);
+        let mut models: BTreeMap<ModelKey, (i64, v1::ModelInfo)> = BTreeMap::new();
+        for worker in self.workers().iter().filter(|worker| !worker.draining) {
+            for model in &worker.models {
+                let (since, entry) = models.entry(model_key(model)).or_insert_with(|| {
+                    (worker.since_unix_ms, v1::ModelInfo { workers: 0, ..model.clone() })
+                });
+                *since = worker.since_unix_ms.min(*since);
+                entry.workers += 1;
+                entry.max_batch = entry.max_batch.min(model.max_batch);
+            }
         }
-        models.into_values().collect()
+        let mut models: Vec<_> = models.into_values().collect();
+        models.sort_by(|(since, one), (other_since, other)| {
+            one.name.cmp(&other.name).then(since.cmp(other_since))
+        });
+        models.into_iter().map(|(_, model)| model).collect()
     }
 
     /// What any member ever had.
@@ -318,6 +341,16 @@ impl View {
     fn names(&self) -> impl Iterator<Item = (i32, &str)> {
         self.roster.members.iter().map(|member| name(member))
     }
+}
+
+/// What makes two generators one: the name, and all that their workers say of them but how many of them are
+/// made at once.
+pub(crate) type ModelKey = (String, Vec<u8>);
+
+/// The key of a worker's generator.
+pub(crate) fn model_key(model: &v1::ModelInfo) -> ModelKey {
+    let same = v1::ModelInfo { max_batch: 0, workers: 0, ..model.clone() };
+    (model.name.clone(), same.encode_to_vec())
 }
 
 fn name(member: &Member) -> (i32, &str) {
@@ -415,6 +448,62 @@ mod tests {
         other.refresh().await.expect("it reads");
         assert_eq!(other.live().len(), 1);
         other.renew("a", &registration).await.expect("any coordinator renews");
+    }
+
+    #[tokio::test]
+    async fn two_descriptions_under_one_name_are_two_models_the_oldest_first() {
+        let registry = alone().await;
+        let model = |hash: &str, max_side, max_batch| v1::ModelInfo {
+            name: "sd".into(),
+            hash: hash.into(),
+            max_side,
+            max_batch,
+            ..Default::default()
+        };
+        let worker = |id: &str, since_unix_ms, model| Member {
+            kind: MemberKind::Worker.into(),
+            id: id.into(),
+            registration: id.into(),
+            since_unix_ms,
+            models: vec![model],
+            ..Member::default()
+        };
+        for member in [
+            worker("aaa", 7, model("other", 64, 1)),
+            worker("bbb", 8, model("sd", 8, 1)),
+            worker("w-1", 5, model("sd", 64, 4)),
+            worker("w-2", 9, model("sd", 64, 2)),
+        ] {
+            registry.join(member).await.expect("it joins");
+        }
+        let models = registry.models();
+        let seen: Vec<_> = models
+            .iter()
+            .map(|model| (model.hash.as_str(), model.max_side, model.max_batch, model.workers))
+            .collect();
+        assert_eq!(seen, [("sd", 64, 2, 2), ("other", 64, 1, 1), ("sd", 8, 1, 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_cluster_remembers_so_many_concepts_and_no_more() {
+        let registry = alone().await;
+        let many = |id: &str, numbers: std::ops::Range<usize>| v1::NodeInfo {
+            concepts: numbers
+                .map(|number| v1::ConceptInfo {
+                    concept: Some(v1::ConceptRef {
+                        name: format!("concept-{number}"),
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                })
+                .collect(),
+            ..node(id)
+        };
+        registry.has_room(&many("a", 0..MAX_KNOWN_CONCEPTS)).expect("just so many");
+        registry.register(many("a", 1..MAX_KNOWN_CONCEPTS)).await.expect("it is valid");
+        let refused = registry.has_room(&many("b", 0..MAX_KNOWN_CONCEPTS + 1)).expect_err("two");
+        assert!(refused.to_string().contains("2 more would be above"), "{refused}");
+        registry.has_room(&many("a", 1..MAX_KNOWN_CONCEPTS)).expect("what it has already");
     }
 
     #[tokio::test]

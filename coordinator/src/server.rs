@@ -3,8 +3,8 @@
 use std::{future::Future, io, path::PathBuf, time::Duration};
 
 use fairlead_common::{
-    grpc::incoming,
-    tls::{Peers, Tls},
+    door::{self, ServerArgs},
+    tls::Peers,
 };
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
@@ -33,12 +33,13 @@ use crate::{
 /// How long connections may take to end once every stream has.
 const CONNECTION_GRACE: Duration = Duration::from_secs(2);
 
-/// The project's message limits on both directions of a service.
+/// Largest request of a client or an energy node: words. It is read before anybody asks who sent it.
+const MAX_REQUEST_BYTES: usize = 8 << 20;
+
+/// The project's message limits on both directions of a service, whose requests have at most so many bytes.
 macro_rules! limits {
-    ($service:expr) => {
-        $service
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    ($service:expr, $request:expr) => {
+        $service.max_decoding_message_size($request).max_encoding_message_size(MAX_MESSAGE_BYTES)
     };
 }
 
@@ -54,7 +55,8 @@ pub async fn run(
         .map_err(|source| Error::Io { what: "listener".to_owned(), source })?;
     let coordinator = Coordinator::start(options.clone()).await?;
     tracing::info!(%address, id = options.coordinator_id, data = ?options.data, "coordinator ready");
-    serve_until(incoming(listener), coordinator, options, shutdown).await
+    let incoming = door::open(listener, options.tls.clone(), Peers::Anybody, &options.server);
+    serve_until(incoming, coordinator, options, shutdown).await
 }
 
 /// Serves the connections of `incoming` as [`run`] does.
@@ -68,7 +70,7 @@ where
     I: AsyncRead + AsyncWrite + Connected + Send + Unpin + 'static,
 {
     let ended = CancellationToken::new();
-    let server = serve(incoming, coordinator.clone(), options.tls, ended.clone());
+    let server = serve(incoming, coordinator.clone(), options.server, ended.clone());
     tokio::pin!(server);
     tokio::select! {
         served = &mut server => return served,
@@ -114,7 +116,7 @@ async fn forget_old(coordinator: &Coordinator) {
 fn serve<I>(
     incoming: impl Stream<Item = io::Result<I>>,
     coordinator: Coordinator,
-    tls: Tls,
+    shown: ServerArgs,
     ended: CancellationToken,
 ) -> impl Future<Output = Result<()>>
 where
@@ -129,13 +131,13 @@ where
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .build_v1()
             .expect("the descriptors come from the build");
-        let server = fairlead_common::grpc::server(&tls, Peers::Anybody)?
-            .add_service(health_service)
-            .add_service(reflection)
-            .add_service(limits!(GenerationServiceServer::new(grpc.clone())))
-            .add_service(limits!(CatalogServiceServer::new(grpc.clone())))
-            .add_service(limits!(RegistryServiceServer::new(grpc.clone())))
-            .add_service(limits!(WorkerServiceServer::new(grpc)))
+        let server = fairlead_common::grpc::server()
+            .add_optional_service(shown.health.then(health_service))
+            .add_optional_service(shown.reflection.then(reflection))
+            .add_service(limits!(GenerationServiceServer::new(grpc.clone()), MAX_REQUEST_BYTES))
+            .add_service(limits!(CatalogServiceServer::new(grpc.clone()), MAX_REQUEST_BYTES))
+            .add_service(limits!(RegistryServiceServer::new(grpc.clone()), MAX_REQUEST_BYTES))
+            .add_service(limits!(WorkerServiceServer::new(grpc), MAX_MESSAGE_BYTES))
             .serve_with_incoming_shutdown(incoming, ended.cancelled());
         tokio::select! {
             served = server => Ok(served?),

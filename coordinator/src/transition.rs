@@ -1,7 +1,7 @@
 //! What can happen to a job, as one pure function over its record. Store backends run it inside
 //! their transaction, so that all of them agree and a stale token never gets past any.
 
-use fairlead_common::ids::ShardId;
+use fairlead_common::{bounds::MAX_NOTICES, ids::ShardId};
 use fairlead_proto::v1::{self, ImageStatus, JobState as State, watch_job_response::Event};
 
 use crate::{
@@ -236,7 +236,8 @@ impl Change<'_> {
             self.end_image(image.clone());
         }
         for notice in notices {
-            if !self.record.job.notices.contains(notice) {
+            let told = &self.record.job.notices;
+            if told.len() < MAX_NOTICES && !told.contains(notice) {
                 self.record.job.notices.push(notice.clone());
             }
         }

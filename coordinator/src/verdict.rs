@@ -3,7 +3,11 @@
 
 use std::collections::BTreeSet;
 
-use fairlead_common::{picture::Rgb8, probe::Probe};
+use fairlead_common::{
+    bounds::{self, MAX_ATTEMPTS, MAX_CONCEPTS},
+    picture::Rgb8,
+    probe::Probe,
+};
 use fairlead_proto::{
     MAX_PREVIEW_SIDE,
     v1::{self, ImageStatus},
@@ -11,10 +15,10 @@ use fairlead_proto::{
 use prost::Message;
 
 /// Most reruns.
-const MAX_RERUNS: u32 = 2;
-/// Most text entries (nodes, calibrations, notices) taken from a worker, and their length.
+const MAX_RERUNS: u32 = MAX_ATTEMPTS - 1;
+/// Most text entries (nodes, calibrations) taken from a worker, and their length.
 const MAX_ENTRIES: usize = 64;
-const MAX_ENTRY_BYTES: usize = 1_024;
+const MAX_ENTRY_BYTES: usize = bounds::MAX_TEXT_CHARS;
 /// Largest report of a worker about one image.
 const MAX_REPORT_BYTES: usize = 8 << 20;
 
@@ -33,12 +37,17 @@ pub(crate) fn accept_answer(
     answer: &v1::CheckResponse,
 ) -> Result<(), String> {
     if answer.image_sha256 != question.image_sha256 {
-        return Err(format!("it judged other bytes (sha256 {})", answer.image_sha256));
+        let hash = bounds::shown(&answer.image_sha256);
+        return Err(format!("it judged other bytes (sha256 {hash})"));
     }
+    bounds::answer(&answer.calibration_ids, &answer.calibration_fallbacks)
+        .map_err(|problem| format!("its answer {problem}"))?;
     let asked: BTreeSet<&str> = concepts.iter().map(|c| c.name.as_str()).collect();
     let answered: BTreeSet<&str> = answer.scores.iter().map(|s| s.concept.as_str()).collect();
     if asked != answered || answer.scores.len() != asked.len() {
-        return Err(format!("it was asked for {asked:?} and answered for {answered:?}"));
+        let answered = answered.into_iter().take(MAX_CONCEPTS).collect::<Vec<_>>().join(", ");
+        let answered = bounds::shown(&answered);
+        return Err(format!("it was asked for {asked:?} and answered for {answered}"));
     }
     for score in &answer.scores {
         finite(score)?;
@@ -87,9 +96,9 @@ pub(crate) fn accept_outcome(
 ) -> Result<(Outcome, v1::WorkerReport), String> {
     let report = outcome.report.take().ok_or("it has no report")?;
     accept_report(spec, policy, &report)?;
-    let texts = report.energy_nodes.iter().chain(&report.calibrations).chain(&outcome.notices);
-    if texts.clone().count() > 3 * MAX_ENTRIES || texts.clone().any(|t| t.len() > MAX_ENTRY_BYTES) {
-        return Err("its lists of nodes, calibrations or notices are too long".to_owned());
+    let texts = report.energy_nodes.iter().chain(&report.calibrations);
+    if texts.clone().count() > 2 * MAX_ENTRIES || texts.clone().any(|t| t.len() > MAX_ENTRY_BYTES) {
+        return Err("its lists of nodes or calibrations are too long".to_owned());
     }
     match outcome.status() {
         ImageStatus::Released => {
@@ -240,7 +249,7 @@ mod tests {
         type Spoil = fn(&mut v1::CheckResponse);
         let cases: [(Spoil, &str); 10] = [
             (|a| a.image_sha256 = "bb".into(), "other bytes"),
-            (|a| a.scores.truncate(1), "answered for {\"axe\"}"),
+            (|a| a.scores.truncate(1), "answered for `axe`"),
             (|a| a.scores.push(score("axe", 0.0)), "answered for"),
             (|a| a.scores[0].concept = "dog".into(), "answered for"),
             (|a| a.scores[1].z = f32::NAN, "`bomb` is not finite"),

@@ -18,17 +18,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use fairlead_common::bounds::{
+    self, MAX_CONCEPT_NAME, MAX_PHRASE_CHARS, MAX_PHRASES, is_kebab_case,
+};
 use fairlead_proto::v1::ConceptDefinition;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// Longest concept or group name.
-const MAX_NAME: usize = 64;
-
-/// Most concepts of a set that comes over the network, most phrases of each of their lists, and of all: what
-/// the text model reads while nobody's images are scored.
+/// Most concepts of a set that comes over the network, and most phrases of all of them: what the text model
+/// reads while nobody's images are scored.
 const MOST_SENT: usize = 256;
-const MOST_PHRASES: usize = 64;
 const MOST_PHRASES_IN_ALL: usize = 512;
 
 /// Why a concepts file was refused.
@@ -124,7 +123,7 @@ impl Concept {
         if !is_kebab_case(name) {
             return Err(format!(
                 "concept `{name}`: `name` must be kebab-case (a-z, 0-9, single hyphens, at most \
-                 {MAX_NAME} characters), e.g. \"kitchen-knife\""
+                 {MAX_CONCEPT_NAME} characters), e.g. \"kitchen-knife\""
             ));
         }
         if !is_kebab_case(group) {
@@ -142,6 +141,13 @@ impl Concept {
         {
             return Err(format!("concept `{name}`: the phrase {phrase:?} is empty; remove it"));
         }
+        bounds::count("targets", targets.len(), MAX_PHRASES)
+            .and_then(|()| bounds::count("anchors", anchors.len(), MAX_PHRASES))
+            .and_then(|()| {
+                let mut phrases = targets.iter().chain(anchors);
+                phrases.try_for_each(|phrase| bounds::line(phrase, MAX_PHRASE_CHARS))
+            })
+            .map_err(|problem| format!("concept `{name}`: {problem}"))?;
         if !(weight.is_finite() && *weight > 0.0) {
             return Err(format!("concept `{name}`: `weight` is {weight}, must be finite, above 0"));
         }
@@ -168,15 +174,6 @@ impl From<Concept> for ConceptDefinition {
         let Concept { name, group, targets, anchors, weight, fallback_threshold } = concept;
         Self { name, group, targets, anchors, weight: Some(weight), fallback_threshold }
     }
-}
-
-/// Lower-case words and digits joined by single hyphens.
-fn is_kebab_case(name: &str) -> bool {
-    name.len() <= MAX_NAME
-        && name.split('-').all(|word| {
-            !word.is_empty()
-                && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
-        })
 }
 
 /// The concepts of one file, in its order; at least one.
@@ -226,11 +223,9 @@ impl ConceptSet {
             let concepts = definitions.len();
             return Err(format!("has {concepts} concepts, must have 1 to {MOST_SENT}"));
         }
-        let long = |d: &&ConceptDefinition| d.targets.len().max(d.anchors.len()) > MOST_PHRASES;
+        let long = |d: &&ConceptDefinition| d.targets.len().max(d.anchors.len()) > MAX_PHRASES;
         if let Some(ConceptDefinition { name, .. }) = definitions.iter().find(long) {
-            return Err(format!(
-                "concept `{name}` has more than {MOST_PHRASES} targets or anchors"
-            ));
+            return Err(format!("concept `{name}` has more than {MAX_PHRASES} targets or anchors"));
         }
         let phrases: usize = definitions.iter().map(|d| d.targets.len() + d.anchors.len()).sum();
         if phrases > MOST_PHRASES_IN_ALL {
@@ -377,6 +372,9 @@ mod tests {
             ("0.5", "0.0", ["pill", "weight"]),
             ("0.5", "inf", ["pill", "weight"]),
             ("0.05", "nan", ["kitchen-knife", "fallback_threshold"]),
+            ("\"a capsule\"", "\"a \\u001b[2J\"", ["pill", "control characters"]),
+            ("\"a capsule\"", &format!("\"{}\"", "x".repeat(600)), ["pill", "512 characters"]),
+            ("\"a capsule\"", &"\"x\",".repeat(64), ["pill", "65 targets"]),
         ] {
             let error = refusal(from, to);
             assert!(parts.iter().all(|part| error.contains(part)), "{to}: {error}");

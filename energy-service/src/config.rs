@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
-use fairlead_common::{ids, tls::Tls};
+use fairlead_common::{door::ServerArgs, ids, tls::Tls};
 use fairlead_models::DeviceName;
 
 use crate::engine::Batching;
@@ -56,7 +56,8 @@ pub struct EnergyArgs {
     #[arg(long, value_name = "URL", env = "FAIRLEAD_ENERGY_COORDINATOR")]
     pub coordinator: Option<String>,
     /// Name of this node, unique among the live ones: a second that runs is refused, and one that comes
-    /// back has it again, wherever it comes back. Default: a random one.
+    /// back has it again, wherever it comes back. Default: the one that --tls-cert is for, and without TLS a
+    /// random one.
     #[arg(long, value_name = "NAME", env = "FAIRLEAD_ENERGY_NODE_ID")]
     pub node_id: Option<String>,
     /// Crops each image is scored on where a request does not say, 1 to 8. More are harder to fool
@@ -101,6 +102,9 @@ pub struct EnergyArgs {
     /// Device the model runs on: cpu, or cuda:N in a build with that feature.
     #[arg(long, value_name = "DEVICE", env = "FAIRLEAD_ENERGY_DEVICE", default_value = "cpu")]
     pub device: DeviceName,
+    /// Who may connect, and what is shown to them.
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 const DEFAULT_CROPS: u32 = 4;
@@ -137,6 +141,8 @@ pub struct EnergyOptions {
     pub device: DeviceName,
     /// With a certificate, only services of the cluster can connect.
     pub tls: Tls,
+    /// Who may connect, and what is shown to them.
+    pub server: ServerArgs,
 }
 
 impl EnergyOptions {
@@ -157,6 +163,7 @@ impl EnergyOptions {
             batch_wait_ms: 0,
             device: DeviceName::Cpu,
             tls: Tls::default(),
+            server: ServerArgs::default(),
         }
     }
 
@@ -171,22 +178,26 @@ impl EnergyOptions {
     }
 }
 
-impl From<EnergyArgs> for EnergyOptions {
-    fn from(args: EnergyArgs) -> Self {
-        Self {
-            model: args.model,
-            concepts: args.concepts,
-            calibrations: args.calibrations,
-            added_concepts: args.added_concepts,
-            advertise: args.advertise,
-            coordinator: args.coordinator,
-            node_id: args.node_id.unwrap_or_else(|| ids::process_name("energy")),
-            crops: args.crops,
-            queue: args.queue,
-            max_batch: args.max_batch,
-            batch_wait_ms: args.batch_wait_ms,
-            device: args.device,
-            tls: Tls::default(),
+impl EnergyArgs {
+    /// The options that these ask for, of a node with the certificate of `tls`, if there is one.
+    pub fn options(self, tls: Tls) -> EnergyOptions {
+        let certified = || tls.identity().map(|own| own.name.clone());
+        let node_id = self.node_id.or_else(certified);
+        EnergyOptions {
+            model: self.model,
+            concepts: self.concepts,
+            calibrations: self.calibrations,
+            added_concepts: self.added_concepts,
+            advertise: self.advertise,
+            coordinator: self.coordinator,
+            node_id: node_id.unwrap_or_else(|| ids::process_name("energy")),
+            crops: self.crops,
+            queue: self.queue,
+            max_batch: self.max_batch,
+            batch_wait_ms: self.batch_wait_ms,
+            device: self.device,
+            tls,
+            server: self.server,
         }
     }
 }
@@ -205,7 +216,7 @@ mod tests {
     fn parse(extra: &[&str]) -> Result<EnergyOptions, String> {
         let base = ["energy", "--model", "clip", "--concepts", "c.toml"];
         Cli::try_parse_from(base.iter().chain(extra))
-            .map(|cli| cli.energy.into())
+            .map(|cli| cli.energy.options(Tls::default()))
             .map_err(|error| error.to_string())
     }
 

@@ -1,8 +1,16 @@
-//! The node's gRPC surface: the energy service, health with one name per concept, reflection.
+//! The node's gRPC surface: the energy service and who may ask it what, health with one name per concept,
+//! reflection.
 
 use std::sync::{Arc, OnceLock};
 
-use fairlead_common::{clock::unix_ms, trace};
+use fairlead_common::{
+    clock::unix_ms,
+    identity::{
+        Role::{self, Coordinator, Operator, Worker},
+        authorize,
+    },
+    trace,
+};
 use fairlead_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
@@ -30,13 +38,24 @@ pub(crate) fn concept_service(concept: &str) -> String {
 
 pub(crate) struct EnergyGrpc {
     node: NodeCell,
+    /// Callers must show certificates.
+    mutual: bool,
 }
 
 impl EnergyGrpc {
-    pub(crate) fn server(node: NodeCell) -> EnergyServiceServer<Self> {
-        EnergyServiceServer::new(Self { node })
+    pub(crate) fn server(node: NodeCell, mutual: bool) -> EnergyServiceServer<Self> {
+        EnergyServiceServer::new(Self { node, mutual })
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// Refuses a call of anybody without one of these roles.
+    fn only<T>(&self, request: &Request<T>, roles: &[Role]) -> Result<(), Status> {
+        let refused = |refusal| {
+            tracing::warn!(%refusal, "request refused");
+            Status::from(refusal)
+        };
+        authorize(request, self.mutual, roles).map(drop).map_err(refused)
     }
 
     fn node(&self) -> Result<&Arc<Node>, RequestError> {
@@ -48,8 +67,9 @@ impl EnergyGrpc {
 impl EnergyService for EnergyGrpc {
     async fn describe(
         &self,
-        _request: Request<DescribeRequest>,
+        request: Request<DescribeRequest>,
     ) -> Result<Response<DescribeResponse>, Status> {
+        self.only(&request, &[Coordinator, Worker, Operator])?;
         let node = self.node()?.describe();
         Ok(Response::new(DescribeResponse { node: Some(node) }))
     }
@@ -58,6 +78,7 @@ impl EnergyService for EnergyGrpc {
         &self,
         request: Request<EvaluateRequest>,
     ) -> Result<Response<EvaluateResponse>, Status> {
+        self.only(&request, &[Worker, Operator])?;
         let images = request.get_ref().samples.len() as i64;
         let span = tracing::info_span!("evaluate", otel.kind = "server", images);
         trace::follow(&span, trace::incoming(request.metadata()));
@@ -69,6 +90,7 @@ impl EnergyService for EnergyGrpc {
         &self,
         request: Request<CheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
+        self.only(&request, &[Coordinator, Worker])?;
         let span = tracing::info_span!("check", otel.kind = "server");
         trace::follow(&span, trace::incoming(request.metadata()));
         let answer = async { self.node()?.check(request.into_inner()).await };
@@ -79,6 +101,7 @@ impl EnergyService for EnergyGrpc {
         &self,
         request: Request<AddConceptsRequest>,
     ) -> Result<Response<AddConceptsResponse>, Status> {
+        self.only(&request, &[Operator, Coordinator])?;
         let node = Arc::clone(self.node()?);
         // A task of its own, so that it is polled to the end when the caller goes away.
         let adding = async move { node.add_concepts(request.into_inner(), unix_ms()).await };

@@ -3,8 +3,12 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use fairlead_common::{
+    bounds,
     clock::unix_ms,
-    grpc::{Replicas, channel, incoming, replicas, server},
+    door,
+    follow::follow,
+    grpc::{self, Replicas, replicas},
+    identity::Identity as Certified,
     tls::Peers,
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
@@ -28,9 +32,6 @@ use crate::{
 
 /// Time that calls in flight get to end after a shutdown.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How often the folder of calibrations is looked at.
-const RELOAD_PERIOD: Duration = Duration::from_secs(2);
 
 /// Serves the energy model of `options` on `listener` until `shutdown`.
 ///
@@ -72,11 +73,12 @@ pub async fn run_with_scorer(
     set_health(&health, None, false).await;
     let cell = NodeCell::default();
     let stop_serving = CancellationToken::new();
-    let serve = server(&options.tls, Peers::Services)?
-        .add_service(health_service)
-        .add_service(reflection()?)
-        .add_service(EnergyGrpc::server(cell.clone()))
-        .serve_with_incoming_shutdown(incoming(listener), stop_serving.clone().cancelled_owned());
+    let incoming = door::open(listener, options.tls.clone(), Peers::Services, &options.server);
+    let serve = grpc::server()
+        .add_optional_service(options.server.health.then(health_service))
+        .add_optional_service(options.server.reflection.then(reflection()?))
+        .add_service(EnergyGrpc::server(cell.clone(), options.tls.is_on()))
+        .serve_with_incoming_shutdown(incoming, stop_serving.clone().cancelled_owned());
     tokio::pin!(serve);
     tracing::info!(address = %identity.address, "energy node listening, loading its model");
     let live = async {
@@ -201,8 +203,14 @@ fn identity(options: &EnergyOptions, listener: &TcpListener) -> Result<Identity,
     if options.queue == 0 {
         return refused("--queue", "is 0, must be at least 1".to_owned());
     }
-    if options.node_id.is_empty() {
-        return refused("--node-id", "is empty; leave it out for a random name".to_owned());
+    if let Err(problem) = bounds::name(&options.node_id) {
+        return refused("--node-id", format!("{problem}; leave it out for a random name"));
+    }
+    let own = options.tls.identity();
+    if let Some(own) = own.as_ref().filter(|own| own.name != options.node_id) {
+        let why =
+            format!("is `{}`, but the certificate is for {own}; leave it out", options.node_id);
+        return refused("--node-id", why);
     }
     let address = listener.local_addr().map_err(|source| Error::System {
         what: "the listener has no address".to_owned(),
@@ -221,30 +229,38 @@ fn identity(options: &EnergyOptions, listener: &TcpListener) -> Result<Identity,
         None => format!("{}://{address}", options.tls.scheme()),
     };
     // Refused here rather than by the first worker that tries it.
-    channel(&address, register::CALL_TIMEOUT, &options.tls)
-        .map_err(|error| Error::Option { option: "--advertise", why: error.to_string() })?;
+    check_address(&address, own.as_deref())
+        .map_err(|why| Error::Option { option: "--advertise", why })?;
     Ok(Identity { node_id: options.node_id.clone(), address, crops: options.crops })
 }
 
-/// Picks up calibrations that come or go while the node runs.
+/// Refuses an address that others would not call: none at all, or where services show certificates, one in
+/// the clear or that the own certificate is not for.
+fn check_address(address: &str, own: Option<&Certified>) -> Result<(), String> {
+    let endpoint = grpc::endpoint(address, register::CALL_TIMEOUT).map_err(|e| e.to_string())?;
+    let Some(own) = own else { return Ok(()) };
+    if endpoint.uri().scheme_str() != Some("https") {
+        return Err(format!(
+            "`{address}` is in the clear, and this node speaks TLS; write https://"
+        ));
+    }
+    let host = endpoint.uri().host().unwrap_or_default();
+    match own.is_at(host) {
+        true => Ok(()),
+        false => Err(format!(
+            "others would reach this node at `{host}`, which its certificate is not for; give an address at a \
+             host that it is for, or make one with `fairlead keys tls --role energy --name {} --host {host}`",
+            own.name
+        )),
+    }
+}
+
+/// Picks up calibrations that come or go while the node runs. A file half written or broken changes
+/// nothing.
 async fn reload_calibrations(node: Arc<Node>, directory: PathBuf, shutdown: CancellationToken) {
-    let mut told = String::new();
-    loop {
-        tokio::select! {
-            () = shutdown.cancelled() => return,
-            () = tokio::time::sleep(RELOAD_PERIOD) => {}
-        }
-        let (node, directory) = (node.clone(), directory.clone());
-        match tokio::task::spawn_blocking(move || node.reload(&directory)).await {
-            Ok(Ok(true)) => tracing::info!("calibrations changed"),
-            Ok(Ok(false)) => {}
-            // A file half written or broken: what is known stays; said once.
-            Ok(Err(error)) if error.to_string() != told => {
-                told = error.to_string();
-                tracing::error!(%error, "calibrations not reloaded");
-            }
-            Ok(Err(_)) => {}
-            Err(panic) => tracing::error!(%panic, "reloading the calibrations panicked"),
-        }
+    let look = move || node.reload(&directory);
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = follow("calibrations", look, || ()) => {}
     }
 }

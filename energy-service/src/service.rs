@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use fairlead_common::tensor;
+use fairlead_common::{bounds::MAX_CONCEPTS, tensor};
 use fairlead_proto::{MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION, v1};
 use tokio::sync::{Mutex, watch};
 
@@ -33,9 +33,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Most images of one request, however small they are.
 const MAX_BATCH: usize = 64;
-
-/// Most concepts of a node that learns.
-const MOST_CONCEPTS: usize = 1024;
 
 /// How a node appears to others.
 #[derive(Debug, Clone)]
@@ -149,8 +146,8 @@ impl Node {
         allow_uncalibrated: bool,
     ) -> Result<(), RequestError> {
         let concepts = served.concepts.len();
-        if concepts > MOST_CONCEPTS {
-            return Err(RequestError::TooManyConcepts { concepts, most: MOST_CONCEPTS });
+        if concepts > MAX_CONCEPTS {
+            return Err(RequestError::TooManyConcepts { concepts, most: MAX_CONCEPTS });
         }
         let folders = self.folders.clone();
         let load = move || Ok(Offer { calibrations: folders.calibrations_of(&served)?, served });

@@ -6,10 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use fairlead_common::{
-    grpc,
-    tls::{Peers, Tls},
-};
+use fairlead_common::grpc;
 use fairlead_tests::{
     PATIENCE, Sandbox, command,
     metrics::{get, scrape},
@@ -64,7 +61,7 @@ impl Receiver {
         let address = format!("http://{}", listener.local_addr()?);
         let receiver = Self(Arc::new(watch::Sender::new(Vec::new())));
         let service = TraceServiceServer::new(receiver.clone());
-        let server = grpc::server(&Tls::default(), Peers::Services)?.add_service(service);
+        let server = grpc::server().add_service(service);
         tokio::spawn(server.serve_with_incoming(grpc::incoming(listener)));
         Ok((receiver, address))
     }

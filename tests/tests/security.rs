@@ -38,15 +38,32 @@ async fn refused(arguments: &[&str], folder: &Path) -> Result<String> {
     Ok(text(&output))
 }
 
+/// The list that services look at.
+const REVOKED: &str = "revoked";
+
+/// Makes a certificate and returns its serial number.
+async fn certificate(role: &str, name: &str, more: &[&str], folder: &Path) -> Result<String> {
+    let arguments = [&["keys", "tls", "--role", role, "--name", name][..], more].concat();
+    let told = said(&arguments, folder).await?;
+    let serial = told.lines().find_map(|line| line.strip_prefix("serial ")?.split(',').next());
+    Ok(serial.context("no serial number")?.to_owned())
+}
+
 /// A command of the service `name` with its certificate, which logs everything into a file.
 fn service(folder: &Path, name: &str) -> Result<Command> {
+    service_as(folder, name, name)
+}
+
+/// The same, with the certificate `name`.
+fn service_as(folder: &Path, service: &str, name: &str) -> Result<Command> {
     let file = |file: String| folder.join("certificates").join(file);
     let mut command = command();
     command
-        .arg(name)
+        .arg(service)
         .env("FAIRLEAD_TLS_CERT", file(format!("{name}.pem")))
         .env("FAIRLEAD_TLS_KEY", file(format!("{name}-key.pem")))
         .env("FAIRLEAD_TLS_CA", file("ca.pem".into()))
+        .env("FAIRLEAD_TLS_REVOKED", folder.join(REVOKED))
         .env("FAIRLEAD_LOG", "trace")
         .stderr(std::fs::File::create(folder.join(format!("{name}.log")))?);
     Ok(command)
@@ -65,11 +82,13 @@ struct Secured {
 async fn secured() -> Result<Secured> {
     let mut sandbox = Sandbox::empty(Vec::new())?;
     let folder = sandbox.folder().to_owned();
-    for service in ["coordinator", "energy"] {
-        said(&["keys", "tls", service, "--host", "127.0.0.1"], &folder).await?;
+    for role in ["coordinator", "energy"] {
+        certificate(role, role, &["--host", "127.0.0.1"], &folder).await?;
     }
-    said(&["keys", "tls", "worker"], &folder).await?;
-    let mut policies = std::fs::read_to_string(asset("policies.toml"))?;
+    certificate("worker", "worker", &[], &folder).await?;
+    std::fs::write(folder.join(REVOKED), "# nobody\n")?;
+    let mut policies = "known_concepts = [\"*\"]\n".to_owned();
+    policies += &std::fs::read_to_string(asset("policies.toml"))?;
     for tenant in ["acme", "other"] {
         let told = said(&["keys", "client", "--out", tenant], &folder).await?;
         let line = told.lines().find(|line| line.starts_with("keys = ")).context("no line")?;
@@ -169,7 +188,7 @@ async fn a_cluster_serves_those_who_have_keys_and_certificates() -> Result<()> {
     assert!(!worker.status.success());
     assert!(text(&worker).contains("for the cluster's services"), "{}", text(&worker));
     let ca = TlsArgs { tls_ca: Some(folder.join(ca[1])), ..TlsArgs::default() };
-    let channel = grpc::channel(energy, PATIENCE, &ca.load()?)?;
+    let channel = grpc::node_channel("energy", energy, PATIENCE, &ca.load()?)?;
     let described = EnergyServiceClient::new(channel).describe(DescribeRequest {}).await;
     assert!(described.is_err(), "an energy node answered somebody without a certificate");
     Ok(())
@@ -233,7 +252,7 @@ async fn nothing_listens_in_the_clear_where_others_can_connect() -> Result<()> {
         let clear = refused(service, folder).await?;
         assert!(clear.contains("--tls-cert") && clear.contains("--insecure"), "{clear}");
     }
-    said(&["keys", "tls", "coordinator", "--host", "localhost"], folder).await?;
+    certificate("coordinator", "coordinator", &["--host", "localhost"], folder).await?;
     let tls = [
         "--tls-cert",
         "certificates/coordinator.pem",
@@ -244,6 +263,9 @@ async fn nothing_listens_in_the_clear_where_others_can_connect() -> Result<()> {
     ];
     let open = refused(&[&coordinator[..], &tls].concat(), folder).await?;
     assert!(open.contains("[tenants.NAME]") && open.contains("--insecure"), "{open}");
+    // Any energy node could have jobs refused.
+    let open = refused(&[&coordinator[..], &tls, &["--insecure"]].concat(), folder).await?;
+    assert!(open.contains("known_concepts = "), "{open}");
 
     let mut sandbox = Sandbox::empty(Vec::new())?;
     let mut insecure = command();
@@ -263,5 +285,75 @@ async fn nothing_listens_in_the_clear_where_others_can_connect() -> Result<()> {
     }
     let half = refused(&[&coordinator[..], &tls[..2]].concat(), folder).await?;
     assert!(half.contains("--tls-key"), "{half}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_needs_the_certificate_of_its_role() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+    certificate("worker", "worker-1", &[], folder).await?;
+    let tls = |name: &str| {
+        ["tls-cert", "tls-key", "tls-ca"].map(|flag| match flag {
+            "tls-cert" => format!("--tls-cert=certificates/{name}.pem"),
+            "tls-key" => format!("--tls-key=certificates/{name}-key.pem"),
+            _ => "--tls-ca=certificates/ca.pem".to_owned(),
+        })
+    };
+    let worker = tls("worker-1");
+    let worker: Vec<&str> = worker.iter().map(String::as_str).collect();
+    let (model, concepts) = (asset("emojiland-clip"), asset("concepts"));
+    let [model, concepts] = [&model, &concepts].map(|path| path.to_str().unwrap_or_default());
+    let energy = ["energy", "--model", model, "--concepts", concepts];
+    let wrong = refused(&[&energy[..], &worker[..]].concat(), folder).await?;
+    assert!(wrong.contains("but this service has the role energy"), "{wrong}");
+    assert!(wrong.contains("--role energy --name worker-1 --host HOST"), "{wrong}");
+    let cases: [(&[&str], &str); 6] = [
+        (&["--role", "energy", "--name", "a"], "--host: others connect to the energy"),
+        (&["--role", "worker", "--name", "a", "--host", "b"], "--host: nobody connects"),
+        (&["--role", "worker", "--name", "a b"], "letters, digits"),
+        (&["--role", "worker", "--name", "ca"], "`ca` is the authority"),
+        (&["--role", "root", "--name", "a"], "operator"),
+        (&["--name", "a"], "--role"),
+    ];
+    for (arguments, part) in cases {
+        let told = refused(&[&["keys", "tls"][..], arguments].concat(), folder).await?;
+        assert!(told.contains(part), "{told}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_revoked_worker_loses_its_stream_and_a_renewed_certificate_is_taken_up() -> Result<()> {
+    let cluster = secured().await?;
+    let folder = cluster.folder.as_path();
+    let made = cluster.client(&OWL, "acme").await?;
+    ensure!(made.status.success(), "{}", text(&made));
+    // A second worker, whose certificate is lost.
+    let lost = certificate("worker", "lost", &[], folder).await?;
+    let mut sandbox = Sandbox::empty(Vec::new())?;
+    let mut worker = service_as(folder, "worker", "lost")?;
+    worker.args(["--coordinator", &cluster.coordinator, "--metrics-listen", "127.0.0.1:0"]);
+    worker.arg("--model").arg(asset("emojiland-sd"));
+    sandbox.spawn("lost", worker, "metrics at ").await?;
+    let said = async |file: &str, part: &str| {
+        let read = async {
+            while !std::fs::read_to_string(folder.join(file)).is_ok_and(|log| log.contains(part)) {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        };
+        let within = timeout(PATIENCE, read).await;
+        within.with_context(|| format!("{file} does not say {part:?}"))
+    };
+    said("coordinator.log", "\"lost/").await?;
+    std::fs::write(folder.join(REVOKED), format!("{lost}  # lost with its laptop\n"))?;
+    said("lost.log", "stream ended").await?;
+    said("coordinator.log", "the certificate of worker `lost` is revoked").await?;
+
+    // Everybody else is served, by a coordinator with a new certificate.
+    certificate("coordinator", "coordinator", &["--host", "127.0.0.1"], folder).await?;
+    said("coordinator.log", "certificates read again").await?;
+    let again = cluster.client(&OWL, "acme").await?;
+    ensure!(again.status.success(), "{}", text(&again));
     Ok(())
 }

@@ -31,7 +31,9 @@ pub struct WorkerArgs {
     )]
     pub coordinator: String,
 
-    /// Name of this worker in records and logs; by default a random one.
+    /// Name of this worker in records and logs. With TLS it is the one that --tls-cert is for, or begins with
+    /// that and `/`, so that several can share a certificate: by default with a random end, e.g.
+    /// worker-1/3f9c21ab. Without, it is any; by default a random one.
     #[arg(long, value_name = "NAME", env = "FAIRLEAD_WORKER_ID")]
     pub worker_id: Option<String>,
 

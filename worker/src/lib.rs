@@ -20,7 +20,7 @@ pub mod turn;
 
 use std::path::Path;
 
-use fairlead_common::ids::process_name;
+use fairlead_common::ids::{process_name, process_part};
 use tokio_util::sync::CancellationToken;
 
 pub use config::WorkerArgs;
@@ -35,7 +35,10 @@ pub use shard::Shard;
 /// If a model cannot be loaded or the coordinator refuses this worker for good. A coordinator that
 /// cannot be reached is tried again until `shutdown`.
 pub async fn run(options: WorkerArgs, shutdown: CancellationToken) -> Result<()> {
-    let worker_id = options.worker_id.clone().unwrap_or_else(|| process_name("worker"));
+    let worker_id = options.worker_id.clone().unwrap_or_else(|| match options.tls.identity() {
+        Some(own) => process_part(&own.name),
+        None => process_name("worker"),
+    });
     let mut engines: Vec<EngineHandle> = Vec::new();
     for dir in &options.models {
         let engine = tokio::select! {

@@ -7,10 +7,14 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use fairlead_common::signature::Signer;
+use fairlead_common::{
+    bounds,
+    identity::{Identity, Role},
+    signature::Signer,
+};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, SanType,
 };
 use sha2::{Digest, Sha256};
 use time::{Duration, OffsetDateTime};
@@ -33,7 +37,7 @@ pub(crate) struct KeysArgs {
 
 #[derive(Subcommand)]
 enum Kind {
-    /// Make a certificate for one service, and the cluster's authority where there is none yet.
+    /// Make a certificate for one process, and the cluster's authority where there is none yet.
     Tls(TlsKeysArgs),
     /// Make a key for a client and the line for its tenant in the policies file.
     Client(ClientKeyArgs),
@@ -43,12 +47,21 @@ enum Kind {
 
 /// Writes NAME.pem and NAME-key.pem, signed by the authority in the same folder: ca.pem, ca-key.pem. Services
 /// need ca.pem and their own two files; keep ca-key.pem away from all of them.
+///
+/// A certificate says for whom it is, as the URI fairlead://ROLE/NAME: a worker's makes no energy node. Its
+/// serial number, or the name, on a line of the file of --tls-revoked ends its use.
 #[derive(Args)]
 struct TlsKeysArgs {
-    /// Name of the service, e.g. coordinator, energy-1 or worker-1.
+    /// What the process is there for: coordinator, worker, energy (a node), or operator, for the commands of a
+    /// person who gives concepts to nodes and measures.
+    #[arg(long, value_enum)]
+    role: Role,
+    /// Name of the process, e.g. coordinator, energy-1 or worker-1. It is the energy node's --node-id and the
+    /// beginning of a worker's --worker-id.
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
     name: String,
-    /// Name or address that others reach it at; repeatable. A service without one can only connect:
-    /// right for workers, who then cannot pose as energy nodes.
+    /// Name or address that others reach it at; repeatable. A coordinator and an energy node need one; workers
+    /// and operators only connect, and have none.
     #[arg(long, value_name = "HOST", value_delimiter = ',')]
     host: Vec<String>,
     /// Folder of the files.
@@ -57,6 +70,15 @@ struct TlsKeysArgs {
     /// Days until the certificate is no longer valid.
     #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     days: u32,
+}
+
+/// "ca" is the name of the authority's own files.
+fn parse_name(name: &str) -> Result<String, String> {
+    bounds::name(name)?;
+    match name {
+        "ca" => Err("`ca` is the authority; take another".to_owned()),
+        name => Ok(name.to_owned()),
+    }
 }
 
 /// The key is in no other place: who has it is the tenant. The policies file gets its hash only.
@@ -85,32 +107,37 @@ pub(crate) fn run(args: KeysArgs) -> Result<ExitCode> {
 }
 
 fn tls(args: TlsKeysArgs) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if args.name.is_empty() || args.name == "ca" || !args.name.chars().all(plain) {
-        bail!("`{}` is no name for a service; take letters, digits, `-`, `_` or `.`", args.name);
+    let TlsKeysArgs { role, name, host, out, days } = args;
+    match (role.is_reached(), host.is_empty()) {
+        (true, true) => bail!("--host: others connect to the {role}; say at which name or address"),
+        (false, false) => bail!("--host: nobody connects to the {role}; leave it out"),
+        _ => {}
     }
-    let folder = ensure_folder(&args.out)?;
+    let folder = ensure_folder(&out)?;
     let authority = authority(&folder)?;
     let key = KeyPair::generate()?;
-    let mut params = CertificateParams::new(args.host.clone())
-        .with_context(|| format!("--host: {} is no name or address", args.host.join(",")))?;
-    params.distinguished_name.push(DnType::CommonName, &args.name);
+    let mut params = CertificateParams::new(host.clone())
+        .with_context(|| format!("--host: {} is no name or address", host.join(",")))?;
+    let uri = format!("fairlead://{role}/{name}");
+    params.subject_alt_names.push(SanType::URI(uri.as_str().try_into()?));
+    params.distinguished_name.push(DnType::CommonName, &name);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-    if !args.host.is_empty() {
+    if role.is_reached() {
         params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
     }
-    valid_for(&mut params, args.days.into());
+    valid_for(&mut params, days.into());
     let certificate = params.signed_by(&key, &authority)?;
-    let [cert_file, key_file] =
-        ["", "-key"].map(|part| folder.join(format!("{}{part}.pem", args.name)));
+    let serial = Identity::of(certificate.der())?.serial;
+    let [cert_file, key_file] = ["", "-key"].map(|part| folder.join(format!("{name}{part}.pem")));
     write_secret(&key_file, key.serialize_pem().as_bytes())?;
     crate::output::write_file(&cert_file, certificate.pem().as_bytes())?;
-    let reached = match args.host.as_slice() {
+    let reached = match host.as_slice() {
         [] => "connects to others, others cannot connect to it".to_owned(),
         hosts => format!("is reached at {}", hosts.join(", ")),
     };
-    say!("{}: {reached}; valid for {} days", cert_file.display(), args.days);
+    say!("{}: {role} `{name}`, {reached}; valid for {days} days", cert_file.display());
+    say!("serial {serial}, for --tls-revoked should it be lost");
     say!(
         "--tls-cert {} --tls-key {} --tls-ca {}",
         cert_file.display(),

@@ -5,11 +5,12 @@ use std::{net::SocketAddr, process::ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use fairlead_common::{
+    identity::Role,
     metrics, shutdown,
     tls::{Tls, TlsArgs},
 };
 use fairlead_coordinator::{CoordinatorArgs, CoordinatorOptions};
-use fairlead_energy::{EnergyArgs, EnergyOptions};
+use fairlead_energy::EnergyArgs;
 use fairlead_worker::WorkerArgs;
 use tokio::net::TcpListener;
 
@@ -57,7 +58,7 @@ impl MetricsArgs {
 pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     args.metrics.serve().await?;
-    let (tls, args) = (args.tls.load()?, args.service);
+    let (tls, args) = (certified(&args.tls, Role::Coordinator)?, args.service);
     tls.may_listen(args.listen, args.insecure)?;
     let options = CoordinatorOptions { tls: tls.clone(), ..args.options()? };
     if options.policies.tenants().is_empty() && !args.insecure && !args.listen.ip().is_loopback() {
@@ -67,6 +68,9 @@ pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<Ex
             args.listen
         );
     }
+    if tls.is_on() {
+        options.policies.check_known()?;
+    }
     let listener = bind(args.listen, &tls).await?;
     fairlead_coordinator::run(listener, options, stop).await?;
     Ok(ExitCode::SUCCESS)
@@ -75,7 +79,7 @@ pub(crate) async fn coordinator(args: ServiceArgs<CoordinatorArgs>) -> Result<Ex
 pub(crate) async fn worker(args: ServiceArgs<WorkerArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     args.metrics.serve().await?;
-    let options = WorkerArgs { tls: args.tls.load()?, ..args.service };
+    let options = WorkerArgs { tls: certified(&args.tls, Role::Worker)?, ..args.service };
     fairlead_worker::run(options, stop).await?;
     Ok(ExitCode::SUCCESS)
 }
@@ -83,12 +87,18 @@ pub(crate) async fn worker(args: ServiceArgs<WorkerArgs>) -> Result<ExitCode> {
 pub(crate) async fn energy(args: ServiceArgs<EnergyArgs>) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     args.metrics.serve().await?;
-    let (tls, args) = (args.tls.load()?, args.service);
+    let (tls, args) = (certified(&args.tls, Role::Energy)?, args.service);
     tls.may_listen(args.listen, args.insecure)?;
     let listener = bind(args.listen, &tls).await?;
-    let options = EnergyOptions { tls, ..EnergyOptions::from(args) };
-    fairlead_energy::run(listener, options, stop).await?;
+    fairlead_energy::run(listener, args.options(tls), stop).await?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The certificates of a service, which are read again when they change, until the process ends.
+fn certified(args: &TlsArgs, role: Role) -> Result<Tls> {
+    let tls = args.load_for(role)?;
+    tokio::spawn(tls.clone().follow());
+    Ok(tls)
 }
 
 /// Binds and says where: with port 0 nobody could know otherwise.

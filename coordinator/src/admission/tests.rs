@@ -441,3 +441,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn another_model_of_a_name_keeps_no_job_from_the_right_one() {
+    let mut world = World::new();
+    // It came first, describes the name otherwise, and no node is calibrated for it.
+    let rogue = v1::ModelInfo { hash: "rogue".into(), max_side: 8, ..model("sd") };
+    let liar = v1::ModelInfo { max_side: 8, ..model("sd") };
+    world.models.splice(0..0, [rogue, liar]);
+    let record = world.admit(&spec()).expect("the right one is there");
+    assert_eq!((record.model.hash.as_str(), record.model.max_side), ("hash-of-sd", 66));
+    assert_eq!(record.spec().model, "sd");
+    let [notice] = record.job.notices.as_slice() else { panic!("{:?}", record.job.notices) };
+    assert!(notice.contains("3 different models called `sd`; this is `sd@hash-of-sd`"), "{notice}");
+    let named = v1::JobSpec { model: "sd@hash-of".into(), ..spec() };
+    assert_eq!(world.admit(&named).expect("there").model.max_side, 66);
+    let other = v1::JobSpec { model: "sd@0a".into(), ..spec() };
+    let error = world.admit(&other).expect_err("no such hash").to_string();
+    assert!(error.contains("model: `sd@0a`: no worker has that"), "{error}");
+}

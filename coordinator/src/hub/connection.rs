@@ -3,7 +3,11 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use fairlead_common::ids::JobId;
+use fairlead_common::{
+    bounds::{self, MAX_CAPACITY},
+    identity::Identity,
+    ids::JobId,
+};
 use fairlead_proto::v1::{self, attach_request::Message as Inbound, attach_response::Message};
 use futures::{Stream, StreamExt};
 use tokio::sync::mpsc;
@@ -31,13 +35,17 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 type Outbox = mpsc::Sender<Result<v1::AttachResponse, Status>>;
 
 /// Serves a stream from its first message to its end.
-pub(super) async fn serve<S>(shared: Arc<Shared>, mut inbound: S, outbox: Outbox)
-where
+pub(super) async fn serve<S>(
+    shared: Arc<Shared>,
+    mut inbound: S,
+    outbox: Outbox,
+    who: Option<Arc<Identity>>,
+) where
     S: Stream<Item = Result<v1::AttachRequest, Status>> + Send + Unpin + 'static,
 {
     let close = shared.closing.child_token();
     let greeted = tokio::select! {
-        greeted = greet(&shared, &mut inbound, &outbox, close.clone()) => greeted,
+        greeted = greet(&shared, &mut inbound, &outbox, who, close.clone()) => greeted,
         () = close.cancelled() => Err(Error::Stopping),
     };
     let connection = match greeted {
@@ -78,6 +86,7 @@ async fn greet<S>(
     shared: &Shared,
     inbound: &mut S,
     outbox: &Outbox,
+    who: Option<Arc<Identity>>,
     close: CancellationToken,
 ) -> Result<Connection>
 where
@@ -92,7 +101,7 @@ where
     }
     // The newest view: a worker may have attached elsewhere a moment ago.
     shared.registry.refresh().await?;
-    sessions::check(&hello, &shared.registry.workers())?;
+    sessions::check(&hello, who.as_deref(), &shared.registry.workers())?;
     let worker_id = hello.worker_id.clone();
     let welcome = v1::WorkerWelcome {
         coordinator_id: shared.options.coordinator_id.clone(),
@@ -194,7 +203,8 @@ impl Connection {
     async fn renew(&self, shared: &Shared, renewal: v1::LeaseRenewal) {
         let mut by_job: HashMap<JobId, Vec<LeaseKey>> = HashMap::new();
         let mut reply = v1::LeaseRenewed::default();
-        for lease in renewal.leases {
+        // It holds no more than it asked for.
+        for lease in renewal.leases.into_iter().take(MAX_CAPACITY as usize) {
             let key = LeaseKey::from_proto(Some(&lease));
             match self.held(shared, key, |session| session.job_id).zip(key) {
                 Some((job, key)) => by_job.entry(job).or_default().push(key),
@@ -240,7 +250,8 @@ impl Connection {
             .map(|shard| shard.images())
             .unwrap_or_default();
         let mut steps = progress.steps;
-        steps.retain(|step| images.contains(&step.index));
+        let probes = job.policy().concepts.len();
+        steps.retain(|step| images.contains(&step.index) && bounds::progress(step, probes).is_ok());
         for step in &mut steps {
             // What a worker sends here is not looked at: previews come as pixels.
             step.preview_png.clear();
@@ -336,7 +347,7 @@ impl Connection {
         }
         let reason = match failure.reason.as_str() {
             "" => format!("worker {} gave no reason", self.worker_id),
-            reason => format!("worker {}: {reason}", self.worker_id),
+            reason => format!("worker {}: {}", self.worker_id, bounds::text(reason)),
         };
         let delay_ms = shared.retry_delay_ms(attempt);
         let retryable = failure.retryable || failure.cancelled;

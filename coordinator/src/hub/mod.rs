@@ -9,7 +9,7 @@ mod state;
 
 use std::{sync::Arc, time::Duration};
 
-use fairlead_common::ids::JobId;
+use fairlead_common::{identity::Identity, ids::JobId};
 use fairlead_proto::v1::{self, ImageStatus, attach_response::Message};
 use futures::Stream;
 use parking_lot::Mutex;
@@ -119,14 +119,18 @@ impl Hub {
         Ok(Self { shared })
     }
 
-    /// Serves one worker's stream; returns the stream towards it.
-    pub(crate) fn attach<S>(&self, inbound: S) -> mpsc::Receiver<Result<v1::AttachResponse, Status>>
+    /// Serves one worker's stream; returns the stream towards it. `who` has shown a certificate.
+    pub(crate) fn attach<S>(
+        &self,
+        inbound: S,
+        who: Option<Arc<Identity>>,
+    ) -> mpsc::Receiver<Result<v1::AttachResponse, Status>>
     where
         S: Stream<Item = Result<v1::AttachRequest, Status>> + Send + Unpin + 'static,
     {
         let (outbox, outbound) = mpsc::channel(OUTBOX);
         let shared = Arc::clone(&self.shared);
-        self.shared.tasks.spawn(connection::serve(shared, inbound, outbox));
+        self.shared.tasks.spawn(connection::serve(shared, inbound, outbox, who));
         outbound
     }
 

@@ -3,7 +3,10 @@
 
 use std::{collections::BTreeSet, ops::Range, sync::Arc};
 
-use fairlead_common::ids::JobId;
+use fairlead_common::{
+    bounds::{self, MAX_NOTICES},
+    ids::JobId,
+};
 use fairlead_proto::v1::{self, attach_response::Message};
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
@@ -94,7 +97,11 @@ impl ShardTask {
                         if !self.images.contains(&index) || !seen.insert(index) {
                             return Err(self.broken(format!("sent image {index} twice or unasked")));
                         }
-                        notices.append(&mut outcome.notices);
+                        let said = std::mem::take(&mut outcome.notices);
+                        bounds::count("notices", said.len(), MAX_NOTICES).map_err(|problem| {
+                            self.broken(format!("sent image {index}, which {problem}"))
+                        })?;
+                        notices.extend(said.iter().map(|notice| bounds::text(notice)));
                         checks.push(gate.decide(Proposal {
                             job: Arc::clone(&self.job),
                             token: self.lease.token,

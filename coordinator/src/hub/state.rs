@@ -1,11 +1,12 @@
 //! What the hub knows about attached workers and the shards they hold.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use fairlead_common::ids::JobId;
+use fairlead_common::{
+    bounds::{self, MAX_CAPACITY},
+    identity::Identity,
+    ids::JobId,
+};
 use fairlead_proto::{
     PROTOCOL_VERSION,
     v1::{self, attach_response::Message},
@@ -19,13 +20,10 @@ use crate::{
     error::{Error, Result},
     lease::LeaseKey,
     placement::Candidate,
-    registry::Reservation,
+    registry::{Reservation, model_key},
     state::{JobRecord, QueueName},
     store::Member,
 };
-
-/// Most shards a worker may ask to hold at once.
-const MAX_CAPACITY: u32 = 1_024;
 
 /// An attached worker.
 #[derive(Debug)]
@@ -142,16 +140,16 @@ impl State {
     }
 }
 
-/// Whether a worker may attach beside the `others` of the cluster.
-pub(super) fn check(hello: &v1::WorkerHello, others: &[Arc<Member>]) -> Result<()> {
-    check_hello(hello)?;
-    others
-        .iter()
-        .filter(|worker| worker.id != hello.worker_id)
-        .try_for_each(|worker| check_same_models(worker, hello))
-}
-
-fn check_hello(hello: &v1::WorkerHello) -> Result<()> {
+/// Whether a worker may attach. `who` has shown a certificate; the `others` of the cluster are there.
+/// Another description under a name that is taken is another model ([`crate::registry::Registry::models`]):
+/// nobody keeps a worker out by being first.
+pub(super) fn check(
+    hello: &v1::WorkerHello,
+    who: Option<&Identity>,
+    others: &[Arc<Member>],
+) -> Result<()> {
+    let invalid = |field| move |problem: String| Error::invalid(field, problem);
+    bounds::path(&hello.worker_id).map_err(invalid("hello.worker_id"))?;
     if hello.protocol_version != PROTOCOL_VERSION {
         return Err(Error::Incompatible(format!(
             "worker `{}` speaks protocol {}, this coordinator {PROTOCOL_VERSION}; run the same \
@@ -159,62 +157,32 @@ fn check_hello(hello: &v1::WorkerHello) -> Result<()> {
             hello.worker_id, hello.protocol_version
         )));
     }
-    if hello.worker_id.is_empty() || hello.worker_id.len() > 128 {
-        return Err(Error::invalid("hello.worker_id", "must have 1 to 128 characters"));
+    if let Some(who) = who.filter(|who| !who.may_be(&hello.worker_id)) {
+        return Err(Error::Forbidden(format!(
+            "hello.worker_id: `{}` is not who the certificate is for, {who}; leave out --worker-id, or call it \
+             `{name}` or `{name}/PART`",
+            hello.worker_id,
+            name = who.name
+        )));
     }
     if !(1..=MAX_CAPACITY).contains(&hello.capacity) {
         let problem = format!("is {}; it must be from 1 to {MAX_CAPACITY}", hello.capacity);
         return Err(Error::invalid("hello.capacity", problem));
     }
-    if hello.models.is_empty() {
-        return Err(Error::invalid("hello.models", "is empty; a worker has one model at least"));
-    }
-    let mut names = BTreeSet::new();
-    for model in &hello.models {
-        check_model(model)?;
-        if !names.insert(&model.name) {
-            return Err(Error::invalid("hello.models", format!("`{}` twice", model.name)));
-        }
-    }
-    Ok(())
-}
-
-fn check_model(model: &v1::ModelInfo) -> Result<()> {
-    let missing = [
-        ("name", model.name.is_empty()),
-        ("hash", model.hash.is_empty()),
-        ("sampler", model.sampler.is_empty()),
-        ("granularity", model.granularity == 0),
-        ("max_side", model.max_side < model.granularity),
-        ("max_batch", model.max_batch == 0),
-    ];
-    match missing.iter().find(|(_, missing)| *missing) {
-        None => Ok(()),
-        Some((field, _)) => {
-            let problem = format!("`{}` has no usable {field}", model.name);
-            Err(Error::invalid("hello.models", problem))
-        }
-    }
-}
-
-/// One name means one generator: two workers must not make different images for it.
-fn check_same_models(worker: &Member, hello: &v1::WorkerHello) -> Result<()> {
-    for model in &hello.models {
-        let other = worker.models.iter().find(|other| other.name == model.name);
-        if let Some(other) =
-            other.filter(|other| (&other.hash, &other.sampler) != (&model.hash, &model.sampler))
-        {
-            return Err(Error::Incompatible(format!(
-                "model `{}` of worker `{}` has hash {} and sampler {}, but worker `{}` serves \
-                 hash {} and sampler {} under that name; give one of them another name",
-                model.name,
-                hello.worker_id,
-                model.hash,
-                model.sampler,
-                worker.id,
-                other.hash,
-                other.sampler
-            )));
+    bounds::models(&hello.models).map_err(invalid("hello.models"))?;
+    let same = |model: &v1::ModelInfo, other: &v1::ModelInfo| {
+        model.name == other.name && model_key(model) != model_key(other)
+    };
+    for worker in others.iter().filter(|worker| worker.id != hello.worker_id) {
+        let differs = |model: &&v1::ModelInfo| worker.models.iter().any(|other| same(model, other));
+        if let Some(model) = hello.models.iter().find(differs) {
+            tracing::warn!(
+                worker = hello.worker_id,
+                model = model.name,
+                hash = model.hash,
+                other = worker.id,
+                "two workers have different models of one name"
+            );
         }
     }
     Ok(())
@@ -243,17 +211,16 @@ mod tests {
             models: vec![model("sd"), model("sd3")],
             capacity: 2,
         };
-        check(&valid, &[]).expect("it may attach");
-        let other = Member { id: "other".into(), models: vec![model("sd")], ..Member::default() };
-        let others = [Arc::new(other)];
+        check(&valid, None, &[]).expect("it may attach");
         fuzz(spoiled(valid.encode_to_vec()), |bytes| {
             let Ok(hello) = v1::WorkerHello::decode(&*bytes) else { return };
-            match bounded(bytes.len(), || check(&hello, &others)) {
+            match bounded(bytes.len(), || check(&hello, None, &[])) {
                 Ok(()) => {
                     assert!((1..=MAX_CAPACITY).contains(&hello.capacity));
                     let sound = |model: &v1::ModelInfo| {
                         model.max_side >= model.granularity && model.max_batch > 0
                     };
+                    assert!(bounds::is_path(&hello.worker_id));
                     assert!(hello.models.iter().all(sound) && !hello.models.is_empty());
                 }
                 Err(Error::Invalid { field, .. }) => {
@@ -262,5 +229,37 @@ mod tests {
                 Err(error) => assert!(matches!(error, Error::Incompatible(_)), "{error}"),
             }
         });
+    }
+
+    #[test]
+    fn a_worker_is_called_as_its_certificate() {
+        let (certificate, _) = fairlead_common::testing::Authority::new()
+            .certificate(&["fairlead://worker/worker-1"], &[]);
+        let who = Identity::of(&certificate).expect("it is right");
+        let hello = |id: &str| v1::WorkerHello {
+            worker_id: id.into(),
+            protocol_version: PROTOCOL_VERSION,
+            models: vec![v1::ModelInfo {
+                name: "sd".into(),
+                hash: "abc".into(),
+                sampler: "ddim".into(),
+                granularity: 8,
+                max_side: 64,
+                max_batch: 4,
+                ..Default::default()
+            }],
+            capacity: 2,
+        };
+        for good in ["worker-1", "worker-1/2"] {
+            check(&hello(good), Some(&who), &[]).expect(good);
+        }
+        for bad in ["worker-2", "worker-10", "worker"] {
+            let error = check(&hello(bad), Some(&who), &[]).expect_err(bad).to_string();
+            assert!(error.contains("not who the certificate is for, worker `worker-1`"), "{error}");
+        }
+        let error = check(&hello("w\u{1b}c"), None, &[]).expect_err("control").to_string();
+        assert!(error.contains("hello.worker_id: `w\\u{1b}c` must be"), "{error}");
+        let many = v1::WorkerHello { models: vec![Default::default(); 65], ..hello("worker-1") };
+        check(&many, None, &[]).expect_err("too many models");
     }
 }

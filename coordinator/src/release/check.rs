@@ -166,7 +166,7 @@ impl Checker {
         traceparent: &str,
     ) -> Result<v1::CheckResponse, String> {
         let node = endpoint.node.clone().unwrap_or_default();
-        let channel = self.channels.get(&node.address).map_err(|error| error.to_string())?;
+        let channel = self.channels.get(&node).map_err(|error| error.to_string())?;
         let mut client = EnergyServiceClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);

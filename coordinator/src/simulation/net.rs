@@ -7,10 +7,7 @@ use std::{
     time::Duration,
 };
 
-use fairlead_common::{
-    grpc::{self, AddressError},
-    tls::Tls,
-};
+use fairlead_common::grpc::{self, AddressError};
 use futures::{Stream, stream};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -31,7 +28,7 @@ pub(super) fn channel(address: &str, timeout: Duration) -> Result<Channel, Addre
         let (host, port) = (uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(PORT));
         TcpStream::connect((host, port)).await.map(TokioIo::new)
     });
-    Ok(grpc::endpoint(address, timeout, &Tls::default())?.connect_with_connector_lazy(connector))
+    Ok(grpc::endpoint(address, timeout)?.connect_with_connector_lazy(connector))
 }
 
 /// The connections to this host.

@@ -200,7 +200,7 @@ impl World {
             store: Arc::new(SimulatedStore(Arc::clone(&self.database))),
             outputs: Outputs::new(self.objects.clone()),
             signer: self.signer.clone(),
-            channels: Channels::made_by(move |address| net::channel(address, timeout)),
+            channels: Channels::made_by(move |node| net::channel(&node.address, timeout)),
         };
         let coordinator = Coordinator::start_on(ground, options.clone()).await?;
         let incoming = net::incoming().await.expect("the port is free on a host of its own");

@@ -10,7 +10,9 @@ use fairlead_proto::v1::{
 use tonic::Code;
 
 use crate::{
-    cluster::{Cluster, assert_failed_naming, collect, impatient, options, spec, statuses},
+    cluster::{
+        Cluster, assert_failed_naming, collect, impatient, options, patient, spec, statuses,
+    },
     node::{Node, Script},
     worker::{Worker, hello, lease, model, released},
 };
@@ -206,13 +208,11 @@ async fn strangers_are_refused_with_the_reason() {
     let _first = Worker::attach(&cluster, "first", 1).await;
     let mut old = hello("old", 1);
     old.protocol_version = 99;
-    let mut impostor = hello("impostor", 1);
-    impostor.models[0].hash = "other-weights".into();
     let mut twice = hello("twice", 1);
     twice.models.push(model());
     let cases = [
         (old, Code::FailedPrecondition, "speaks protocol 99"),
-        (impostor, Code::FailedPrecondition, "hash other-weights"),
+        (hello("w\u{1b}[2J", 1), Code::InvalidArgument, "hello.worker_id: `w\\u{1b}[2J`"),
         (twice, Code::InvalidArgument, "`sd` twice"),
         (hello("", 1), Code::InvalidArgument, "hello.worker_id"),
         (hello("idle", 0), Code::InvalidArgument, "hello.capacity: is 0"),
@@ -226,4 +226,34 @@ async fn strangers_are_refused_with_the_reason() {
     let mut rude = Worker::open(&cluster, Up::Draining(v1::WorkerDraining {})).await;
     let status = rude.receive().await.expect_err("it said no hello");
     assert!(status.message().contains("hello: must be the first message"), "{status}");
+}
+
+#[tokio::test]
+async fn a_worker_that_took_a_models_name_first_keeps_nobody_out() {
+    let (cluster, _node) = start().await;
+    let mut impostor = hello("aaa", 1);
+    impostor.models[0].hash = "other-weights".into();
+    impostor.models[0].max_side = 8;
+    let mut impostor = Worker::open(&cluster, Up::Hello(impostor)).await;
+    impostor.welcome().await;
+    let mut worker = Worker::attach(&cluster, "worker", 1).await;
+    let job = cluster.submit(super::cluster::spec(1)).await.expect("the real model is there");
+    assert!(job.notices[0].contains("`sd@hash-of-sd`"), "{:?}", job.notices);
+    assert_eq!(worker.assignment().await.job_id, job.job_id);
+    let listed = patient(cluster.catalog().list_models(v1::ListModelsRequest {})).await;
+    assert_eq!(listed.expect("a list").into_inner().models.len(), 2);
+}
+
+#[tokio::test]
+async fn a_result_that_tells_more_than_there_was_is_not_taken() {
+    let (cluster, node) = start().await;
+    let mut worker = Worker::attach(&cluster, "worker", 2).await;
+    let job = cluster.submit(super::cluster::spec(1)).await.expect("valid");
+    let assignment = worker.assignment().await;
+    let mut outcome = released(&assignment.lease.clone().expect("a lease"), 0);
+    outcome.notices = vec!["read this".into(); 65];
+    worker.send(Up::Image(outcome)).await;
+    let again = worker.assignment().await;
+    assert_eq!((again.job_id, again.attempt), (job.job_id, 2));
+    assert!(node.asked().is_empty(), "it is not even checked");
 }

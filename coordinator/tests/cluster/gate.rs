@@ -251,7 +251,7 @@ async fn a_check_of_other_bytes_releases_nothing() {
 
 #[tokio::test]
 async fn a_missing_score_releases_nothing() {
-    releases_nothing(Script::Forgetful, "answered for {}").await;
+    releases_nothing(Script::Forgetful, "answered for ``").await;
 }
 
 #[tokio::test]

@@ -8,4 +8,5 @@ mod jobs;
 mod node;
 mod requests;
 mod restart;
+mod roles;
 mod worker;

@@ -261,3 +261,37 @@ impl EnergyService for Energy {
         }
     }
 }
+
+/// A node that answers nothing.
+pub(crate) struct Deaf;
+
+#[tonic::async_trait]
+impl EnergyService for Deaf {
+    async fn describe(
+        &self,
+        _request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn evaluate(
+        &self,
+        _request: Request<v1::EvaluateRequest>,
+    ) -> Result<Response<v1::EvaluateResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn add_concepts(
+        &self,
+        _request: Request<v1::AddConceptsRequest>,
+    ) -> Result<Response<v1::AddConceptsResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn check(
+        &self,
+        _request: Request<CheckRequest>,
+    ) -> Result<Response<CheckResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+}

@@ -79,8 +79,14 @@ impl Worker {
     /// Attaches and waits for the welcome.
     pub(crate) async fn attach(cluster: &Cluster, id: &str, capacity: u32) -> Self {
         let mut worker = Self::open(cluster, Up::Hello(hello(id, capacity))).await;
-        match worker.receive().await {
-            Ok(Some(Down::Welcome(_))) => worker,
+        worker.welcome().await;
+        worker
+    }
+
+    /// Waits for the welcome.
+    pub(crate) async fn welcome(&mut self) {
+        match self.receive().await {
+            Ok(Some(Down::Welcome(_))) => {}
             other => panic!("no welcome but {other:?}"),
         }
     }

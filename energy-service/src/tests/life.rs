@@ -51,7 +51,7 @@ async fn a_node_that_cannot_start_says_why() {
     for (part, change) in [
         ("--crops is 0", (|o| o.crops = 0) as fn(&mut EnergyOptions)),
         ("--queue is 0", |o| o.queue = 0),
-        ("--node-id is empty", |o| o.node_id.clear()),
+        ("--node-id `` must be", |o| o.node_id.clear()),
         ("/nowhere/c.toml", |o| o.concepts = vec!["/nowhere/c.toml".into()]),
         ("--coordinator: `not a uri`", |o| o.coordinator = Some("not a uri".into())),
         ("--advertise `no uri` is not", |o| o.advertise = Some("no uri".into())),

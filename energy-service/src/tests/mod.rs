@@ -5,6 +5,7 @@ mod calls;
 mod emojiland;
 mod life;
 mod registration;
+mod roles;
 
 use std::{fs, path::Path};
 

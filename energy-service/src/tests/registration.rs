@@ -10,7 +10,6 @@ use tonic::{Request, Response};
 
 use super::*;
 use crate::testing::Fault;
-use fairlead_common::tls::Peers;
 
 #[derive(Debug)]
 enum Call {
@@ -76,8 +75,7 @@ impl Coordinator {
         let (calls_in, calls) = mpsc::channel(16);
         let (answers, answers_out) = mpsc::channel(16);
         let registry = Registry { calls: calls_in, answers: Mutex::new(answers_out), ttl_ms };
-        let serve = grpc::server(&Tls::default(), Peers::Services)
-            .expect("nothing to go wrong")
+        let serve = grpc::server()
             .add_service(RegistryServiceServer::new(registry))
             .serve_with_incoming(fairlead_common::grpc::incoming(listener));
         tokio::spawn(serve);

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fairlead_common::{grpc::Channels, record, tls::Tls, trace};
+use fairlead_common::{bounds, grpc::Channels, record, tls::Tls, trace};
 use fairlead_proto::{
     MAX_MESSAGE_BYTES, PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -59,7 +59,7 @@ impl PoolOptions {
         }
         let input = usable_input(node)?;
         let _inside = self.runtime.enter();
-        let channel = self.channels.get(&node.address);
+        let channel = self.channels.get(node);
         let channel = channel.map_err(|error| Trouble::refused(error.to_string()))?;
         let client = EnergyServiceClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -178,6 +178,7 @@ pub(super) async fn evaluate(
         let mut response = within("evaluate", timeout, client.evaluate(part)).await?;
         let ids = std::mem::take(&mut response.calibration_ids);
         let fallbacks = std::mem::take(&mut response.calibration_fallbacks);
+        bounds::answer(&ids, &fallbacks).map_err(Trouble::unusable)?;
         calibrations.extend(record::calibrations(ids, fallbacks));
         let (samples, gradient) =
             validate::evaluation(response, &concepts, batch, &input, scores_only)
@@ -208,6 +209,7 @@ pub(super) async fn check(
         let mut response = within("check", timeout, client.check(request)).await?;
         let ids = std::mem::take(&mut response.calibration_ids);
         let fallbacks = std::mem::take(&mut response.calibration_fallbacks);
+        bounds::answer(&ids, &fallbacks).map_err(Trouble::unusable)?;
         calibrations.extend(record::calibrations(ids, fallbacks));
         answer.push(
             validate::verdict(response, &concepts, &hash, scores_only)

@@ -9,11 +9,7 @@ use std::{
     time::Duration,
 };
 
-use fairlead_common::picture::sha256;
-use fairlead_common::{
-    grpc, tensor,
-    tls::{Peers, Tls},
-};
+use fairlead_common::{grpc, picture::sha256, tensor};
 use fairlead_proto::{
     PREPROCESSING_VERSION, PROTOCOL_VERSION,
     v1::{
@@ -84,8 +80,7 @@ impl Node {
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let (stop, evaluations) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
         let service = NodeService { gate, flaw, evaluations: evaluations.clone() };
-        let server = grpc::server(&Tls::default(), Peers::Services)
-            .expect("nothing to go wrong")
+        let server = grpc::server()
             .add_service(EnergyServiceServer::new(service))
             .serve_with_incoming_shutdown(grpc::incoming(listener), stop.clone().cancelled_owned());
         tokio::spawn(server);
@@ -230,8 +225,7 @@ impl Coordinator {
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         let (sender, attachments) = mpsc::channel(4);
         let stop = CancellationToken::new();
-        let server = grpc::server(&Tls::default(), Peers::Services)
-            .expect("nothing to go wrong")
+        let server = grpc::server()
             .add_service(WorkerServiceServer::new(HubService(sender)))
             .serve_with_incoming_shutdown(grpc::incoming(listener), stop.clone().cancelled_owned());
         tokio::spawn(server);

@@ -385,8 +385,13 @@ fn labelled(path: &Path) -> Result<Vec<Prompt>> {
 
 async fn model(client: &Client, name: &str) -> Result<ModelInfo> {
     let models = client.models().await?;
-    let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
-    let mut matching = models.into_iter().filter(|model| name.is_empty() || model.name == name);
+    let mut names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    names.dedup();
+    let mut matching: Vec<_> =
+        models.into_iter().filter(|model| name.is_empty() || model.name == name).collect();
+    // Of several of a name, the first is the one that has been there longest.
+    matching.dedup_by(|other, first| other.name == first.name);
+    let mut matching = matching.into_iter();
     match (matching.next(), matching.next()) {
         (Some(model), None) => Ok(model),
         (None, _) => bail!("generator `{name}` is not attached; there are: {}", names.join(", ")),
