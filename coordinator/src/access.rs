@@ -2,11 +2,13 @@
 //! policies that are valid now and reads their file again when it changes.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
+use fairlead_common::text;
 use parking_lot::RwLock;
 use tonic::{Request, metadata::MetadataMap};
 
@@ -121,7 +123,9 @@ impl Access {
 
 async fn read(file: &Path) -> Result<String, PolicyError> {
     let failed = |source| PolicyError::Read { path: file.to_owned(), source };
-    tokio::fs::read_to_string(file).await.map_err(failed)
+    let text = tokio::fs::read(file).await.map_err(failed)?;
+    text::decode(text)
+        .map_err(|problem| failed(io::Error::new(io::ErrorKind::InvalidData, problem)))
 }
 
 #[cfg(test)]

@@ -33,7 +33,9 @@ use std::{
 
 use fairlead_common::{
     limits::FieldError,
+    parse,
     steering::{self, Leave},
+    text,
 };
 use fairlead_proto::{
     SAMPLERS,
@@ -68,8 +70,8 @@ pub enum PolicyError {
     Parse {
         /// " PATH", or empty.
         at: String,
-        /// What the parser found, with line and column.
-        source: Box<toml::de::Error>,
+        /// What is wrong, with line and column.
+        source: parse::Problem,
     },
     /// It has no policy.
     #[error("policies file: no policies; write at least [policies.default] concepts = [\"*\"]")]
@@ -330,7 +332,7 @@ impl Default for Policies {
 impl Policies {
     /// Reads the policies file at `path`.
     pub fn load(path: &Path) -> Result<Self, PolicyError> {
-        let text = std::fs::read_to_string(path)
+        let text = text::read(path)
             .map_err(|source| PolicyError::Read { path: path.to_owned(), source })?;
         Self::parse_at(&text, format!(" {}", path.display()))
     }
@@ -341,8 +343,7 @@ impl Policies {
     }
 
     pub(crate) fn parse_at(text: &str, at: String) -> Result<Self, PolicyError> {
-        let file: File = toml::from_str(text)
-            .map_err(|source| PolicyError::Parse { at, source: Box::new(source) })?;
+        let file: File = parse::toml(text).map_err(|source| PolicyError::Parse { at, source })?;
         let policies = file
             .policies
             .into_iter()
@@ -478,7 +479,9 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let typo = problem("[policies.a]\nconcept = ['x']");
-        assert!(typo.contains("unknown field `concept`") && typo.contains("line 2"), "{typo}");
+        let expected =
+            "line 2, column 1: `policies.a.concept` is not known here; known are concepts, ";
+        assert!(typo.contains(expected), "{typo}");
         assert!(problem("").contains("no policies"));
         assert!(problem("[policies.a]\nconcepts = []").contains("allow_unchecked = true"));
         assert!(problem("[policies.a]\nconcepts = [' ']").contains("empty name"));
