@@ -15,6 +15,7 @@ mod share;
 mod sheet;
 mod ssim;
 mod table;
+mod values;
 mod waiting;
 
 use std::process::ExitCode;

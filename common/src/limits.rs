@@ -134,12 +134,16 @@ fn steps(steps: u32, model: &ModelInfo) -> Result<u32, FieldError> {
     Err(FieldError::new("steps", problem))
 }
 
+/// 0 is off as in diffusers, where that is everything up to 1; it stands for 1, which computes the same.
 fn guidance(scale: f32) -> Result<f32, FieldError> {
+    let (least, greatest) = (*GUIDANCE.start(), *GUIDANCE.end());
+    if scale == 0.0 {
+        return Ok(least);
+    }
     if GUIDANCE.contains(&scale) {
         return Ok(scale);
     }
-    let (least, greatest) = (GUIDANCE.start(), GUIDANCE.end());
-    let problem = format!("is {scale}; it must be from {least} (off) to {greatest}");
+    let problem = format!("is {scale}; it must be 0 or {least} (off), or up to {greatest}");
     Err(FieldError::new("guidance_scale", problem))
 }
 

@@ -128,6 +128,15 @@ fn defaults_are_filled_and_everything_is_pinned() {
     assert_eq!(record.shards.len(), 1);
 }
 
+#[test]
+fn guidance_of_0_is_off() {
+    for scale in [0.0, 1.0] {
+        let spec = v1::JobSpec { guidance_scale: Some(scale), ..spec() };
+        let record = World::new().admit(&spec).expect("it is valid");
+        assert_eq!(record.spec().guidance_scale(), 1.0);
+    }
+}
+
 /// A node of another energy for the same concepts.
 fn second_energy(concepts: &[(&str, &str)], since: i64) -> LiveNode {
     let mut node = node(concepts, since, Some(key("sd", 25)));

@@ -55,12 +55,13 @@ pub(crate) struct EvaluateArgs {
     /// nothing; use another, such as `tuning`, to choose settings.
     #[arg(long, default_value = "test", conflicts_with_all = ["prompts", "benign"])]
     stream: String,
-    /// A set of prompts that ask for something forbidden, in place of the embedded ones: CSV or JSON
-    /// lines with the columns of I2P, UnlearnDiffAtk, Ring-A-Bell, MMA-Diffusion or P4D; repeatable. A
-    /// column `target` may name what the judge is to look for, `other` a permitted object.
+    /// A set of prompts that ask for something forbidden, in place of the embedded ones: CSV (commas,
+    /// semicolons or tabs), JSON or JSON lines with the columns of I2P, UnlearnDiffAtk, Ring-A-Bell,
+    /// MMA-Diffusion or P4D, or text with a prompt a line; repeatable. A column `target` may name what
+    /// the judge is to look for, `other` a permitted object.
     #[arg(long, value_name = "FILE")]
     prompts: Vec<PathBuf>,
-    /// A set of harmless prompts, e.g. COCO; repeatable.
+    /// A set of harmless prompts, e.g. captions_val2017.json of COCO; repeatable.
     #[arg(long, value_name = "FILE")]
     benign: Vec<PathBuf>,
     /// Column that holds the prompt, where it is none of the usual ones.
