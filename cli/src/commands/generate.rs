@@ -253,7 +253,7 @@ async fn generate_all(
         spec.steering = args.server.as_ref().and_then(|_| args.steering.params());
         spec.model = args.model_name.clone().unwrap_or_default();
         let job = client.submit(spec).await?;
-        let (progress, heard) = (JobProgress::new(), Heard::default());
+        let (progress, heard) = (JobProgress::new(job.images.len()), Heard::default());
         let follow = client.follow(&job, stop, |step| {
             heard.step();
             progress.step(step);

@@ -29,7 +29,7 @@ use crate::{
     credentials::CredentialArgs,
     output::{self, say},
     prompts::{self, Kind, Objects},
-    table,
+    table, values,
 };
 use scoring::{Prompt, Run};
 
@@ -214,7 +214,8 @@ async fn calibrate(
                 let fresh = run.fresh(node, &scored)?;
                 let sizes = &args.verify_concepts;
                 for (cell, fresh) in cells.iter().zip(fresh) {
-                    say!("{cell}: {}", verify::table(&recording, &fresh, args.alpha, sizes)?);
+                    let table = verify::table(&recording, &fresh, args.alpha, sizes)?;
+                    output::write_lines(&format!("{cell}: {table}"));
                 }
             }
         }

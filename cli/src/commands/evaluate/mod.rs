@@ -159,7 +159,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     ] {
         output::write_file(&folder.join(name), text.as_bytes())?;
     }
-    say!("{markdown}");
+    output::write_lines(&markdown);
     say!("{}", folder.join("evaluation.html").display());
     Ok(ExitCode::SUCCESS)
 }
