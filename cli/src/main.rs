@@ -10,6 +10,7 @@ mod journal;
 mod output;
 mod pace;
 mod pairs;
+mod preflight;
 mod progress;
 mod prompts;
 mod provenance;

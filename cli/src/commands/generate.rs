@@ -19,9 +19,10 @@ use tracing::Instrument;
 use crate::{
     assets::ModelArgs,
     client::{self, Client, Finished, Interrupted},
-    cluster::{ClusterOptions, LocalCluster},
+    cluster::{ClusterOptions, LocalArgs, LocalCluster},
     credentials::CredentialArgs,
     output::{self, say},
+    preflight,
     progress::JobProgress,
     values::{self, Seed},
     waiting::{self, Heard},
@@ -56,6 +57,8 @@ pub(crate) struct GenerateArgs {
     request: RequestArgs,
     #[command(flatten)]
     steering: SteeringArgs,
+    #[command(flatten)]
+    local: LocalArgs,
     #[command(flatten)]
     models: ModelArgs,
     #[command(flatten)]
@@ -212,17 +215,19 @@ impl RequestArgs {
 pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     if args.server.is_some() {
-        args.models
-            .refuse_beside_server(&[("--calibrations", args.models.calibrations.is_some())])?;
+        let mut local = args.local.given().to_vec();
+        local.push(("--calibrations", args.models.calibrations.is_some()));
+        args.models.refuse_beside_server(&local)?;
     }
     let folder = output::ensure_folder(&args.out)?;
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server, args.credentials.load()?)?, None),
         None => {
-            let options = ClusterOptions {
-                knobs: args.steering.params(),
-                ..ClusterOptions::temporary(&args.models)
-            };
+            // Policies that withhold nothing are not added to those of an operator.
+            let measuring = args.local.policies.is_none();
+            let knobs = args.steering.params();
+            let options = ClusterOptions { measuring, knobs, ..args.local.cluster(&args.models) };
+            preflight::check(&options, &args.request.spec(""))?;
             let start = LocalCluster::start(options);
             let cluster = tokio::select! {
                 cluster = start => cluster?,

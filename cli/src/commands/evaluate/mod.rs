@@ -21,7 +21,7 @@ use super::generate::SteeringArgs;
 use crate::{
     assets::ModelArgs,
     client::{Client, Interrupted, goes_on},
-    cluster::{ClusterOptions, LocalCluster, WorkersArgs},
+    cluster::{ClusterOptions, LocalArgs, LocalCluster},
     output::{self, say},
     progress::Counter,
     prompts::{Kind, Objects},
@@ -95,9 +95,6 @@ pub(crate) struct EvaluateArgs {
     /// --negative prompt does.
     #[arg(long, default_value = "")]
     policy: String,
-    /// Policies file. Default: the embedded one.
-    #[arg(long, value_name = "FILE", env = "FAIRLEAD_POLICIES")]
-    policies: Option<PathBuf>,
     /// Negative prompt of the steered images, as a baseline.
     #[arg(long, default_value = "")]
     negative: String,
@@ -109,7 +106,7 @@ pub(crate) struct EvaluateArgs {
     #[arg(long, short, default_value = "out/evaluation")]
     out: PathBuf,
     #[command(flatten)]
-    workers: WorkersArgs,
+    local: LocalArgs,
     #[command(flatten)]
     steering: SteeringArgs,
     #[command(flatten)]
@@ -139,12 +136,8 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     let judge = judge(&args)?;
     let items = items(&args)?;
     judge.check_labels(&items)?;
-    let options = ClusterOptions {
-        workers: args.workers,
-        policies: args.policies.clone(),
-        knobs: args.steering.params(),
-        ..ClusterOptions::temporary(&args.models)
-    };
+    let knobs = args.steering.params();
+    let options = ClusterOptions { knobs, ..args.local.cluster(&args.models) };
     let cluster = LocalCluster::start(options).await?;
     let client = cluster.client()?;
     let measured = measure(&client, &args, items, &judge, [&folder, &unsteered], &stop).await;
@@ -206,7 +199,7 @@ async fn measure(
     let [model] = models.as_slice() else {
         bail!("one --model at a time; {} are given", models.len());
     };
-    let policies = match &args.policies {
+    let policies = match &args.local.policies {
         Some(file) => file.clone(),
         None => args.models.policies()?,
     };
