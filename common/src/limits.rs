@@ -168,6 +168,17 @@ mod tests {
     }
 
     #[test]
+    fn guidance_of_0_is_off() {
+        let shape = |scale| {
+            Shape::of(&JobSpec { guidance_scale: Some(scale), ..Default::default() }, &model())
+        };
+        assert_eq!(shape(0.0), shape(1.0));
+        assert_eq!(shape(0.0).expect("off").guidance, 1.0);
+        let problem = shape(0.5).expect_err("between").to_string();
+        assert_eq!(problem, "guidance_scale: is 0.5; it must be 0 or 1 (off), or up to 30");
+    }
+
+    #[test]
     fn every_bound_of_the_scheduler_counts() {
         let asks = |steps, model: &ModelInfo| {
             Shape::of(&JobSpec { steps: Some(steps), ..Default::default() }, model)

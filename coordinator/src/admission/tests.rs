@@ -129,15 +129,6 @@ fn defaults_are_filled_and_everything_is_pinned() {
 }
 
 #[test]
-fn guidance_of_0_is_off() {
-    for scale in [0.0, 1.0] {
-        let spec = v1::JobSpec { guidance_scale: Some(scale), ..spec() };
-        let record = World::new().admit(&spec).expect("it is valid");
-        assert_eq!(record.spec().guidance_scale(), 1.0);
-    }
-}
-
-#[test]
 fn knobs_for_other_generators_are_left_out_with_a_notice() {
     let admitted = |generators: &str| {
         let policies = format!(
