@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use fairlead_common::tls::Tls;
-use fairlead_coordinator::{CoordinatorOptions, Data, Policies};
+use fairlead_common::{text, tls::Tls};
+use fairlead_coordinator::{CoordinatorOptions, Data, Policies, parse_duration};
 use fairlead_energy::EnergyOptions;
 use fairlead_proto::v1::SteeringParams;
 use fairlead_worker::WorkerArgs;
@@ -49,8 +49,58 @@ pub(crate) struct ClusterOptions {
     pub(crate) knobs: Option<SteeringParams>,
     /// Most images in one shard.
     pub(crate) max_batch: Option<u32>,
+    /// How long an energy node may take over one step; `None` for the worker's default.
+    pub(crate) energy_timeout: Option<Duration>,
+    /// How long it may take over the final check; `None` for the coordinator's default.
+    pub(crate) check_timeout: Option<Duration>,
     /// Generator workers.
     pub(crate) workers: WorkersArgs,
+}
+
+/// How a local cluster is run, the same for every command that has one.
+#[derive(Args, Clone, Default)]
+#[command(next_help_heading = "Local cluster")]
+pub(crate) struct LocalArgs {
+    /// Policies file. Default: assets/policies.toml.
+    #[arg(long, value_name = "FILE", env = "FAIRLEAD_POLICIES")]
+    pub(crate) policies: Option<PathBuf>,
+    /// Most images that a worker makes at once. Default: 4.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    max_batch: Option<u32>,
+    /// How long an energy node may take over one step of a shard, e.g. 90s. Default: 30s, which a large
+    /// model on a CPU may not do in.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    energy_timeout: Option<Duration>,
+    /// How long an energy node may take over the final check of an image, e.g. 60s. Default: 20s.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    check_timeout: Option<Duration>,
+    #[command(flatten)]
+    workers: WorkersArgs,
+}
+
+impl LocalArgs {
+    /// A cluster for the length of one command.
+    pub(crate) fn cluster(&self, models: &ModelArgs) -> ClusterOptions {
+        ClusterOptions {
+            policies: self.policies.clone(),
+            max_batch: self.max_batch,
+            energy_timeout: self.energy_timeout,
+            check_timeout: self.check_timeout,
+            workers: self.workers,
+            ..ClusterOptions::temporary(models)
+        }
+    }
+
+    /// Those of these flags that were given, which have no effect beside --server.
+    pub(crate) fn given(&self) -> [(&'static str, bool); 5] {
+        [
+            ("--policies", self.policies.is_some()),
+            ("--max-batch", self.max_batch.is_some()),
+            ("--energy-timeout", self.energy_timeout.is_some()),
+            ("--check-timeout", self.check_timeout.is_some()),
+            ("--workers", self.workers.count != WorkersArgs::default().count),
+        ]
+    }
 }
 
 /// How many generator workers a local cluster has.
@@ -94,12 +144,15 @@ impl ClusterOptions {
             measuring: true,
             knobs: None,
             max_batch: None,
+            energy_timeout: None,
+            check_timeout: None,
             workers: WorkersArgs::default(),
         }
     }
 }
 
-fn policies(options: &ClusterOptions) -> Result<Policies> {
+/// The policies that it would have.
+pub(crate) fn policies(options: &ClusterOptions) -> Result<Policies> {
     let mut policies = read_policies(options)?;
     if let Some(knobs) = &options.knobs {
         policies.set_knobs(knobs)?;
@@ -115,9 +168,8 @@ fn read_policies(options: &ClusterOptions) -> Result<Policies> {
     if !options.measuring {
         return Ok(Policies::load(&file)?);
     }
-    let read = |path: &Path| {
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-    };
+    let read =
+        |path: &Path| text::read(path).with_context(|| format!("cannot read {}", path.display()));
     Ok(Policies::parse(&(read(&file)? + &read(&options.models.measuring_policies()?)?))?)
 }
 
@@ -149,12 +201,14 @@ impl LocalCluster {
         let mut policies = policies(&options)?;
         policies.admit_operator(&key);
         let key = Key::new(&key)?;
+        let defaults = CoordinatorOptions::default();
         let coordinator = CoordinatorOptions {
+            check_timeout: options.check_timeout.unwrap_or(defaults.check_timeout),
             data: options.data_dir.clone().map_or(Data::Memory, Data::Dir),
             policies,
             policies_file: options.policies.clone().filter(|_| !options.measuring),
             has_own_workers: true,
-            ..CoordinatorOptions::default()
+            ..defaults
         };
         let coordinator_listener = TcpListener::bind(options.listen).await.with_context(|| {
             format!("cannot listen on {} (--listen picks another address)", options.listen)
@@ -166,6 +220,7 @@ impl LocalCluster {
         let generators = generators.len();
         worker.max_batch = options.max_batch.unwrap_or(worker.max_batch);
         worker.threads = options.workers.threads();
+        worker.energy_timeout = options.energy_timeout.unwrap_or(worker.energy_timeout);
         worker.device = options.models.device.unwrap_or_default();
         let energy_device = options.models.energy_device.unwrap_or(worker.device);
 

@@ -4,7 +4,10 @@ use std::{fmt, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use fairlead_common::tls::{Tls, TlsArgs};
+use fairlead_common::{
+    text,
+    tls::{Tls, TlsArgs},
+};
 use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -30,7 +33,7 @@ impl CredentialArgs {
     pub(crate) fn load(&self) -> Result<Credentials> {
         let key = match &self.key_file {
             Some(path) => {
-                let text = std::fs::read_to_string(path)
+                let text = text::read(path)
                     .with_context(|| format!("--key-file: cannot read {}", path.display()))?;
                 Some(text)
             }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use fairlead_common::parse;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// An open journal. The first line says what the work is; every other one is a result under its
@@ -69,8 +70,14 @@ impl Journal {
                 path.display()
             );
         }
-        for line in lines {
-            let entry: Read<T> = serde_json::from_str(line).with_context(context)?;
+        for (number, line) in (2..).zip(lines) {
+            let entry: Read<T> = parse::json(line).map_err(|problem| {
+                anyhow::anyhow!(
+                    "{}, line {number}: {}; remove the line to have its work done again",
+                    path.display(),
+                    problem.what()
+                )
+            })?;
             done.insert(entry.key, entry.value);
         }
         file.set_len(whole as u64).with_context(context)?;

@@ -1,5 +1,6 @@
 //! The `fairlead` binary: every service of the cluster and the client's commands.
 
+mod arguments;
 mod assets;
 mod client;
 mod cluster;
@@ -7,7 +8,9 @@ mod commands;
 mod credentials;
 mod journal;
 mod output;
+mod pace;
 mod pairs;
+mod preflight;
 mod progress;
 mod prompts;
 mod provenance;
@@ -15,6 +18,7 @@ mod share;
 mod sheet;
 mod ssim;
 mod table;
+mod values;
 mod waiting;
 
 use std::process::ExitCode;
@@ -23,6 +27,7 @@ use clap::{Parser, Subcommand};
 use client::Interrupted;
 use commands::services::ServiceArgs;
 use fairlead_common::telemetry::{self, LogFormat};
+use output::tell;
 
 /// Exit status after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
@@ -42,7 +47,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// service each, for clusters of several machines.
 #[derive(Parser)]
 #[command(name = "fairlead", version, max_term_width = 100, propagate_version = true)]
-struct Cli {
+pub(crate) struct Cli {
     /// How log lines look: human or json.
     #[arg(long, global = true, env = "FAIRLEAD_LOG_FORMAT", default_value = "human")]
     log_format: LogFormat,
@@ -102,6 +107,10 @@ impl Command {
 }
 
 fn main() -> ExitCode {
+    // What a panic says may be text of others, too; with a backtrace somebody looks for a fault of ours.
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        std::panic::set_hook(Box::new(|panic| tell!("error: {panic}; please report this")));
+    }
     // SAFETY: no other thread runs before the runtime starts.
     #[allow(unsafe_code)]
     unsafe {
@@ -112,7 +121,10 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn start() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match arguments::parse() {
+        Ok(cli) => cli,
+        Err(error) => return arguments::refuse(error),
+    };
     let options = telemetry::Options {
         format: cli.log_format,
         filter: cli.command.default_filter(),
@@ -122,16 +134,16 @@ async fn start() -> ExitCode {
     let telemetry = match telemetry::init(options) {
         Ok(telemetry) => telemetry,
         Err(error) => {
-            eprintln!("error: {error}");
+            tell!("error: {error}");
             return ExitCode::FAILURE;
         }
     };
     let code = run(cli.command).await.unwrap_or_else(|error| {
         if error.is::<Interrupted>() {
-            eprintln!("{}", output::chain(&error));
+            tell!("{}", output::chain(&error));
             return ExitCode::from(INTERRUPTED);
         }
-        eprintln!("error: {}", output::chain(&error));
+        tell!("error: {}", output::chain(&error));
         ExitCode::FAILURE
     });
     telemetry.stop().await;

@@ -1,4 +1,6 @@
-//! How commands say things.
+//! How commands say things. Everything that a person sees goes through here, where nothing that others
+//! wrote (prompts, reasons, names, texts of pictures) can act on the terminal; `clippy.toml` keeps
+//! `println!` and its like out of the rest.
 
 use std::{
     collections::BTreeSet,
@@ -8,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use fairlead_common::text;
 use fairlead_proto::v1::ConceptScore;
 
 /// Exit status of a program that writes to a pipe which nobody reads any longer, as shells have it.
@@ -16,14 +19,36 @@ const BROKEN_PIPE: i32 = 141;
 /// Writes a line of results. Where nobody reads it any longer, as in `fairlead concepts | head`, the
 /// process ends as other programs do: `println!` would panic.
 pub(crate) fn write_line(line: fmt::Arguments<'_>) {
-    match writeln!(std::io::stdout(), "{line}") {
+    write_results(&text::printable(&line.to_string()));
+}
+
+/// [`write_line`] for text of several lines that a command composed. What it holds of others has passed
+/// [`text::printable`], or could write lines of its own.
+pub(crate) fn write_lines(lines: &str) {
+    write_results(&text::printable_lines(lines));
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that writes to standard output")]
+fn write_results(safe: &str) {
+    match writeln!(std::io::stdout(), "{safe}") {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(BROKEN_PIPE),
         Err(error) => {
-            eprintln!("error: standard output: {error}");
+            tell!("error: standard output: {error}");
             std::process::exit(1);
         }
     }
+}
+
+/// Writes a line to standard error: progress, errors. Where that is closed nobody is to be told.
+pub(crate) fn tell_line(line: fmt::Arguments<'_>) {
+    tell_lines(&text::printable(&line.to_string()));
+}
+
+/// [`tell_line`] for text of several lines that this program composed.
+#[expect(clippy::disallowed_methods, reason = "the one place that writes to standard error")]
+pub(crate) fn tell_lines(lines: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", text::printable_lines(lines));
 }
 
 /// [`write_line`] with the arguments of `println!`.
@@ -31,6 +56,12 @@ macro_rules! say {
     ($($argument:tt)*) => { $crate::output::write_line(format_args!($($argument)*)) };
 }
 pub(crate) use say;
+
+/// [`tell_line`] with the arguments of `eprintln!`.
+macro_rules! tell {
+    ($($argument:tt)*) => { $crate::output::tell_line(format_args!($($argument)*)) };
+}
+pub(crate) use tell;
 
 /// An error with its causes on one line; what a gRPC status wraps is reduced to its message.
 pub(crate) fn chain(error: &anyhow::Error) -> String {

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
+use fairlead_common::{parse, text};
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
@@ -120,10 +121,8 @@ impl Kind {
 impl Objects {
     /// Reads the description.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        let objects: Self = serde_json::from_str(&text)
-            .with_context(|| format!("{} is damaged", path.display()))?;
+        let text = text::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let objects: Self = parse::json(&text).with_context(|| path.display().to_string())?;
         ensure!(
             objects.benign.len() > 1 && !objects.targets.is_empty(),
             "{}: at least two benign objects and one target are needed",

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use fairlead_common::record;
+use fairlead_common::{record, text};
 use fairlead_proto::v1::SafetyRecord;
 use sha2::{Digest, Sha256};
 
@@ -51,8 +51,8 @@ impl Records {
                 if !path.exists() {
                     return Ok(None);
                 }
-                let text = std::fs::read_to_string(&path)
-                    .with_context(|| format!("cannot read {}", path.display()))?;
+                let text =
+                    text::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
                 record::from_json(&text).with_context(|| path.display().to_string())?
             }
         };

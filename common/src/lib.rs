@@ -15,6 +15,7 @@ pub mod ids;
 pub mod limits;
 pub mod metrics;
 pub mod parameters;
+pub mod parse;
 pub mod picture;
 pub mod probe;
 pub mod record;

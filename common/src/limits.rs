@@ -134,12 +134,16 @@ fn steps(steps: u32, model: &ModelInfo) -> Result<u32, FieldError> {
     Err(FieldError::new("steps", problem))
 }
 
+/// 0 is off as in diffusers, where that is everything up to 1; it stands for 1, which computes the same.
 fn guidance(scale: f32) -> Result<f32, FieldError> {
+    let (least, greatest) = (*GUIDANCE.start(), *GUIDANCE.end());
+    if scale == 0.0 {
+        return Ok(least);
+    }
     if GUIDANCE.contains(&scale) {
         return Ok(scale);
     }
-    let (least, greatest) = (GUIDANCE.start(), GUIDANCE.end());
-    let problem = format!("is {scale}; it must be from {least} (off) to {greatest}");
+    let problem = format!("is {scale}; it must be 0 or {least} (off), or up to {greatest}");
     Err(FieldError::new("guidance_scale", problem))
 }
 
@@ -161,6 +165,17 @@ mod tests {
             max_steps: 0,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn guidance_of_0_is_off() {
+        let shape = |scale| {
+            Shape::of(&JobSpec { guidance_scale: Some(scale), ..Default::default() }, &model())
+        };
+        assert_eq!(shape(0.0), shape(1.0));
+        assert_eq!(shape(0.0).expect("off").guidance, 1.0);
+        let problem = shape(0.5).expect_err("between").to_string();
+        assert_eq!(problem, "guidance_scale: is 0.5; it must be 0 or 1 (off), or up to 30");
     }
 
     #[test]

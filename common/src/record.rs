@@ -8,7 +8,9 @@ use fairlead_proto::{
 };
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
-use crate::probe::Probe;
+use serde::{Deserializer, de::DeserializeSeed};
+
+use crate::{parse, probe::Probe};
 
 static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
     DescriptorPool::decode(FILE_DESCRIPTOR_SET)
@@ -20,7 +22,7 @@ static RECORD: LazyLock<MessageDescriptor> = LazyLock::new(|| {
 /// Text that is no safety record.
 #[derive(Debug, thiserror::Error)]
 #[error("not a safety record: {0}")]
-pub struct RecordError(#[from] serde_json::Error);
+pub struct RecordError(#[from] parse::Problem);
 
 /// What the worker said of how it made the image; empty where it said nothing.
 pub fn reported(record: &SafetyRecord) -> &WorkerReport {
@@ -57,11 +59,20 @@ pub fn to_json(record: &SafetyRecord) -> String {
     String::from_utf8(out).expect("JSON is UTF-8")
 }
 
+/// A record of the contract's form.
+struct Record;
+
+impl<'de> DeserializeSeed<'de> for Record {
+    type Value = DynamicMessage;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        DynamicMessage::deserialize(RECORD.clone(), deserializer)
+    }
+}
+
 /// Reads what [`to_json`] wrote; an unknown field is an error.
 pub fn from_json(text: &str) -> Result<SafetyRecord, RecordError> {
-    let mut deserializer = serde_json::Deserializer::from_str(text);
-    let message = DynamicMessage::deserialize(RECORD.clone(), &mut deserializer)?;
-    deserializer.end()?;
+    let message = parse::json_seed(Record, text)?;
     Ok(message.transcode_to().expect("both sides come from the same contract"))
 }
 
@@ -90,7 +101,13 @@ mod tests {
         let text = to_json(&record);
         assert!(text.contains("IMAGE_STATUS_WITHHELD") && text.contains("final_scores"), "{text}");
         assert_eq!(from_json(&text).expect("it reads back"), record);
-        assert!(from_json("{\"kitchen\": 1}").is_err());
+        let marked = format!("\u{feff}{text}");
+        assert_eq!(from_json(&marked).expect("a byte order mark is no part of it"), record);
+        let error = from_json("{\"kitchen\": 1}").expect_err("unknown").to_string();
+        assert!(error.contains("`kitchen` is not known here"), "{error}");
+        let error = from_json("{\"seed\": [1]}").expect_err("a list").to_string();
+        assert!(error.starts_with("not a safety record: line 1, column "), "{error}");
+        assert!(error.contains("`seed`"), "{error}");
         assert!(from_json(&format!("{text} trailing")).is_err());
     }
 }

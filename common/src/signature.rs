@@ -18,6 +18,8 @@ use fairlead_proto::v1::{RecordSignature, SafetyRecord};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
+use crate::text;
+
 /// Begins what is signed: no signature of something else is one of a record.
 const CONTEXT: &[u8] = b"fairlead.v1.SafetyRecord\0";
 
@@ -231,7 +233,7 @@ fn key_id(key: &VerifyingKey) -> String {
 }
 
 fn read(path: &Path) -> Result<String, KeyError> {
-    std::fs::read_to_string(path).map_err(|source| KeyError::Io { path: path.to_owned(), source })
+    text::read(path).map_err(|source| KeyError::Io { path: path.to_owned(), source })
 }
 
 /// Creates a file whole, unless there is one.

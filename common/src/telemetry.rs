@@ -1,14 +1,24 @@
 //! Logs and traces, set up the same for every process.
 
-use std::{io::IsTerminal, str::FromStr, time::Duration};
+use std::{
+    io::{self, IsTerminal},
+    str::FromStr,
+    time::Duration,
+};
 
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 use tracing::{Metadata, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
-    EnvFilter, Layer, filter::filter_fn, fmt, prelude::*, registry::LookupSpan,
+    EnvFilter, Layer,
+    filter::filter_fn,
+    fmt::{self, MakeWriter},
+    prelude::*,
+    registry::LookupSpan,
 };
+
+use crate::text;
 
 /// Time the last spans have to leave when a process ends.
 const FLUSH: Duration = Duration::from_secs(5);
@@ -71,8 +81,8 @@ pub fn init(options: Options<'_>) -> Result<Telemetry, OtlpError> {
             .with_filter(filter_fn(ours))
     });
     let lines = match options.format {
-        LogFormat::Human => boxed(fmt::layer().with_ansi(colours()).with_writer(std::io::stderr)),
-        LogFormat::Json => boxed(fmt::layer().json().with_writer(std::io::stderr)),
+        LogFormat::Human => boxed(human(colours(), io::stderr)),
+        LogFormat::Json => boxed(json(io::stderr)),
     };
     // A second call (several services in one test process) keeps the first subscriber.
     let _ = tracing_subscriber::registry().with(spans).with(lines.with_filter(filter)).try_init();
@@ -101,6 +111,56 @@ impl Telemetry {
 /// Only this project's spans: the transport's would be traced through the exporter itself.
 fn ours(metadata: &Metadata<'_>) -> bool {
     metadata.target().starts_with("fairlead")
+}
+
+/// Lines for people.
+fn human<S, W>(colours: bool, writer: W) -> impl Layer<S> + Send + Sync
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let safe = if colours { text::printable_coloured_line } else { text::printable_line };
+    fmt::layer().with_ansi(colours).with_writer(Lines { writer, safe })
+}
+
+/// One JSON object a line.
+fn json<S, W>(writer: W) -> impl Layer<S> + Send + Sync
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    fmt::layer().json().with_writer(Lines { writer, safe: text::printable_json_line })
+}
+
+/// Writes each event as one line in which nothing acts on a terminal, whatever its fields hold.
+struct Lines<W> {
+    writer: W,
+    safe: fn(&str) -> String,
+}
+
+impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Lines<W> {
+    type Writer = Line<W::Writer>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        Line { writer: self.writer.make_writer(), safe: self.safe }
+    }
+}
+
+/// Writes one event, which comes in one piece.
+struct Line<W> {
+    writer: W,
+    safe: fn(&str) -> String,
+}
+
+impl<W: io::Write> io::Write for Line<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        self.writer.write_all((self.safe)(&String::from_utf8_lossy(event)).as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
 }
 
 fn boxed<S>(layer: impl Layer<S> + Send + Sync) -> Box<dyn Layer<S> + Send + Sync>
@@ -134,4 +194,67 @@ fn provider(endpoint: &str, service: &'static str) -> Result<SdkTracerProvider, 
 pub struct OtlpError {
     endpoint: String,
     problem: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+    use tracing_subscriber::Registry;
+
+    use super::*;
+
+    /// Keeps what is written.
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is logged of an event with `text` in its message and in its fields.
+    fn logged(
+        text: &str,
+        layer: impl FnOnce(Kept) -> Box<dyn Layer<Registry> + Send + Sync>,
+    ) -> String {
+        let kept = Kept::default();
+        let subscriber = tracing_subscriber::registry().with(layer(kept.clone()));
+        tracing::subscriber::with_default(subscriber, || {
+            let _span = tracing::info_span!("span", spanned = text).entered();
+            tracing::info!(name = text, shown = %text, debugged = ?text, "of {text}");
+        });
+        let bytes = kept.0.lock().clone();
+        String::from_utf8(bytes).expect("it is text")
+    }
+
+    #[test]
+    fn an_event_is_one_line_that_acts_on_no_terminal() {
+        let text =
+            "a\x1b]52;c;eA==\x07\x1b[2J\u{9b}2J\r\n2026 INFO forged\u{202e}\u{200b}\u{e0041}b";
+        let kept = |kept: Kept| move || kept.clone();
+        let plain = logged(text, |w| Box::new(human(false, kept(w))));
+        let coloured = logged(text, |w| Box::new(human(true, kept(w))));
+        let json = logged(text, |w| Box::new(json(kept(w))));
+        for line in [&plain, &json] {
+            let hidden = line.trim_end_matches('\n').chars().find(|&c| text::is_hidden(c));
+            assert_eq!(hidden, None, "{line:?}");
+        }
+        let line = coloured.strip_suffix('\n').expect("a line");
+        let codes = line.split('\x1b').skip(1);
+        for code in codes {
+            let end = code.find(|c: char| c != '[' && c != ';' && !c.is_ascii_digit());
+            assert_eq!(end.map(|end| &code[end..=end]), Some("m"), "{line:?} only sets colours");
+        }
+        assert!(!line.replace('\x1b', "").chars().any(text::is_hidden), "{line:?}");
+        let json: serde_json::Value = serde_json::from_str(&json).expect("it is still JSON");
+        assert_eq!(json["fields"]["name"], text);
+    }
 }

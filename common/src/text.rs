@@ -108,6 +108,57 @@ pub fn printable_lines(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// [`printable`] for a line of a log, with the line feed that ends it.
+pub(crate) fn printable_line(line: &str) -> String {
+    ended(line, |text| printable(text).into_owned())
+}
+
+/// [`printable_line`] with the codes that set colours. Whoever formatted the line must have kept those of
+/// others out.
+pub(crate) fn printable_coloured_line(line: &str) -> String {
+    ended(line, |text| {
+        let mut parts = text.split("\x1b[");
+        let mut safe = printable(parts.next().unwrap_or_default()).into_owned();
+        for part in parts {
+            let is_code = |c: char| c == ';' || c.is_ascii_digit();
+            let start = if part.trim_start_matches(is_code).starts_with('m') {
+                "\x1b["
+            } else {
+                "\\u{1b}["
+            };
+            safe.push_str(start);
+            safe.push_str(&printable(part));
+        }
+        safe
+    })
+}
+
+/// [`printable_line`] for JSON, in which hidden characters are only within strings.
+pub(crate) fn printable_json_line(line: &str) -> String {
+    ended(line, |json| {
+        let mut safe = String::with_capacity(json.len());
+        for c in json.chars() {
+            if is_hidden(c) {
+                let mut units = [0; 2];
+                for unit in c.encode_utf16(&mut units) {
+                    let _ = write!(safe, "\\u{unit:04x}");
+                }
+            } else {
+                safe.push(c);
+            }
+        }
+        safe
+    })
+}
+
+/// `line` through `safe`, except for the line feed that ends it.
+fn ended(line: &str, safe: impl Fn(&str) -> String) -> String {
+    match line.strip_suffix('\n') {
+        Some(line) => safe(line) + "\n",
+        None => safe(line),
+    }
+}
+
 fn escaped(text: &str, keep: fn(char) -> bool) -> String {
     let mut safe = String::with_capacity(text.len() + 16);
     for c in text.chars() {

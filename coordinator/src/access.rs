@@ -2,6 +2,7 @@
 //! their role and name. Holds the policies that are valid now and reads their file again when it changes.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -10,6 +11,7 @@ use fairlead_common::{
     bounds::shown,
     follow::follow,
     identity::{Identity, Role, authorize},
+    text,
 };
 use parking_lot::{Mutex, RwLock};
 use tonic::{Request, metadata::MetadataMap};
@@ -134,7 +136,9 @@ impl Access {
 
 fn read(file: &Path) -> Result<String, PolicyError> {
     let failed = |source| PolicyError::Read { path: file.to_owned(), source };
-    std::fs::read_to_string(file).map_err(failed)
+    let text = std::fs::read(file).map_err(failed)?;
+    text::decode(text)
+        .map_err(|problem| failed(io::Error::new(io::ErrorKind::InvalidData, problem)))
 }
 
 #[cfg(test)]

@@ -102,11 +102,13 @@ fn admit_for(
     };
     let pinned = Pinning { spec: &filled, policy, tenant, cluster, model }.policy()?;
     let filled = v1::JobSpec { steering: pinned.steering, ..filled };
-    Ok(JobRecord {
+    let mut record = JobRecord {
         tenant: tenant.name.clone(),
         withheld_per_minute: tenant.quota.withheld_per_minute.unwrap_or_default(),
         ..build(filled, pinned, model, identity)
-    })
+    };
+    record.job.notices.extend(policy.notice(&model.name));
+    Ok(record)
 }
 
 /// Calibration that a job under `policy` needs of its nodes.
@@ -261,7 +263,8 @@ impl<'a> Pinning<'a> {
     /// The policy's knobs, and what the client asks for where it may.
     fn knobs(self) -> Result<v1::SteeringParams> {
         let Self { spec, policy, model, .. } = self;
-        let (own, asked) = (policy.steering_for(&model.sampler), spec.steering.unwrap_or_default());
+        let own = policy.steering_for(&model.name, &model.sampler);
+        let asked = spec.steering.unwrap_or_default();
         let knobs = steering::overridden(own, &asked, policy.leave());
         knobs.map_err(|FieldError { field, problem }| {
             Error::invalid("steering", format!("{field} {problem} (policy `{}`)", policy.name))

@@ -344,7 +344,10 @@ impl Default for CoordinatorOptions {
 }
 
 /// Reads "500ms", "15s", "2m", "1h" or "30d"; zero is refused.
-fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
+///
+/// # Errors
+/// If it is anything else: what to write.
+pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
     let problem =
         || format!("`{text}` is no time above zero; write e.g. 500ms, 15s, 2m, 1h or 30d");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());

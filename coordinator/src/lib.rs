@@ -42,7 +42,7 @@ mod tenants;
 mod transition;
 mod verdict;
 
-pub use config::{CoordinatorArgs, CoordinatorOptions, Data};
+pub use config::{CoordinatorArgs, CoordinatorOptions, Data, parse_duration};
 pub use error::{Error, Result};
 pub use lease::{LeaseError, Phase};
 pub use outputs::OutputError;

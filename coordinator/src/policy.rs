@@ -18,6 +18,8 @@
 //!                                      # "withhold-unless-clear": only the strictest final check lets it out
 //!
 //! [policies.default.steering]
+//! generators = ["sd-1.5"]              # optional: whom these and the samplers' knobs are for; other
+//!                                      # generators get the defaults
 //! eta = 0.3
 //!
 //! [policies.default.sampler.flow-euler] # optional: other knobs where this sampler is used
@@ -36,7 +38,9 @@ use std::{
 use fairlead_common::{
     bounds,
     limits::FieldError,
+    parse,
     steering::{self, Leave},
+    text,
 };
 use fairlead_proto::{
     SAMPLERS,
@@ -71,8 +75,8 @@ pub enum PolicyError {
     Parse {
         /// " PATH", or empty.
         at: String,
-        /// What the parser found, with line and column.
-        source: Box<toml::de::Error>,
+        /// What is wrong, with line and column.
+        source: parse::Problem,
     },
     /// It has no policy.
     #[error("policies file: no policies; write at least [policies.default] concepts = [\"*\"]")]
@@ -183,6 +187,10 @@ pub struct Policy {
     /// All knobs for jobs that use these samplers, by name: the same push moves the samples of one
     /// sampler further than those of another.
     pub by_sampler: BTreeMap<String, SteeringParams>,
+    /// Generators by name that `steering` and `by_sampler` are for; others get `elsewhere`. `None` for all.
+    pub generators: Option<BTreeSet<String>>,
+    /// The knobs for generators that are not among them.
+    pub elsewhere: SteeringParams,
     /// Clients may set steering knobs, none weaker than the policy's; any in range if it is
     /// `observe_only`, which steers nothing.
     pub allow_overrides: bool,
@@ -228,9 +236,28 @@ impl Policy {
         }
     }
 
-    /// The steering knobs of jobs that use `sampler`.
-    pub fn steering_for(&self, sampler: &str) -> &SteeringParams {
-        self.by_sampler.get(sampler).unwrap_or(&self.steering)
+    /// The steering knobs of jobs that use `generator`, which uses `sampler`.
+    pub fn steering_for(&self, generator: &str, sampler: &str) -> &SteeringParams {
+        match self.is_tuned_for(generator) {
+            true => self.by_sampler.get(sampler).unwrap_or(&self.steering),
+            false => &self.elsewhere,
+        }
+    }
+
+    /// Whether its knobs are for `generator`.
+    fn is_tuned_for(&self, generator: &str) -> bool {
+        self.generators.as_ref().is_none_or(|tuned| tuned.contains(generator))
+    }
+
+    /// What a job with `generator` should know of its knobs.
+    pub(crate) fn notice(&self, generator: &str) -> Option<String> {
+        let tuned = self.generators.as_ref().filter(|tuned| !tuned.contains(generator))?;
+        let tuned: Vec<&str> = tuned.iter().map(String::as_str).collect();
+        Some(format!(
+            "the steering knobs of policy `{}` are for {}; `{generator}` gets the defaults",
+            self.name,
+            tuned.join(", ")
+        ))
     }
 
     /// [`Policy::weights`] for the wire.
@@ -259,6 +286,10 @@ impl Policy {
         if file.concepts.iter().any(|concept| concept.trim().is_empty()) {
             return Err(value("concepts holds an empty name".to_owned()));
         }
+        let generators = file.steering.generators.clone();
+        if generators.as_ref().is_some_and(BTreeSet::is_empty) {
+            return Err(value("steering.generators names none; leave it out for all".to_owned()));
+        }
         let steering = SteeringParams::from(file.steering);
         steering::resolve(&steering).map_err(|FieldError { field, problem }| {
             value(format!("steering.{field} {problem}"))
@@ -268,6 +299,11 @@ impl Policy {
             if !SAMPLERS.contains(&sampler.as_str()) {
                 let known = SAMPLERS.join(", ");
                 return Err(value(format!("sampler.{sampler} is no sampler; there are: {known}")));
+            }
+            if knobs.generators.is_some() {
+                return Err(value(format!(
+                    "sampler.{sampler}.generators: name them under steering, which is for both"
+                )));
             }
             let knobs = steering::over(&steering, &SteeringParams::from(knobs));
             steering::resolve(&knobs).map_err(|FieldError { field, problem }| {
@@ -299,6 +335,8 @@ impl Policy {
             weights: file.weights,
             steering,
             by_sampler,
+            generators,
+            elsewhere: SteeringParams::default(),
             allow_overrides: file.allow_overrides,
             allow_calibration_fallback: file.allow_calibration_fallback,
             outside: file.outside,
@@ -352,6 +390,8 @@ impl Default for Policies {
             weights: BTreeMap::new(),
             steering: SteeringParams::default(),
             by_sampler: BTreeMap::new(),
+            generators: None,
+            elsewhere: SteeringParams::default(),
             allow_overrides: false,
             allow_calibration_fallback: false,
             outside: Outside::Refuse,
@@ -371,7 +411,7 @@ impl Default for Policies {
 impl Policies {
     /// Reads the policies file at `path`.
     pub fn load(path: &Path) -> Result<Self, PolicyError> {
-        let text = std::fs::read_to_string(path)
+        let text = text::read(path)
             .map_err(|source| PolicyError::Read { path: path.to_owned(), source })?;
         Self::parse_at(&text, format!(" {}", path.display()))
     }
@@ -382,8 +422,7 @@ impl Policies {
     }
 
     pub(crate) fn parse_at(text: &str, at: String) -> Result<Self, PolicyError> {
-        let file: File = toml::from_str(text)
-            .map_err(|source| PolicyError::Parse { at, source: Box::new(source) })?;
+        let file: File = parse::toml(text).map_err(|source| PolicyError::Parse { at, source })?;
         let known = Known::from_file(file.known_concepts)?;
         let policies = file
             .policies
@@ -452,7 +491,8 @@ impl Policies {
     /// [`PolicyError::Value`] where a policy cannot have them.
     pub fn set_knobs(&mut self, knobs: &SteeringParams) -> Result<(), PolicyError> {
         for policy in self.policies.values_mut().filter(|policy| !policy.observe_only) {
-            for own in policy.by_sampler.values_mut().chain([&mut policy.steering]) {
+            let others = [&mut policy.steering, &mut policy.elsewhere];
+            for own in policy.by_sampler.values_mut().chain(others) {
                 *own = steering::over(own, knobs);
                 steering::resolve(own).map_err(|FieldError { field, problem }| {
                     PolicyError::Value {
@@ -503,8 +543,8 @@ mod tests {
         let strict = policies.get("").expect("the default");
         assert_eq!((strict.name.as_str(), strict.all_served), ("strict", true));
         assert_eq!(strict.steering.eta, Some(0.5));
-        assert_eq!(strict.steering_for("ddim"), &strict.steering);
-        let flow = strict.steering_for("flow-euler");
+        assert_eq!(strict.steering_for("any", "ddim"), &strict.steering);
+        let flow = strict.steering_for("any", "flow-euler");
         assert_eq!((flow.eta, flow.crops), (Some(0.75), Some(2)));
         assert_eq!(flow.mode, strict.steering.mode, "what it does not name stays");
         assert!(!strict.allow_overrides && strict.allow_calibration_fallback);
@@ -526,7 +566,7 @@ mod tests {
         let weak = SteeringParams { eta: Some(0.1), crops: Some(1), ..Default::default() };
         policies.set_knobs(&weak).expect("in range");
         let eta = |name: &str, sampler: &str| {
-            policies.get(name).expect("it is there").steering_for(sampler).eta
+            policies.get(name).expect("it is there").steering_for("any", sampler).eta
         };
         assert_eq!(
             (eta("a", "ddim"), eta("a", "flow-euler"), eta("o", "ddim")),
@@ -563,9 +603,33 @@ mod tests {
     }
 
     #[test]
+    fn knobs_are_for_the_generators_that_they_name() {
+        let policies = Policies::parse(
+            "[policies.a]\nconcepts = ['*']\nsteering = { eta = 0.5, generators = ['tiny', 'small'] }\n\
+             sampler.ddim.eta = 1.0",
+        )
+        .expect("it is right");
+        let policy = policies.get("").expect("the default");
+        let eta = |generator, sampler| policy.steering_for(generator, sampler).eta;
+        assert_eq!((eta("tiny", "flow-euler"), eta("tiny", "ddim")), (Some(0.5), Some(1.0)));
+        assert_eq!((eta("real", "flow-euler"), eta("real", "ddim")), (None, None));
+        assert_eq!(policy.notice("small"), None);
+        assert_eq!(
+            policy.notice("real").as_deref(),
+            Some("the steering knobs of policy `a` are for small, tiny; `real` gets the defaults")
+        );
+        let none = problem("[policies.a]\nconcepts = ['*']\nsteering.generators = []");
+        assert!(none.contains("policy `a`: steering.generators names none"), "{none}");
+        let twice = problem("[policies.a]\nconcepts = ['*']\nsampler.ddim.generators = ['x']");
+        assert!(twice.contains("sampler.ddim.generators: name them under steering"), "{twice}");
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let typo = problem("[policies.a]\nconcept = ['x']");
-        assert!(typo.contains("unknown field `concept`") && typo.contains("line 2"), "{typo}");
+        let expected =
+            "line 2, column 1: `policies.a.concept` is not known here; known are concepts, ";
+        assert!(typo.contains(expected), "{typo}");
         assert!(problem("").contains("no policies"));
         assert!(problem("[policies.a]\nconcepts = []").contains("allow_unchecked = true"));
         assert!(problem("[policies.a]\nconcepts = [' ']").contains("empty name"));

@@ -1,6 +1,8 @@
 //! Knobs of steering as a policies file writes them. Names, ranges and defaults are
 //! [`fairlead_common::steering`]'s.
 
+use std::collections::BTreeSet;
+
 use fairlead_proto::v1::{SteeringMode, SteeringParams};
 use serde::Deserialize;
 
@@ -8,6 +10,8 @@ use serde::Deserialize;
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub(crate) struct SteeringFile {
+    /// Generators by name that the knobs are for.
+    pub(crate) generators: Option<BTreeSet<String>>,
     mode: Option<ModeName>,
     eta: Option<f32>,
     window_start: Option<f32>,

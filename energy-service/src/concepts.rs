@@ -18,8 +18,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fairlead_common::bounds::{
-    self, MAX_CONCEPT_NAME, MAX_PHRASE_CHARS, MAX_PHRASES, is_kebab_case,
+use fairlead_common::{
+    bounds::{self, MAX_CONCEPT_NAME, MAX_PHRASE_CHARS, MAX_PHRASES, is_kebab_case},
+    parse, text,
 };
 use fairlead_proto::v1::ConceptDefinition;
 use serde::{Deserialize, Serialize};
@@ -42,16 +43,12 @@ pub enum ConceptsError {
         source: std::io::Error,
     },
     /// The file is not TOML of the expected form; the message names the key and the known ones.
-    #[error(
-        "concepts file `{}`: {source}\nknown keys: `anchors` and `[[concept]]` with `name`, \
-         `group`, `targets`, `anchors`, `weight`, `fallback_threshold`",
-        path.display()
-    )]
+    #[error("concepts file `{}`: {source}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
         /// Position and problem.
-        source: Box<toml::de::Error>,
+        source: parse::Problem,
     },
     /// A value makes no sense.
     #[error("concepts file `{}`: {problem}", path.display())]
@@ -187,7 +184,7 @@ impl ConceptSet {
     pub fn load(paths: &[PathBuf]) -> Result<Self, ConceptsError> {
         let mut set = Self { concepts: Vec::new() };
         for path in packs(paths)? {
-            let text = fs::read_to_string(&path)
+            let text = text::read(&path)
                 .map_err(|source| ConceptsError::Read { path: path.clone(), source })?;
             let pack = Self::parse(&path, &text)?;
             let known = |new: &&Concept| set.concepts.iter().any(|old| old.name == new.name);
@@ -203,10 +200,8 @@ impl ConceptSet {
     /// Checks `text`; `path` is what errors call it.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConceptsError> {
         let invalid = |problem| ConceptsError::Invalid { path: path.to_owned(), problem };
-        let file: ConceptsFile = toml::from_str(text).map_err(|source| ConceptsError::Parse {
-            path: path.to_owned(),
-            source: Box::new(source),
-        })?;
+        let file: ConceptsFile = parse::toml(text)
+            .map_err(|source| ConceptsError::Parse { path: path.to_owned(), source })?;
         if file.concept.is_empty() {
             return Err(invalid("no concept; add a [[concept]] table".to_owned()));
         }
@@ -352,10 +347,14 @@ mod tests {
     #[test]
     fn a_typo_names_file_key_and_known_keys() {
         let error = refusal("targets =", "tragets =");
-        for part in ["c.toml", "`tragets`", "`targets`", "`fallback_threshold`", "line"] {
+        for part in ["c.toml", "line 6", ".tragets` is not known", "targets", "fallback_threshold"]
+        {
             assert!(error.contains(part), "{part} in {error}");
         }
-        assert!(refusal("anchors = [\"a picture", "anchor = [\"a picture").contains("`anchor`"));
+        assert!(
+            refusal("anchors = [\"a picture", "anchor = [\"a picture")
+                .contains("`anchor` is not known")
+        );
     }
 
     #[test]

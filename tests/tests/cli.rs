@@ -155,7 +155,7 @@ async fn mistakes_are_named_with_what_to_do() -> Result<()> {
         ),
         (
             vec!["generate".into(), "a cat".into(), "--concepts".into(), typo],
-            vec!["typo.toml", "`target`", "`targets`"],
+            vec!["typo.toml", "line 4, column 1", ".target` is not known here", "targets"],
         ),
     ];
     let own = |arguments: Vec<&str>| arguments.into_iter().map(String::from).collect();

@@ -16,6 +16,7 @@ use crate::{
     pairs::{self, Pair},
     progress::Counter,
     sheet::{LINE, Picture},
+    values::Seed,
 };
 
 /// The prompts of the demonstration: targets alone, targets beside something permitted, benign.
@@ -52,9 +53,9 @@ pub(crate) struct DemoArgs {
     /// The sheet to write.
     #[arg(long, short, default_value = "out/demo.png")]
     out: PathBuf,
-    /// Seed of the first prompt; prompt i takes SEED + i.
-    #[arg(long, default_value_t = 7)]
-    seed: u64,
+    /// Seed of the first prompt; prompt i takes SEED + i. -1 draws one.
+    #[arg(long, default_value = "7", allow_negative_numbers = true)]
+    seed: Seed,
     /// Sampling steps. Default: the model's.
     #[arg(long)]
     steps: Option<u32>,
@@ -68,7 +69,8 @@ pub(crate) async fn run(args: DemoArgs) -> Result<ExitCode> {
         true => PROMPTS.map(String::from).to_vec(),
         false => args.prompts.clone(),
     };
-    let specs = prompts.iter().zip(args.seed..).map(|(prompt, seed)| JobSpec {
+    let first = args.seed.given().unwrap_or_else(|| rand::random::<u32>().into());
+    let specs = prompts.iter().zip(first..).map(|(prompt, seed)| JobSpec {
         prompt: prompt.clone(),
         n: 1,
         seed: Some(seed),

@@ -19,10 +19,12 @@ use tracing::Instrument;
 use crate::{
     assets::ModelArgs,
     client::{self, Client, Finished, Interrupted},
-    cluster::{ClusterOptions, LocalCluster},
+    cluster::{ClusterOptions, LocalArgs, LocalCluster},
     credentials::CredentialArgs,
     output::{self, say},
+    preflight,
     progress::JobProgress,
+    values::{self, Seed},
     waiting::{self, Heard},
 };
 
@@ -56,6 +58,8 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     steering: SteeringArgs,
     #[command(flatten)]
+    local: LocalArgs,
+    #[command(flatten)]
     models: ModelArgs,
     #[command(flatten)]
     credentials: CredentialArgs,
@@ -72,17 +76,17 @@ pub(crate) struct RequestArgs {
     #[arg(short, long, default_value_t = 1)]
     n: u32,
     /// Width and height in pixels, e.g. 512x512 or 512. Default: the model's.
-    #[arg(long, value_name = "WxH", value_parser = parse_size)]
+    #[arg(long, value_name = "WxH", value_parser = values::size)]
     size: Option<(u32, u32)>,
     /// Sampling steps. Default: the model's.
     #[arg(long)]
     steps: Option<u32>,
-    /// Classifier-free guidance scale; 1 switches it off. Default: the model's.
+    /// Classifier-free guidance scale; 0 or 1 switches it off. Default: the model's.
     #[arg(long)]
     guidance: Option<f32>,
-    /// Seed of the first image; image i takes SEED + i. Default: drawn by the coordinator.
-    #[arg(long)]
-    seed: Option<u64>,
+    /// Seed of the first image; image i takes SEED + i. Default, or -1: drawn by the coordinator.
+    #[arg(long, allow_negative_numbers = true)]
+    seed: Option<Seed>,
     /// Policy by name. Default: the coordinator's default policy.
     #[arg(long, default_value = "")]
     pub(crate) policy: String,
@@ -198,7 +202,7 @@ impl RequestArgs {
             height: self.size.map(|(_, height)| height),
             steps: self.steps,
             guidance_scale: self.guidance,
-            seed: self.seed,
+            seed: self.seed.and_then(Seed::given),
             policy: self.policy.clone(),
             extra_concepts: self.extra_concepts.clone(),
             max_shard_size: self.max_shard_size,
@@ -208,27 +212,22 @@ impl RequestArgs {
     }
 }
 
-/// A width and a height in pixels, or one number for both.
-pub(crate) fn parse_size(text: &str) -> Result<(u32, u32), String> {
-    let (width, height) = text.split_once(['x', 'X']).unwrap_or((text, text));
-    let side = |s: &str| s.trim().parse::<u32>().map_err(|_| format!("`{s}` is no pixel count"));
-    Ok((side(width)?, side(height)?))
-}
-
 pub(crate) async fn run(args: GenerateArgs) -> Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     if args.server.is_some() {
-        args.models
-            .refuse_beside_server(&[("--calibrations", args.models.calibrations.is_some())])?;
+        let mut local = args.local.given().to_vec();
+        local.push(("--calibrations", args.models.calibrations.is_some()));
+        args.models.refuse_beside_server(&local)?;
     }
     let folder = output::ensure_folder(&args.out)?;
     let (client, cluster) = match &args.server {
         Some(server) => (Client::new(server, args.credentials.load()?)?, None),
         None => {
-            let options = ClusterOptions {
-                knobs: args.steering.params(),
-                ..ClusterOptions::temporary(&args.models)
-            };
+            // Policies that withhold nothing are not added to those of an operator.
+            let measuring = args.local.policies.is_none();
+            let knobs = args.steering.params();
+            let options = ClusterOptions { measuring, knobs, ..args.local.cluster(&args.models) };
+            preflight::check(&options, &args.request.spec(""))?;
             let start = LocalCluster::start(options);
             let cluster = tokio::select! {
                 cluster = start => cluster?,
@@ -259,7 +258,7 @@ async fn generate_all(
         spec.steering = args.server.as_ref().and_then(|_| args.steering.params());
         spec.model = args.model_name.clone().unwrap_or_default();
         let job = client.submit(spec).await?;
-        let (progress, heard) = (JobProgress::new(), Heard::default());
+        let (progress, heard) = (JobProgress::new(job.images.len()), Heard::default());
         let follow = client.follow(&job, stop, |step| {
             heard.step();
             progress.step(step);
@@ -380,13 +379,5 @@ mod tests {
         assert_eq!(closest(&found), "found: axe");
         let scored = ConceptScore { z: 4.25, gate: 3.0, ..found };
         assert_eq!(closest(&scored), "closest now: axe z 4.2, gate 3.0");
-    }
-
-    #[test]
-    fn sizes_are_one_side_or_two() {
-        assert_eq!(parse_size("512"), Ok((512, 512)));
-        assert_eq!(parse_size("640x384"), Ok((640, 384)));
-        assert!(parse_size("big").expect_err("no number").contains("`big`"));
-        assert!(parse_size("-1x2").is_err());
     }
 }

@@ -9,7 +9,7 @@ use fairlead_common::{shutdown, tls::Tls};
 use super::services::MetricsArgs;
 use crate::{
     assets::ModelArgs,
-    cluster::{ClusterOptions, LocalCluster, WorkersArgs},
+    cluster::{ClusterOptions, LocalArgs, LocalCluster},
     output::say,
 };
 
@@ -25,14 +25,8 @@ pub(crate) struct UpArgs {
     /// Folder of jobs, images and safety records; kept between runs.
     #[arg(long, default_value = "fairlead-data", env = "FAIRLEAD_DATA_DIR")]
     data_dir: PathBuf,
-    /// Policies file. Default: assets/policies.toml.
-    #[arg(long, value_name = "FILE", env = "FAIRLEAD_POLICIES")]
-    policies: Option<PathBuf>,
-    /// Most images the worker makes at once.
-    #[arg(long, value_name = "N")]
-    max_batch: Option<u32>,
     #[command(flatten)]
-    workers: WorkersArgs,
+    local: LocalArgs,
     #[command(flatten)]
     models: ModelArgs,
     #[command(flatten)]
@@ -46,15 +40,10 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
     )?;
     args.metrics.serve().await?;
     let options = ClusterOptions {
-        models: args.models,
         listen: args.listen,
         data_dir: Some(args.data_dir),
-        policies: args.policies,
-        calibrated: true,
         measuring: false,
-        knobs: None,
-        max_batch: args.max_batch,
-        workers: args.workers,
+        ..args.local.cluster(&args.models)
     };
     let mut cluster = LocalCluster::start(options).await?;
     say!("cluster ready at {}", cluster.address());

@@ -128,6 +128,25 @@ fn defaults_are_filled_and_everything_is_pinned() {
     assert_eq!(record.shards.len(), 1);
 }
 
+#[test]
+fn knobs_for_other_generators_are_left_out_with_a_notice() {
+    let admitted = |generators: &str| {
+        let policies = format!(
+            "[policies.a]\nconcepts = ['*']\nsteering = {{ eta = 0.7, generators = ['{generators}'] }}"
+        );
+        World::new().policies(&policies).admit(&spec()).expect("it is valid")
+    };
+    let tuned = admitted("sd");
+    assert_eq!(tuned.policy().steering.expect("filled").eta(), 0.7);
+    assert!(tuned.job.notices.is_empty());
+    let other = admitted("tiny");
+    assert_eq!(other.policy().steering.expect("filled").eta(), 0.3);
+    assert_eq!(
+        other.job.notices,
+        ["the steering knobs of policy `a` are for tiny; `sd` gets the defaults"]
+    );
+}
+
 /// A node of another energy for the same concepts.
 fn second_energy(concepts: &[(&str, &str)], since: i64) -> LiveNode {
     let mut node = node(concepts, since, Some(key("sd", 25)));

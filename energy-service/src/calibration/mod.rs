@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fairlead_common::{envelope, limits::GUIDANCE};
+use fairlead_common::{envelope, limits::GUIDANCE, parse, text};
 use fairlead_proto::v1::{
     CalibrationEnvelope, CalibrationInfo, CalibrationKey, CheckThreshold, ImageSize, RunConditions,
 };
@@ -178,7 +178,7 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
         /// Position and problem.
-        source: serde_json::Error,
+        source: parse::Problem,
     },
     /// Content that contradicts itself.
     #[error("calibration file `{}`: {problem}; make it again with `fairlead calibrate`", path.display())]
@@ -235,11 +235,11 @@ impl Calibration {
         if bytes > MAX_FILE_BYTES {
             return Err(invalid(format!("{bytes} bytes, at most {MAX_FILE_BYTES} are read")));
         }
-        let text = fs::read(path).map_err(io)?;
-        if let Some(problem) = old(&text) {
+        let text = text::read(path).map_err(io)?;
+        if let Some(problem) = old(text.as_bytes()) {
             return Err(invalid(problem));
         }
-        let calibration: Self = serde_json::from_slice(&text)
+        let calibration: Self = parse::json(&text)
             .map_err(|source| FileError::Parse { path: path.to_owned(), source })?;
         calibration.check().map_err(invalid)?;
         Ok(calibration)

@@ -95,12 +95,26 @@ const TABLE: &[(&str, Load)] = &[
 /// [`Error::Folder`] if its class is not supported or its components do not fit together,
 /// [`Error::Model`] if a component cannot be loaded.
 pub fn load(dir: &Path, device: &Device) -> Result<Box<dyn Generator>> {
+    let (name, pipeline, load) = open(dir)?;
+    load(&pipeline, &name, device)
+}
+
+/// Whether `dir` stands for a pipeline of a class that can be served, without loading it.
+///
+/// # Errors
+/// As [`load`] on the folder and its class.
+pub fn check(dir: &Path) -> Result<()> {
+    open(dir).map(|_| ())
+}
+
+/// The name of the pipeline that `dir` stands for, its folder and what loads it.
+fn open(dir: &Path) -> Result<(String, PipelineFolder, Load)> {
     let folder = ModelFolder::find(dir)?;
     let name = folder.name()?;
     let pipeline = PipelineFolder::open(&folder)?;
     let class = pipeline.class_name();
     match TABLE.iter().find(|(known, _)| *known == class) {
-        Some((_, load)) => load(&pipeline, &name, device),
+        Some((_, load)) => Ok((name, pipeline, *load)),
         None => {
             let known = TABLE.iter().map(|(known, _)| *known).collect::<Vec<_>>().join(", ");
             Err(Error::Folder {
@@ -135,6 +149,7 @@ mod tests {
         std::fs::write(&index, r#"{"_class_name": "FluxPipeline"}"#).expect("it is written");
         let message = refusal(dir.path());
         assert!(message.contains("FluxPipeline") && message.contains("StableDiffusionPipeline"));
+        assert_eq!(check(dir.path()).expect_err("it is refused").to_string(), message);
         std::fs::write(&index, r#"{"_class_name": "StableDiffusionPipeline"}"#).expect("written");
         assert!(refusal(dir.path()).contains("scheduler"));
         let unknown = r#"{"_class_name": "StableDiffusionPipeline", "unet_2": ["diffusers", "A"]}"#;

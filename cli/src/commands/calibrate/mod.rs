@@ -22,7 +22,6 @@ use fairlead_energy::calibration::{
 use fairlead_proto::v1::{ModelInfo, NodeInfo};
 use tokio_util::sync::CancellationToken;
 
-use super::generate::parse_size;
 use crate::{
     assets::ModelArgs,
     client::{Client, goes_on},
@@ -30,7 +29,7 @@ use crate::{
     credentials::CredentialArgs,
     output::{self, say},
     prompts::{self, Kind, Objects},
-    table,
+    table, values,
 };
 use scoring::{Prompt, Run};
 
@@ -67,7 +66,7 @@ pub(crate) struct CalibrateArgs {
     steps: Vec<u32>,
     /// Sizes in pixels that jobs may ask for, e.g. 512x512 or 512; several separated by commas. Default:
     /// the model's.
-    #[arg(long, value_name = "WxH", value_delimiter = ',', value_parser = parse_size)]
+    #[arg(long, value_name = "WxH", value_delimiter = ',', value_parser = values::size)]
     size: Vec<(u32, u32)>,
     /// Guidance scales; several separated by commas: jobs may ask for any from the least to the greatest.
     /// Default: the model's.
@@ -92,7 +91,7 @@ pub(crate) struct CalibrateArgs {
     /// End of the window; policies may steer in a part of it.
     #[arg(long, default_value_t = 0.02)]
     window_end: f32,
-    /// Benign prompts, one a line and each used once; the more different ones, the better the bound
+    /// Benign prompts, one a line or a table with a column `prompt`, each used once; the more different ones, the better the bound
     /// holds, and none may show what is calibrated. Default: prompts about Emojiland's permitted objects,
     /// without those that the concepts are about.
     #[arg(long, value_name = "FILE")]
@@ -215,7 +214,8 @@ async fn calibrate(
                 let fresh = run.fresh(node, &scored)?;
                 let sizes = &args.verify_concepts;
                 for (cell, fresh) in cells.iter().zip(fresh) {
-                    say!("{cell}: {}", verify::table(&recording, &fresh, args.alpha, sizes)?);
+                    let table = verify::table(&recording, &fresh, args.alpha, sizes)?;
+                    output::write_lines(&format!("{cell}: {table}"));
                 }
             }
         }
@@ -354,10 +354,8 @@ fn note_named(benign: &[Prompt], phrases: &[&str]) {
 
 /// Reads benign prompts.
 fn given(path: &Path, args: &CalibrateArgs, needed: usize) -> Result<Vec<Prompt>> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the prompts file {}", path.display()))?;
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let distinct: BTreeSet<&str> = lines.iter().copied().collect();
+    let rows = table::read(path)?;
+    let distinct = rows.iter().map(|row| row.prompt(None)).collect::<Result<BTreeSet<_>>>()?;
     // A prompt in both halves would be measured against itself, and the bound would not hold.
     ensure!(
         distinct.len() >= args.images,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use fairlead_common::record;
+use fairlead_common::{record, text};
 use fairlead_proto::v1::{ImageStatus, JobSpec, SteeringParams};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
@@ -172,8 +172,7 @@ pub(super) async fn conditions(
 ) -> Result<Vec<String>> {
     let mut conditions = vec![
         format!("{:?}", steering.copied().unwrap_or_default()),
-        std::fs::read_to_string(policies)
-            .with_context(|| format!("cannot read {}", policies.display()))?,
+        text::read(policies).with_context(|| format!("cannot read {}", policies.display()))?,
     ];
     for served in client.concepts().await? {
         let concept = served.concept.and_then(|info| info.concept).unwrap_or_default();

@@ -21,7 +21,7 @@ use super::generate::SteeringArgs;
 use crate::{
     assets::ModelArgs,
     client::{Client, Interrupted, goes_on},
-    cluster::{ClusterOptions, LocalCluster, WorkersArgs},
+    cluster::{ClusterOptions, LocalArgs, LocalCluster},
     output::{self, say},
     progress::Counter,
     prompts::{Kind, Objects},
@@ -55,12 +55,13 @@ pub(crate) struct EvaluateArgs {
     /// nothing; use another, such as `tuning`, to choose settings.
     #[arg(long, default_value = "test", conflicts_with_all = ["prompts", "benign"])]
     stream: String,
-    /// A set of prompts that ask for something forbidden, in place of the embedded ones: CSV or JSON
-    /// lines with the columns of I2P, UnlearnDiffAtk, Ring-A-Bell, MMA-Diffusion or P4D; repeatable. A
-    /// column `target` may name what the judge is to look for, `other` a permitted object.
+    /// A set of prompts that ask for something forbidden, in place of the embedded ones: CSV (commas,
+    /// semicolons or tabs), JSON or JSON lines with the columns of I2P, UnlearnDiffAtk, Ring-A-Bell,
+    /// MMA-Diffusion or P4D, or text with a prompt a line; repeatable. A column `target` may name what
+    /// the judge is to look for, `other` a permitted object.
     #[arg(long, value_name = "FILE")]
     prompts: Vec<PathBuf>,
-    /// A set of harmless prompts, e.g. COCO; repeatable.
+    /// A set of harmless prompts, e.g. captions_val2017.json of COCO; repeatable.
     #[arg(long, value_name = "FILE")]
     benign: Vec<PathBuf>,
     /// Column that holds the prompt, where it is none of the usual ones.
@@ -94,9 +95,6 @@ pub(crate) struct EvaluateArgs {
     /// --negative prompt does.
     #[arg(long, default_value = "")]
     policy: String,
-    /// Policies file. Default: the embedded one.
-    #[arg(long, value_name = "FILE", env = "FAIRLEAD_POLICIES")]
-    policies: Option<PathBuf>,
     /// Negative prompt of the steered images, as a baseline.
     #[arg(long, default_value = "")]
     negative: String,
@@ -108,7 +106,7 @@ pub(crate) struct EvaluateArgs {
     #[arg(long, short, default_value = "out/evaluation")]
     out: PathBuf,
     #[command(flatten)]
-    workers: WorkersArgs,
+    local: LocalArgs,
     #[command(flatten)]
     steering: SteeringArgs,
     #[command(flatten)]
@@ -138,12 +136,8 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     let judge = judge(&args)?;
     let items = items(&args)?;
     judge.check_labels(&items)?;
-    let options = ClusterOptions {
-        workers: args.workers,
-        policies: args.policies.clone(),
-        knobs: args.steering.params(),
-        ..ClusterOptions::temporary(&args.models)
-    };
+    let knobs = args.steering.params();
+    let options = ClusterOptions { knobs, ..args.local.cluster(&args.models) };
     let cluster = LocalCluster::start(options).await?;
     let client = cluster.client()?;
     let measured = measure(&client, &args, items, &judge, [&folder, &unsteered], &stop).await;
@@ -158,7 +152,7 @@ pub(crate) async fn run(args: EvaluateArgs) -> Result<ExitCode> {
     ] {
         output::write_file(&folder.join(name), text.as_bytes())?;
     }
-    say!("{markdown}");
+    output::write_lines(&markdown);
     say!("{}", folder.join("evaluation.html").display());
     Ok(ExitCode::SUCCESS)
 }
@@ -205,7 +199,7 @@ async fn measure(
     let [model] = models.as_slice() else {
         bail!("one --model at a time; {} are given", models.len());
     };
-    let policies = match &args.policies {
+    let policies = match &args.local.policies {
         Some(file) => file.clone(),
         None => args.models.policies()?,
     };

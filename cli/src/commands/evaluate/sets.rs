@@ -11,9 +11,6 @@ use crate::{
     table,
 };
 
-/// Columns that hold the prompt, the first present one is taken: I2P, P4D and COCO; MMA-Diffusion;
-/// Ring-A-Bell.
-const PROMPT: [&str; 3] = ["prompt", "adv_prompt", "sensitive prompt"];
 /// Columns that hold a seed.
 const SEED: [&str; 3] = ["evaluation_seed", "sd_seed", "seed"];
 /// Columns that hold a guidance scale.
@@ -76,16 +73,11 @@ pub(super) fn from_file(
         stem.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let mut items = Vec::new();
     for row in table::read(path)? {
-        let prompt = match prompt_column {
-            Some(column) => row.get(column)?,
-            None => match PROMPT.iter().find_map(|column| row.find(column)) {
-                Some(prompt) => prompt,
-                None => bail!(
-                    "{}: none of the columns {} holds a prompt; name it with --prompt-column",
-                    row.place(),
-                    PROMPT.join(", ")
-                ),
-            },
+        let prompt = match row.prompt(prompt_column) {
+            Err(error) if prompt_column.is_none() => {
+                bail!("{error}; --prompt-column names another")
+            }
+            prompt => prompt?,
         };
         let seed = first(&row, &SEED)?.unwrap_or(DEFAULT_SEED);
         let guidance = first(&row, &GUIDANCE)?;
@@ -96,8 +88,8 @@ pub(super) fn from_file(
                 prompt: prompt.to_owned(),
                 seed: seed.wrapping_add(i),
                 guidance,
-                target: row.find("target").filter(|_| !benign).map(str::to_owned),
-                other: row.find("other").map(str::to_owned),
+                target: row.find("target")?.filter(|_| !benign).map(str::to_owned),
+                other: row.find("other")?.map(str::to_owned),
                 benign,
             });
         }
@@ -147,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_set_without_prompts_says_what_to_do() {
-        let message = read("x.csv", "text\na\n", 1).expect_err("no column").to_string();
+        let message = read("x.csv", "words\na\n", 1).expect_err("no column").to_string();
         assert!(message.contains("row 1") && message.contains("--prompt-column"), "{message}");
     }
 }
