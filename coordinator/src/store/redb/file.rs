@@ -2,7 +2,8 @@
 //! its disk has failed. redb does nothing more after an error of the disk until it is opened anew.
 
 use std::{
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,6 +16,9 @@ use crate::{place::Place, store::StoreError};
 
 /// Opens the file at a path; one that is not there is made.
 pub(super) type Opening = Arc<dyn Fn(&Path) -> Result<Database, DatabaseError> + Send + Sync>;
+
+/// Bytes that a disk must take before a file on it is used again.
+const ROOM: usize = 1 << 20;
 
 /// Memory for pages of the file; redb would take a gibibyte before it forgets any.
 const CACHE: usize = 64 << 20;
@@ -91,12 +95,11 @@ impl DataFile {
             Ok(database) => body(database),
             Err(problem) => return Err(away(problem.clone())),
         };
-        if let Err(StoreError::Away { problem, .. }) = &done {
-            let problem = format!("{}: {problem}", self.path.display());
-            tracing::error!(problem, "the store is closed until its disk works again");
-            *self.state.write() = Err(problem);
-        }
-        done
+        let Err(StoreError::Away { problem, .. }) = done else { return done };
+        let problem = format!("{}: {problem}", self.path.display());
+        tracing::error!(problem, "the store is closed until its disk works again");
+        *self.state.write() = Err(problem.clone());
+        Err(away(problem))
     }
 
     /// Whether the database is open and its file where it was.
@@ -123,6 +126,7 @@ impl DataFile {
             return Ok(false);
         }
         let mut state = self.state.write();
+        has_room(&self.path).map_err(|error| away(format!("{}: {error}", self.path.display())))?;
         let database = open(&self.path, &self.opening).map_err(away)?;
         match prepare(&database) {
             Ok(()) => {
@@ -131,11 +135,23 @@ impl DataFile {
                 Ok(true)
             }
             Err(error) => {
-                *state = Err(format!("{}: {error}", self.path.display()));
-                Err(away(error.to_string()))
+                let problem = format!("{}: {error}", self.path.display());
+                *state = Err(problem.clone());
+                Err(away(problem))
             }
         }
     }
+}
+
+/// Whether the disk takes more than a few pages: those that the file has free are soon used up.
+fn has_room(path: &Path) -> io::Result<()> {
+    let probe = path.with_extension("redb.room");
+    let written = fs::File::create(&probe).and_then(|mut file| {
+        file.write_all(&vec![0; ROOM])?;
+        file.sync_all()
+    });
+    let removed = fs::remove_file(&probe);
+    written.and(removed)
 }
 
 fn failed(problem: String) -> StoreError {
