@@ -1,6 +1,9 @@
 //! Everything that can go wrong here, and the one table from it to gRPC codes.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use fairlead_common::{identity::Refusal, limits::FieldError, signature::KeyError};
 use tonic::{Code, Status};
@@ -229,11 +232,11 @@ impl Error {
             Self::Store(StoreError::Backend { .. }) => {
                 format!("the cluster's store failed; ask the operator ({LOG})")
             }
-            Self::Output(OutputError::Folder(_)) => {
+            Self::Output(OutputError::Folder(_) | OutputError::Object { .. }) => {
                 format!("images cannot be stored or read now; retry later ({LOG})")
             }
-            Self::Output(_) => {
-                format!("an image or record cannot be stored or read; ask the operator ({LOG})")
+            Self::Output(OutputError::Record { .. }) => {
+                format!("a record cannot be read; ask the operator ({LOG})")
             }
             Self::Policy(_) | Self::Key(_) | Self::Server(_) | Self::Io { .. } => {
                 format!("the coordinator failed; ask the operator ({LOG})")
@@ -293,7 +296,8 @@ impl Error {
             Self::Damaged { .. } => Code::DataLoss,
             Self::Store(StoreError::Refused(_)) => Code::Aborted,
             Self::Store(StoreError::UnknownJob(_)) => Code::NotFound,
-            Self::Store(StoreError::Away { .. }) | Self::Output(OutputError::Folder(_)) => {
+            Self::Store(StoreError::Away { .. })
+            | Self::Output(OutputError::Folder(_) | OutputError::Object { .. }) => {
                 Code::Unavailable
             }
             Self::Store(_) | Self::Output(_) | Self::Server(_) | Self::Key(_) | Self::Io { .. } => {
@@ -311,12 +315,15 @@ impl From<FieldError> for Error {
 
 /// What a worker, a node or the store says, for whoever asked for a job: without addresses and paths.
 pub(crate) fn without_places(text: &str) -> String {
-    let is_edge = |c: char| !c.is_alphanumeric() && c != '/' && c != '_';
+    let is_edge = |c: char| "(),;.`'\"".contains(c);
     let words = text.split(' ').map(|word| {
-        let inner = word.trim_matches(is_edge);
+        let inner = word.trim_matches(is_edge).trim_end_matches(':');
         let found = match inner {
             _ if inner.contains("://") => "an address",
-            _ if is_host_and_port(inner) || inner.parse::<IpAddr>().is_ok() => "an address",
+            _ if inner.parse::<SocketAddr>().is_ok() || inner.parse::<IpAddr>().is_ok() => {
+                "an address"
+            }
+            _ if is_host_and_port(inner) => "an address",
             _ if inner.starts_with('/') && inner.len() > 1 => "a path",
             _ => return word.to_owned(),
         };
@@ -465,7 +472,7 @@ mod tests {
             ),
             ("connect to 10.0.0.7:6379 failed", "connect to an address failed"),
             ("node-7.internal:7200: refused", "an address: refused"),
-            ("[::1]:7200 and 10.0.0.7, too", "[an address and an address, too"),
+            ("[::1]:7200 and 10.0.0.7, too", "an address and an address, too"),
             ("model folder /srv/models/sd: missing", "model folder a path: missing"),
             (
                 "steps: 5; width: 63 and/or height, ratio 16:9",

@@ -59,7 +59,6 @@ impl Client {
                 | Code::ResourceExhausted
                 | Code::Unknown => Outcome::Again,
                 Code::Internal if status.message().contains("h2 protocol error") => Outcome::Again,
-                Code::Internal if status.message().contains("simulated error") => Outcome::Again,
                 Code::Internal | Code::DataLoss => {
                     self.world.model.lock().broken(format!("{}: {call}: {status}", self.host));
                     Outcome::Refused(status)
