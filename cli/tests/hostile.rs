@@ -249,8 +249,11 @@ async fn says(arguments: &[&str]) -> Output {
 }
 
 async fn says_with(variables: &[(&str, &str)], arguments: &[&str]) -> Output {
+    // What is written where nothing else is said.
+    let here = Folder::new();
     let output = Command::new(env!("CARGO_BIN_EXE_fairlead"))
         .args(arguments)
+        .current_dir(here.0.path())
         .envs(variables.iter().copied())
         .env("RUST_LOG", "info")
         .output()

@@ -2,7 +2,6 @@
 //! their role and name. Holds the policies that are valid now and reads their file again when it changes.
 
 use std::{
-    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -136,9 +135,7 @@ impl Access {
 
 fn read(file: &Path) -> Result<String, PolicyError> {
     let failed = |source| PolicyError::Read { path: file.to_owned(), source };
-    let text = std::fs::read(file).map_err(failed)?;
-    text::decode(text)
-        .map_err(|problem| failed(io::Error::new(io::ErrorKind::InvalidData, problem)))
+    text::read(file).map_err(failed)
 }
 
 #[cfg(test)]
