@@ -42,9 +42,6 @@ pub const MAX_NOTICES: usize = 64;
 /// Most characters of a text for people: a notice, or why a shard failed.
 pub const MAX_TEXT_CHARS: usize = 1_024;
 
-/// Most attempts at one image: the first and its reruns.
-pub const MAX_ATTEMPTS: u32 = 3;
-
 /// Largest side of an image, in pixels, that a generator may claim.
 pub const MAX_SIDE: u32 = 16_384;
 

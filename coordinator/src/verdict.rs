@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use fairlead_common::{
-    bounds::{self, MAX_ATTEMPTS, MAX_CONCEPTS},
+    bounds::{self, MAX_CONCEPTS},
+    limits::MAX_RERUNS,
     picture::Rgb8,
     probe::Probe,
 };
@@ -14,8 +15,6 @@ use fairlead_proto::{
 };
 use prost::Message;
 
-/// Most reruns.
-const MAX_RERUNS: u32 = MAX_ATTEMPTS - 1;
 /// Most text entries (nodes, calibrations) taken from a worker, and their length.
 const MAX_ENTRIES: usize = 64;
 const MAX_ENTRY_BYTES: usize = bounds::MAX_TEXT_CHARS;
