@@ -48,13 +48,30 @@ pub(crate) fn refuse(error: clap::Error) -> ExitCode {
         Some(words) => words,
         None => without_colours(&error.render().ansi().to_string()),
     };
-    let acts = said.chars().any(|c| c != '\n' && text::is_hidden(c));
+    let plain = on_one_line(&said, std::env::args_os());
+    let acts = plain != said || plain.chars().any(|c| c != '\n' && text::is_hidden(c));
+    let said = plain;
     if acts || error.kind() == ErrorKind::ValueValidation {
         output::tell_lines(said.trim_end());
     } else {
         print(&error);
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
+}
+
+/// `said` with each of `arguments` that breaks a line written out: else it could begin one of its own.
+fn on_one_line(said: &str, arguments: impl Iterator<Item = OsString>) -> String {
+    let mut plain = said.to_owned();
+    for argument in arguments {
+        let argument = argument.to_string_lossy();
+        let parts = argument.split_once('=').into_iter().flat_map(|(name, value)| [name, value]);
+        for part in
+            std::iter::once(&*argument).chain(parts).filter(|part| part.contains(['\n', '\r']))
+        {
+            plain = plain.replace(part, &text::printable(part));
+        }
+    }
+    plain
 }
 
 /// `text` without the codes that set colours.

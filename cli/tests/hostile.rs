@@ -59,7 +59,8 @@ fn score() -> ConceptScore {
 }
 
 fn record() -> SafetyRecord {
-    let step = StepRecord { correction: 0.5, scores: vec![score()], ..Default::default() };
+    let step =
+        StepRecord { time: 0.5, correction: 0.5, scores: vec![score()], ..Default::default() };
     let report = WorkerReport {
         trajectory: vec![step],
         final_scores: vec![score()],

@@ -130,7 +130,7 @@ async fn one_trace_leads_from_the_command_to_every_energy_call() -> Result<()> {
         .args(["--server", sandbox.address(), "--otlp", &otlp])
         .current_dir(sandbox.folder());
     let output = timeout(PATIENCE, generate.output()).await??;
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{output:?}");
 
     // The command's span is sent last, when it ends; the services' may still be on their way.
     let spans = receiver
