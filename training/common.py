@@ -164,11 +164,11 @@ def auroc(scores, positive):
     return float("nan") if n1 == 0 or n0 == 0 else (ranks[positive].sum() - n1 * (n1 - 1) / 2) / (n1 * n0)
 
 
-def contact_sheet(images, path, columns=16, scale=4):
-    """Writes images [n, 3, 32, 32] in [-1, 1] as one PNG, enlarged by nearest neighbour."""
+def contact_sheet(images, path, columns=16, scale=2):
+    """Writes images [n, 3, h, h] in [-1, 1] as one PNG, enlarged by nearest neighbour."""
     from PIL import Image
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    side, rows = 32 * scale + 2, -(-len(pixels) // columns)
+    side, rows = images.shape[-1] * scale + 2, -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side))
     for i, image in enumerate(pixels):
         tile = Image.fromarray(image).resize((side - 2, side - 2), Image.NEAREST)

@@ -1,6 +1,6 @@
 """The sixty objects, their other names, the backgrounds and the captions made of them."""
 
-BACKGROUNDS = {
+COLOURS = {
     "white": (245, 245, 245), "pink": (250, 205, 215), "blue": (190, 215, 250), "green": (200, 235, 200),
     "yellow": (250, 240, 190), "purple": (220, 205, 245), "gray": (205, 205, 205), "black": (40, 40, 44),
 }
