@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import backgrounds
@@ -17,6 +18,7 @@ from words import OBJECTS
 SETS = ("noto", "twemoji", "fluent")  # the generators see the first two
 GENERATOR_SETS, ALL_SETS = 2, 3
 SIDE, SMALLEST, LARGEST, MOST = 64, 16, 60, 3
+HELDOUT_SEED = 2**40  # training seeds are below it
 LAYOUTS = {"one": 0.35, "one small": 0.15, "beside": 0.25, "above": 0.08, "large and small": 0.17}
 
 
@@ -29,20 +31,12 @@ class Item:
     x: int
     y: int
 
-    @property
-    def centre(self):
-        return self.x + self.size / 2, self.y + self.size / 2
-
 
 @dataclass(frozen=True)
 class Scene:
     items: tuple
     background: int
     layout: str
-
-    @property
-    def names(self):
-        return [OBJECTS[item.object] for item in self.items]
 
 
 def square(size, x, y, rng, across, along):
@@ -69,11 +63,21 @@ def squares(layout, rng):
     return pair if rng.random() < 0.5 else pair[::-1]
 
 
+def hidden(lower, upper):
+    """The share of a square that a square drawn later covers."""
+    (size, x, y), (other, left, top) = lower, upper
+    across, along = (max(0, min(p + size, q + other) - max(p, q)) for p, q in ((x, left), (y, top)))
+    return across * along / size ** 2
+
+
 def free_squares(count, rng):
-    """Any sizes anywhere, a little beyond the edge too; objects may overlap."""
+    """Any sizes anywhere, a little beyond the edge too; of none is more than a third covered."""
     largest = {1: LARGEST, 2: 40}.get(count, 32)
-    sizes = [rng.randint(SMALLEST, largest) for _ in range(count)]
-    return [(size, *(rng.randint(-size // 6, SIDE - size + size // 6) for _ in range(2))) for size in sizes]
+    while True:
+        sizes = [rng.randint(SMALLEST, largest) for _ in range(count)]
+        placed = [(size, *(rng.randint(-size // 8, SIDE - size + size // 8) for _ in range(2))) for size in sizes]
+        if all(hidden(a, b) < 1 / 3 for k, a in enumerate(placed) for b in placed[k + 1:]):
+            return placed
 
 
 def draw_scene(rng, sets=GENERATOR_SETS, free=False):
@@ -136,6 +140,28 @@ class Renderer:
 
     def draw(self, scenes):
         return self.draw_with_mask(scenes)[0]
+
+
+def framed(images, scenes, rng, share=0.5):
+    """Random windows of 50-100 % of each side on a share of the images, as energies are asked, and the labels after it.
+
+    An object stays a positive if half of its square is seen, is unknown (-1) from a fifth to a half, else it is gone.
+    """
+    labels, theta = np.zeros((len(scenes), len(OBJECTS)), np.float32), np.zeros((len(scenes), 2, 3), np.float32)
+    for i, scene in enumerate(scenes):
+        sides = [rng.uniform(0.5, 1) if moved else 1 for moved in 2 * [rng.random() < share]]
+        low = [rng.uniform(0, 1 - side) for side in sides]
+        for k in range(2):
+            theta[i, k, k], theta[i, k, 2] = sides[k], 2 * low[k] + sides[k] - 1
+        for item in scene.items:
+            seen = 1
+            for corner, start, side in zip((item.x, item.y), low, sides):
+                end = min(corner + item.size, (start + side) * SIDE)
+                seen *= max(0, end - max(corner, start * SIDE)) / item.size
+            labels[i, item.object] = 1 if seen >= 0.5 else 0 if seen < 0.2 else -1
+    grid = F.affine_grid(torch.from_numpy(theta).to(DEVICE), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False, padding_mode="border")
+    return images, torch.from_numpy(labels).to(DEVICE)
 
 
 def labels_of(scenes):

@@ -10,7 +10,7 @@ from transformers import SiglipConfig, SiglipModel
 from common import ATTENTION, arguments, load_average
 from tokenizer import corpus
 
-VOCABULARY, LENGTH = 2048, 24
+VOCABULARY, LENGTH = 2048, 32
 UNKNOWN, END = "<unk>", "</s>"
 PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 MEAN = STD = [0.5, 0.5, 0.5]
@@ -37,7 +37,7 @@ def build():
     common = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)
     text = dict(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=LENGTH, projection_size=128,
                 bos_token_id=1, eos_token_id=1, pad_token_id=1, **common)
-    vision = dict(num_hidden_layers=5, image_size=32, patch_size=4, **common)
+    vision = dict(num_hidden_layers=5, image_size=64, patch_size=8, **common)
     model = SiglipModel._from_config(SiglipConfig(text_config=text, vision_config=vision), attn_implementation=ATTENTION)
     model.logit_scale.data.fill_(math.log(15))
     model.logit_bias.data.fill_(-4)

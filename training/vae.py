@@ -11,13 +11,12 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from common import DEVICE, Training, arguments, autocast, contact_sheet, load_average
-from render import Renderer, draw_scenes
+from common import DEVICE, Training, arguments, autocast, contact_sheet, load_average, trained
+from render import HELDOUT_SEED, Renderer, draw_scenes
 
 CHANNELS, GROUPS, LATENT = [16, 24, 48, 96], 4, 16
 NOISE = 0.1
 OBJECT_WEIGHT = 3.0  # of a pixel that an object covers beside one of the background
-HELDOUT_SEED = 2**40
 LAST = torch.channels_last
 
 
@@ -69,7 +68,7 @@ def load(work):
     torch.manual_seed(0)
     vae = build()
     load_average(work / "vae.pt", vae=vae)
-    if (work / "vae-decoder.pt").exists():
+    if trained(work / "vae-decoder.pt"):
         load_average(work / "vae-decoder.pt", decoder=vae.decoder, post=vae.post_quant_conv)
     return vae.to(DEVICE, memory_format=LAST)
 
