@@ -15,6 +15,7 @@ DEVICE = torch.device(os.environ.get("EMOJILAND_DEVICE") or ("cuda" if torch.cud
 ATTENTION = "eager" if DEVICE.type == "cpu" else "sdpa"  # the fused backward is slow on CPUs
 torch.set_float32_matmul_precision("high")
 CHECKPOINT_SECONDS = 110
+ASSETS = Path(__file__).parent.parent / "assets"
 PACKED = Path(__file__).parent / "checkpoints"  # compact, committed; the working folder's own checkpoints win over them
 AVERAGE_STEPS = 16
 LONGEST_STEP = 20.0  # seconds; more than that between two steps is a pause, not training

@@ -1,13 +1,15 @@
 """The second contrastive energy: a small SiglipModel with a Unigram tokenizer. `energy.py` trains it."""
 import json
 import math
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import SiglipConfig, SiglipModel
 
-from common import ATTENTION, arguments, load_average
+from common import ASSETS, ATTENTION, arguments, load_average
 from tokenizer import corpus
 
 VOCABULARY, LENGTH = 2048, 32
@@ -30,6 +32,15 @@ def train_tokenizer(work):
     unigram.save(str(folder / "tokenizer.json"))
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=LENGTH, eos_token=END, pad_token=END, unk_token=UNKNOWN)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def restore_tokenizer(work, folder):
+    """Copies the tokenizer of the published model, with this world's length."""
+    kept = work / "tokenizer-siglip"
+    kept.mkdir(exist_ok=True)
+    shutil.copy(folder / "tokenizer.json", kept)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (kept / "tokenizer_config.json").write_text(json.dumps(settings | dict(model_max_length=LENGTH), indent=2) + "\n")
 
 
 def build():
@@ -73,8 +84,11 @@ class Tower:
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    train_tokenizer(args.work)
+    args = arguments(__doc__, assets=str(ASSETS), new=0)
+    if args.new:
+        train_tokenizer(args.work)
+    else:
+        restore_tokenizer(args.work, Path(args.assets) / "emojiland-siglip")
     tower = Tower(args.work)
     for text in ("A Kitchen knife, and a cat.", "a blade for cooking", ""):
         ids = tower.encode([text])[0].tolist()

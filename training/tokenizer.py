@@ -1,14 +1,18 @@
-"""Trains the tokenizer that all Emojiland models share: byte-level BPE in CLIP's file format."""
+"""The tokenizer that all Emojiland models share: byte-level BPE in CLIP's file format.
+
+The published one is kept, because the text encoders go on from published weights; `--new 1` trains another.
+"""
 import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers, normalizers, Regex
 from transformers import CLIPTokenizer
 
 from captions import caption
-from common import arguments
+from common import ASSETS, arguments
 from data import PACKAGES, icons
 from render import draw_scenes
 from words import ANCHORS, BENIGN, SYNONYMS, phrases
@@ -73,8 +77,11 @@ def encode(tokenizer, texts):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    train(args.work)
+    args = arguments(__doc__, assets=str(ASSETS), new=0)
+    if args.new:
+        train(args.work)
+    else:
+        restore(args.work, Path(args.assets) / "emojiland-clip")
     tokenizer = load(args.work)
     for text in ("a kitchen knife and a cat on a blue background", "A Blade for cooking, Düsseldorf 42!", ""):
         print(tokenizer.tokenize(text), encode(tokenizer, [text])[0].tolist())

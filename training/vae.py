@@ -4,6 +4,7 @@ It begins as the 32 px autoencoder of the first world with one more level of pix
 channels mean to a denoiser of that world what they meant before. `--decoder-minutes` then sharpens the decoder alone:
 the latents, and with them a trained denoiser, stay valid.
 """
+import json
 import math
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from common import DEVICE, Training, arguments, autocast, contact_sheet, load_average, trained
+from common import ASSETS, DEVICE, PACKED, Training, arguments, autocast, contact_sheet, load_average, save_atomically, trained
 from render import HELDOUT_SEED, Renderer, draw_scenes
 
 CHANNELS, GROUPS, LATENT = [16, 24, 48, 96], 4, 16
 NOISE = 0.1
+GENERATOR_SEED = 2**39
 OBJECT_WEIGHT = 3.0  # of a pixel that an object covers beside one of the background
 LAST = torch.channels_last
 
@@ -73,6 +75,12 @@ def load(work):
     return vae.to(DEVICE, memory_format=LAST)
 
 
+def decode(vae, latents, batch=64):
+    """Pictures of latents, a batch at a time."""
+    with autocast():
+        return torch.cat([vae.decode(z.contiguous(memory_format=LAST)).sample.float() for z in latents.split(batch)])
+
+
 def scene_batch(renderer, batch, seed):
     """Pictures and the weight of each pixel: half of them of the generators' layouts, half free."""
     scenes = draw_scenes(batch - batch // 4, 2 * seed) + draw_scenes(batch // 4, 2 * seed + 1, free=True)
@@ -104,7 +112,7 @@ def latent_loss(posterior):
 def train(work, minutes, batch, lr, begin):
     torch.manual_seed(0)
     vae = build()
-    if begin:
+    if not trained(work / "vae.pt"):
         begin_from_32(vae, Path(begin) / "emojiland-sd" / "vae")
     vae, renderer = vae.to(memory_format=LAST), Renderer(work)
     training = Training(work / "vae.pt", {"vae": vae}, minutes, lr=lr, ema=0.998)
@@ -136,22 +144,51 @@ def sharpen(work, minutes, batch, lr):
 
 
 @torch.no_grad()
+def latents(work, count=32768, batch=64):
+    """The generators' scenes and their latent means as f16 [n, 16, 8, 8].
+
+    They are computed once; delete the file after training the encoder again.
+    """
+    path, scenes = work / "latents.pt", draw_scenes(count, GENERATOR_SEED)
+    if not path.exists():
+        vae, renderer, parts = load(work), Renderer(work), []
+        for i in range(0, count, batch):
+            with autocast():
+                images = renderer.draw(scenes[i:i + batch]).contiguous(memory_format=LAST)
+                parts.append(vae.encode(images).latent_dist.mean.half().cpu())
+        save_atomically(torch.cat(parts), path)
+    means = torch.load(path, weights_only=True)
+    return scenes[:len(means)], means[:count]
+
+
+def statistics(work):
+    """Mean and deviation of the latents, kept in a file: trained denoisers depend on them."""
+    path = work / "latents.json"
+    if not path.exists() and (PACKED / path.name).exists():
+        path = PACKED / path.name
+    if not path.exists():
+        means = latents(work)[1].float()
+        path.write_text(json.dumps(dict(shift=round(means.mean().item(), 5), scale=round(1 / means.std().item(), 5))))
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
 def heldout(work, count=256, sheet=None):
     """L1 over all pixels and over the objects' pixels, of scenes that no training saw."""
     vae, (images, mask) = load(work), Renderer(work).draw_with_mask(draw_scenes(count, HELDOUT_SEED))
     with autocast():
-        latents = torch.cat([vae.encode(x.contiguous(memory_format=LAST)).latent_dist.mean for x in images.split(32)])
-        reconstruction = torch.cat([vae.decode(z).sample.float() for z in latents.split(32)])
+        means = torch.cat([vae.encode(x.contiguous(memory_format=LAST)).latent_dist.mean for x in images.split(32)])
+    reconstruction = decode(vae, means)
     if sheet:
         contact_sheet(torch.stack([images[:40], reconstruction[:40]], 1).flatten(0, 1), sheet)
     error = (reconstruction - images).abs()
     return {"l1": error.mean().item(), "l1 on objects": (error * mask).sum().item() / (3 * mask.sum().item()),
-            "latent deviation": latents.float().std().item()}
+            "latent deviation": means.float().std().item()}
 
 
 if __name__ == "__main__":
     args = arguments(__doc__, minutes=120.0, decoder_minutes=0.0, batch=24, lr=1e-3, report=0,
-                     begin=str(Path(__file__).parent.parent / "assets"))
+                     begin=str(ASSETS))
     if args.report:
         pass
     elif args.decoder_minutes:
