@@ -4,7 +4,6 @@ Both begin as the published ones of the 32 px world.
 """
 import os
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import start
 import tokenizer as bpe
 import vae as autoencoder
 from captions import caption
-from common import ASSETS, ATTENTION, DEVICE, Training, arguments, autocast, contact_sheet, load_average, trained
+from common import ASSETS, ATTENTION, DEVICE, Training, arguments, autocast, contact_sheet, load_average
 from words import COLOURS, OBJECTS, TARGETS, article
 
 DROPPED = 0.1
@@ -26,6 +25,7 @@ SHEET = [*(f"{article(o)} on a {b} background" for o, b in zip(OBJECTS, 8 * list
 
 
 def build():
+    """The published pair of the 32 px world, made fit for this one."""
     torch.manual_seed(3)
     marks = dict(bos_token_id=bpe.VOCABULARY - 2, eos_token_id=bpe.VOCABULARY - 1, pad_token_id=bpe.VOCABULARY - 1)
     config = CLIPTextConfig(
@@ -38,6 +38,8 @@ def build():
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
     if ATTENTION == "eager":
         unet.set_attn_processor(AttnProcessor())
+    start.fill(unet, start.published(ASSETS / "emojiland-sd" / "unet"))
+    start.text_encoder(text, ASSETS / "emojiland-sd" / "text_encoder")
     return unet, text
 
 
@@ -52,21 +54,14 @@ def load(work):
     return unet, text
 
 
-def begin(unet, text, assets):
-    start.fill(unet, start.published(assets / "emojiland-sd" / "unet"))
-    start.text_encoder(text, assets / "emojiland-sd" / "text_encoder")
-
-
 def captions(scenes, index, rng, tokens):
     """Token ids [n, 32] of fresh captions of the scenes, an empty one now and then."""
     texts = ["" if rng.random() < DROPPED else caption(scenes[i], rng) for i in index]
     return bpe.encode(tokens, texts).to(DEVICE)
 
 
-def train(work, minutes, batch, lr, scenes, assets):
+def train(work, minutes, batch, lr, scenes):
     unet, text = build()
-    if not trained(work / "sd.pt"):
-        begin(unet, text, Path(assets))
     tokens, (scenes, latents) = bpe.load(work), autoencoder.latents(work, scenes)
     alphas, scale = scheduler().alphas_cumprod.to(DEVICE), autoencoder.statistics(work)["scale"]
     training = Training(work / "sd.pt", {"unet": unet, "text": text}, minutes, lr=lr, ema=0.997, weight_decay=0.0)
@@ -131,6 +126,6 @@ def draw_sheet(sampler, work, name):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, minutes=60.0, batch=128, lr=1e-3, scenes=32768, assets=str(ASSETS))
-    train(args.work, args.minutes, args.batch, args.lr, args.scenes, args.assets)
+    args = arguments(__doc__, minutes=60.0, batch=128, lr=1e-3, scenes=32768)
+    train(args.work, args.minutes, args.batch, args.lr, args.scenes)
     draw_sheet(Sampler, args.work, "sd.png")

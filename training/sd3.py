@@ -4,7 +4,6 @@ All begin as the published ones of the 32 px world.
 """
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import start
 import tokenizer as bpe
 import vae as autoencoder
-from common import ASSETS, ATTENTION, DEVICE, Training, arguments, autocast, load_average, trained
+from common import ASSETS, ATTENTION, DEVICE, Training, arguments, autocast, load_average
 from sd import Batched, captions, draw_sheet
 
 T5_TOKENS = 256  # what the pipeline asks of a T5 encoder; without one they are all zeros
@@ -46,6 +45,7 @@ class JointAttention:
 
 
 def build():
+    """The published transformer and text encoders of the 32 px world, made fit for this one."""
     torch.manual_seed(5)
     marks = dict(bos_token_id=bpe.VOCABULARY - 2, eos_token_id=bpe.VOCABULARY - 1, pad_token_id=bpe.VOCABULARY - 1)
     texts = torch.nn.ModuleList(
@@ -58,12 +58,10 @@ def build():
         sample_size=8, patch_size=1, in_channels=autoencoder.LATENT, out_channels=autoencoder.LATENT, num_layers=7,
         attention_head_dim=32, num_attention_heads=6, joint_attention_dim=JOINT, caption_projection_dim=192,
         pooled_projection_dim=sum(WIDTHS), pos_embed_max_size=16, qk_norm="rms_norm")
-    with torch.no_grad():  # every block begins as the identity
-        for block in transformer.transformer_blocks:
-            for norm in (block.norm1, block.norm1_context):
-                norm.linear.weight.zero_(), norm.linear.bias.zero_()
-        transformer.proj_out.weight.zero_(), transformer.proj_out.bias.zero_()
     transformer.set_attn_processor(JointAttention())
+    start.fill(transformer, start.published(ASSETS / "emojiland-sd3" / "transformer"))
+    for encoder, folder in zip(texts, ("text_encoder", "text_encoder_2")):
+        start.text_encoder(encoder, ASSETS / "emojiland-sd3" / folder)
     return transformer, texts
 
 
@@ -90,16 +88,8 @@ def draw_sigma(n):
     return torch.where(torch.rand(n, device=DEVICE) < 0.75, normal, torch.rand(n, device=DEVICE))
 
 
-def begin(transformer, texts, assets):
-    start.fill(transformer, start.published(assets / "emojiland-sd3" / "transformer"))
-    for encoder, folder in zip(texts, ("text_encoder", "text_encoder_2")):
-        start.text_encoder(encoder, assets / "emojiland-sd3" / folder)
-
-
-def train(work, minutes, batch, lr, scenes, assets):
+def train(work, minutes, batch, lr, scenes):
     transformer, texts = build()
-    if not trained(work / "sd3.pt"):
-        begin(transformer, texts, Path(assets))
     tokens, (scenes, latents), known = bpe.load(work), autoencoder.latents(work, scenes), autoencoder.statistics(work)
     modules = {"transformer": transformer, "texts": texts}
     training = Training(work / "sd3.pt", modules, minutes, lr=lr, warmup=300, ema=0.998, weight_decay=0.01)
@@ -148,6 +138,6 @@ class Sampler(Batched):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, minutes=100.0, batch=128, lr=7e-4, scenes=32768, assets=str(ASSETS))
-    train(args.work, args.minutes, args.batch, args.lr, args.scenes, args.assets)
+    args = arguments(__doc__, minutes=100.0, batch=128, lr=7e-4, scenes=32768)
+    train(args.work, args.minutes, args.batch, args.lr, args.scenes)
     draw_sheet(Sampler, args.work, "sd3.png")
