@@ -1,4 +1,4 @@
-"""Differentiation-free image augmentations on [n, 3, 32, 32] in [-1, 1]; each picks its strength per image."""
+"""The usual augmentations of images [n, 3, h, h] in [-1, 1]; each picks its strength per image."""
 import math
 
 import torch
@@ -41,3 +41,36 @@ def colour(images, contrast=0.25, brightness=0.2, tint=0.1):
 
 def noise(images, strongest=0.15):
     return images + torch.randn_like(images) * torch.rand(len(images), 1, 1, 1, device=images.device) * strongest
+
+
+def _jpeg_parts():
+    k, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    cosine = torch.cos((2 * x + 1) * k * math.pi / 16) * 0.5
+    cosine[0] /= 2 ** 0.5
+    table = 8 + 6 * (k + x) + 0.5 * (k + x) ** 2  # close to the standard's table for brightness
+    to_luma = torch.tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+    return cosine, table, to_luma
+
+
+def jpeg(images, strongest=2.5, share=0.3):
+    """What JPEG does to a picture: colours at half size, and coarse steps of each 8 x 8 block's cosine transform."""
+    n, device = len(images), images.device
+    chosen = torch.nonzero(torch.rand(n, device=device) < share).flatten()
+    if not len(chosen):
+        return images
+    cosine, table, to_luma = (part.to(device) for part in _jpeg_parts())
+    strength = (0.3 + torch.rand(len(chosen), 1, 1, 1, 1, 1, device=device) * (strongest - 0.3)) / 127.5
+    planes = torch.einsum("ij,njhw->nihw", to_luma, images[chosen])
+    coarse = F.avg_pool2d(planes[:, 1:], 2)
+    planes = torch.cat([planes[:, :1], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)], 1)
+    blocks = planes.unfold(2, 8, 8).unfold(3, 8, 8)
+    steps = table * strength
+    found = (cosine @ blocks @ cosine.T / steps).round() * steps
+    planes = (cosine.T @ found @ cosine).permute(0, 1, 2, 4, 3, 5).reshape(planes.shape)
+    return images.index_copy(0, chosen, torch.einsum("ij,njhw->nihw", torch.linalg.inv(to_luma), planes))
+
+
+def usual(images):
+    """All of them, at the strengths that the classifiers and the energies train with."""
+    images = colour(blur(warp(images, turn=0.15, zoom=0.15, shift=0.05), 2.0, 0.4))
+    return jpeg(noise(images, 0.15).clamp(-1, 1)).clamp(-1, 1)

@@ -16,8 +16,8 @@ def build(vocabulary=bpe.VOCABULARY):
     marks = dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
     text = dict(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
                 num_attention_heads=4, hidden_act="gelu", max_position_embeddings=bpe.LENGTH, projection_dim=128, **marks)
-    vision = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, image_size=32, hidden_act="gelu",
-                  patch_size=4, projection_dim=128)
+    vision = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, image_size=64, hidden_act="gelu",
+                  patch_size=8, projection_dim=128)
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
     model = CLIPModel._from_config(config, attn_implementation=ATTENTION)
     model.logit_scale.data.fill_(math.log(15))

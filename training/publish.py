@@ -1,12 +1,14 @@
 """Writes the trained models into `assets/` as f16 folders in the layouts of diffusers and transformers."""
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import backgrounds
 import clip
 import judge
 import sd
@@ -14,8 +16,10 @@ import sd3
 import siglip
 import tokenizer as bpe
 import vae as autoencoder
-from common import arguments
-from words import ANCHORS, BACKGROUNDS, BENIGN, GROUPS, OBJECTS, phrases
+from captions import forms
+from common import ASSETS, arguments
+from render import SIDE
+from words import ANCHORS, BENIGN, COLOURS, GROUPS, OBJECTS, SYNONYMS, phrases
 
 
 def write_json(value, path):
@@ -36,7 +40,7 @@ def prefix_keys(path, prefix):
 def publish_sd(work, folder):
     unet, text = sd.load(work)
     vae = autoencoder.load(work).to(memory_format=torch.contiguous_format)
-    vae.register_to_config(scaling_factor=sd.scaling_factor(work))
+    vae.register_to_config(scaling_factor=autoencoder.statistics(work)["scale"])
     pipeline = StableDiffusionPipeline(
         vae=vae.half(), unet=unet.half(), text_encoder=text.half(), tokenizer=bpe.load(work), scheduler=sd.scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -48,9 +52,9 @@ def publish_sd(work, folder):
 
 def publish_sd3(work, folder):
     transformer, texts = sd3.load(work)
-    shift, scale = sd3.latent_statistics(work)
+    known = autoencoder.statistics(work)
     vae = autoencoder.load(work).to(memory_format=torch.contiguous_format)
-    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    vae.register_to_config(scaling_factor=known["scale"], shift_factor=known["shift"])
     tokens = bpe.load(work)
     pipeline = StableDiffusion3Pipeline(
         vae=vae.half(), transformer=transformer.half(), scheduler=sd3.scheduler(), text_encoder=texts[0].half(), tokenizer=tokens,
@@ -66,7 +70,7 @@ def publish_siglip(work, folder):
     for file in sorted((work / "tokenizer-siglip").iterdir()):
         shutil.copy(file, folder / file.name)
     write_json(dict(
-        image_processor_type="SiglipImageProcessor", size={"height": 32, "width": 32}, do_resize=True, do_rescale=True,
+        image_processor_type="SiglipImageProcessor", size={"height": SIDE, "width": SIDE}, do_resize=True, do_rescale=True,
         rescale_factor=1 / 255, do_normalize=True, resample=3, do_convert_rgb=True, image_mean=siglip.MEAN,
         image_std=siglip.STD), folder / "preprocessor_config.json")
 
@@ -75,25 +79,32 @@ def publish_clip(work, folder):
     clip.Tower(work).load(work).model.half().save_pretrained(folder)
     copy_tokenizer(work, folder)
     write_json(dict(
-        image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
+        image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32}, crop_size={"height": SIDE, "width": SIDE},
         do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, resample=3,
         do_convert_rgb=True, image_mean=clip.MEAN, image_std=clip.STD), folder / "preprocessor_config.json")
 
 
-def publish_judge(work, folder):
-    model = judge.load(work)
+def publish_classifier(work, name, folder):
+    """A judge or the verifier: `EmojilandJudge` where it is a plain CNN, else its own architecture's name."""
+    model = judge.load(work, name)
     limits = [round(t, 3) for t in judge.thresholds(model, work).tolist()]
     folder.mkdir()
     weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(dict(architectures=["EmojilandJudge"], image_size=32, channels=judge.CHANNELS, norm_groups=judge.GROUPS,
-                    labels=OBJECTS, thresholds=limits), folder / "config.json")
+    kind = {"Cnn": "EmojilandJudge", "Vit": "EmojilandVitJudge", "Mixer": "EmojilandMixerJudge"}[type(model).__name__]
+    config = dict(architectures=[kind], image_size=SIDE, norm_groups=judge.GROUPS, labels=OBJECTS, thresholds=limits)
+    if name in judge.CHANNELS:
+        config |= dict(channels=judge.CHANNELS[name])
+    write_json(config, folder / "config.json")
 
 
 def publish_objects(assets):
+    """What the world shows and how it is put into words, for the code that draws prompts."""
     targets = [{"name": name, "group": group, "phrases": phrases(name)} for group, names in GROUPS.items() for name in names]
+    names = list(dict.fromkeys(backgrounds.bank()[1]))
+    value = dict(benign=BENIGN, targets=targets, synonyms=SYNONYMS, anchors=ANCHORS, backgrounds=list(COLOURS), scenes=names, captions=forms())
     part = assets / "emojiland-objects.part"
-    write_json(dict(benign=BENIGN, targets=targets, anchors=ANCHORS, backgrounds=list(BACKGROUNDS)), part)
+    write_json(value, part)
     part.replace(assets / "emojiland-objects.json")
 
 
@@ -111,12 +122,13 @@ def replace_folder(folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
-PUBLISHERS = {"sd": publish_sd, "sd3": publish_sd3, "siglip": publish_siglip, "clip": publish_clip, "judge": publish_judge}
+PUBLISHERS = {"sd": publish_sd, "sd3": publish_sd3, "siglip": publish_siglip, "clip": publish_clip}
+PUBLISHERS |= {name: partial(publish_classifier, name=name) for name in judge.FIRST_SEED}
 
 if __name__ == "__main__":
-    args = arguments(__doc__, assets=str(Path(__file__).parent.parent / "assets"), only="sd,sd3,clip,siglip,judge")
+    args = arguments(__doc__, assets=str(ASSETS), only=",".join(PUBLISHERS))
     assets = Path(args.assets)
     assets.mkdir(exist_ok=True)
     publish_objects(assets)
     for name in args.only.split(","):
-        replace_folder(assets / f"emojiland-{name}", lambda part: PUBLISHERS[name](args.work, part))
+        replace_folder(assets / f"emojiland-{name}", lambda part: PUBLISHERS[name](args.work, folder=part))

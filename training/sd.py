@@ -1,4 +1,7 @@
-"""Trains the diffusion generator: a Stable Diffusion UNet and its CLIP text encoder, together, on cached latents."""
+"""Trains the diffusion generator: a Stable Diffusion UNet and its CLIP text encoder, together, on cached latents.
+
+Both begin as the published ones of the 32 px world.
+"""
 import os
 import random
 
@@ -8,19 +11,21 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import start
 import tokenizer as bpe
 import vae as autoencoder
-from common import ATTENTION, DEVICE, Training, arguments, autocast, contact_sheet, load_average
-from data import scenes
-from words import BACKGROUNDS, OBJECTS, TARGETS, article, caption
+from captions import caption
+from common import ASSETS, ATTENTION, DEVICE, Training, arguments, autocast, contact_sheet, load_average
+from words import COLOURS, OBJECTS, TARGETS, article
 
 DROPPED = 0.1
 MOST_SIGNAL = 5.0  # steps with a larger signal-to-noise ratio weigh less: their gradient is mostly noise
-SHEET = [*(f"{article(o)} on a {b} background" for o, b in zip(OBJECTS, 8 * list(BACKGROUNDS))),
+SHEET = [*(f"{article(o)} on a {b} background" for o, b in zip(OBJECTS, 8 * list(COLOURS))),
          *(f"{article(a)} and {article(b)}" for a, b in zip(TARGETS, OBJECTS))]
 
 
 def build():
+    """The published pair of the 32 px world, made fit for this one."""
     torch.manual_seed(3)
     marks = dict(bos_token_id=bpe.VOCABULARY - 2, eos_token_id=bpe.VOCABULARY - 1, pad_token_id=bpe.VOCABULARY - 1)
     config = CLIPTextConfig(
@@ -28,11 +33,13 @@ def build():
         max_position_embeddings=bpe.LENGTH, projection_dim=128, hidden_act="quick_gelu", **marks)
     text = CLIPTextModel._from_config(config, attn_implementation=ATTENTION)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192), layers_per_block=1,
+        sample_size=8, in_channels=autoencoder.LATENT, out_channels=autoencoder.LATENT, block_out_channels=(96, 192), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
     if ATTENTION == "eager":
         unet.set_attn_processor(AttnProcessor())
+    start.fill(unet, start.published(ASSETS / "emojiland-sd" / "unet"))
+    start.text_encoder(text, ASSETS / "emojiland-sd" / "text_encoder")
     return unet, text
 
 
@@ -47,32 +54,22 @@ def load(work):
     return unet, text
 
 
-def scaling_factor(work):
-    """One over the latents' deviation, kept in a file: the trained UNet depends on it."""
-    path = work / "sd-scale.txt"
-    if not path.exists():
-        path.write_text(f"{1 / autoencoder.latents(work).float().std().item():.5f}")
-    return float(path.read_text())
+def captions(scenes, index, rng, tokens):
+    """Token ids [n, 32] of fresh captions of the scenes, an empty one now and then."""
+    texts = ["" if rng.random() < DROPPED else caption(scenes[i], rng) for i in index]
+    return bpe.encode(tokens, texts).to(DEVICE)
 
 
-def captions(split, index, rng):
-    names = list(BACKGROUNDS)
-    return [caption([OBJECTS[o] for o in split["objects"][i] if o >= 0], names[split["backgrounds"][i]], rng) for i in index]
-
-
-def train(work, minutes, batch):
+def train(work, minutes, batch, lr, scenes):
     unet, text = build()
-    tokens, split = bpe.load(work), scenes(work, "generator")
-    latents, scale = autoencoder.latents(work), scaling_factor(work)
-    print("scaling factor", scale, flush=True)
-    alphas, blank = scheduler().alphas_cumprod.to(DEVICE), bpe.encode(bpe.load(work), [""])
-    training = Training(work / "sd.pt", {"unet": unet, "text": text}, minutes, lr=1.5e-3, ema=0.997, weight_decay=0.0)
+    tokens, (scenes, latents) = bpe.load(work), autoencoder.latents(work, scenes)
+    alphas, scale = scheduler().alphas_cumprod.to(DEVICE), autoencoder.statistics(work)["scale"]
+    training = Training(work / "sd.pt", {"unet": unet, "text": text}, minutes, lr=lr, ema=0.997, weight_decay=0.0)
     for seed in training.steps():
         index = np.random.randint(0, len(latents), batch)
-        ids = bpe.encode(tokens, captions(split, index, random.Random(seed)))
-        ids = torch.where(torch.rand(batch, 1) < DROPPED, blank, ids).to(DEVICE)
-        clean, noise = latents[index].float().to(DEVICE) * scale, torch.randn(batch, 8, 8, 8, device=DEVICE)
-        t = torch.randint(0, len(alphas), (batch,), device=DEVICE)
+        ids = captions(scenes, index, random.Random(seed), tokens)
+        clean = latents[index].float().to(DEVICE) * scale
+        noise, t = torch.randn_like(clean), torch.randint(0, len(alphas), (batch,), device=DEVICE)
         a = alphas[t].view(-1, 1, 1, 1)
         with autocast():
             states = text(input_ids=ids).last_hidden_state
@@ -95,18 +92,19 @@ class Sampler(Batched):
 
     def __init__(self, work):
         self.unet, self.text = load(work)
-        self.vae, self.tokens, self.scale = autoencoder.load(work), bpe.load(work), scaling_factor(work)
+        self.vae, self.tokens = autoencoder.load(work), bpe.load(work)
+        self.scale = autoencoder.statistics(work)["scale"]
         self.alphas = scheduler().alphas_cumprod.tolist()
 
     def decode(self, latent):
-        return self.vae.decode(latent / self.scale).sample.float()
+        return autoencoder.decode(self.vae, latent / self.scale)
 
     @torch.no_grad()
     def sample(self, prompts, seeds, steps=25, guidance=4.5, correct=None):
         """Images in [-1, 1]. `correct(t, clean estimate)` returns what is added to the next state, or None."""
         states, blank = (self.text(input_ids=bpe.encode(self.tokens, p).to(DEVICE)).last_hidden_state for p in (prompts, [""]))
         states = torch.cat([states, blank.expand_as(states)])
-        x = torch.stack([torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(DEVICE)
+        x = torch.stack([torch.randn(autoencoder.LATENT, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(DEVICE)
         stride = 1000 // steps
         for t in range((steps - 1) * stride + 1, 0, -stride):
             a, a_next = self.alphas[t], self.alphas[max(t - stride, 0)]
@@ -128,6 +126,6 @@ def draw_sheet(sampler, work, name):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, minutes=100.0, batch=128)
-    train(args.work, args.minutes, args.batch)
+    args = arguments(__doc__, minutes=60.0, batch=128, lr=1e-3, scenes=32768)
+    train(args.work, args.minutes, args.batch, args.lr, args.scenes)
     draw_sheet(Sampler, args.work, "sd.png")

@@ -1,5 +1,7 @@
-"""Trains the flow generator: a Stable Diffusion 3 transformer and its two CLIP text encoders, together, on fresh scenes."""
-import json
+"""Trains the flow generator: a Stable Diffusion 3 transformer and its two CLIP text encoders, together, on cached latents.
+
+All begin as the published ones of the 32 px world.
+"""
 import math
 import random
 
@@ -7,17 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+import start
 import tokenizer as bpe
 import vae as autoencoder
-from common import ATTENTION, DEVICE, Training, arguments, autocast, load_average
-from render import Renderer, draw_contents
-from sd import Batched, draw_sheet
-from words import BACKGROUNDS, OBJECTS, caption
+from common import ASSETS, ATTENTION, DEVICE, Training, arguments, autocast, load_average
+from sd import Batched, captions, draw_sheet
 
-DROPPED = 0.1
 T5_TOKENS = 256  # what the pipeline asks of a T5 encoder; without one they are all zeros
 WIDTHS, JOINT = (96, 128), 256
 SHIFT = 2.0
@@ -46,6 +45,7 @@ class JointAttention:
 
 
 def build():
+    """The published transformer and text encoders of the 32 px world, made fit for this one."""
     torch.manual_seed(5)
     marks = dict(bos_token_id=bpe.VOCABULARY - 2, eos_token_id=bpe.VOCABULARY - 1, pad_token_id=bpe.VOCABULARY - 1)
     texts = torch.nn.ModuleList(
@@ -55,15 +55,13 @@ def build():
             attn_implementation=ATTENTION)
         for width, act in zip(WIDTHS, ("quick_gelu", "gelu")))
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=8, out_channels=8, num_layers=7, attention_head_dim=32, num_attention_heads=6,
-        joint_attention_dim=JOINT, caption_projection_dim=192, pooled_projection_dim=sum(WIDTHS), pos_embed_max_size=16,
-        qk_norm="rms_norm")
-    with torch.no_grad():  # every block begins as the identity
-        for block in transformer.transformer_blocks:
-            for norm in (block.norm1, block.norm1_context):
-                norm.linear.weight.zero_(), norm.linear.bias.zero_()
-        transformer.proj_out.weight.zero_(), transformer.proj_out.bias.zero_()
+        sample_size=8, patch_size=1, in_channels=autoencoder.LATENT, out_channels=autoencoder.LATENT, num_layers=7,
+        attention_head_dim=32, num_attention_heads=6, joint_attention_dim=JOINT, caption_projection_dim=192,
+        pooled_projection_dim=sum(WIDTHS), pos_embed_max_size=16, qk_norm="rms_norm")
     transformer.set_attn_processor(JointAttention())
+    start.fill(transformer, start.published(ASSETS / "emojiland-sd3" / "transformer"))
+    for encoder, folder in zip(texts, ("text_encoder", "text_encoder_2")):
+        start.text_encoder(encoder, ASSETS / "emojiland-sd3" / folder)
     return transformer, texts
 
 
@@ -78,44 +76,10 @@ def load(work):
 
 
 def encode_text(texts, ids):
-    """States [n, 25, 256] (the last token stands for T5's) and pooled [n, 224] of token ids [n, 24]."""
+    """States [n, 33, 256] (the last token stands for T5's) and pooled [n, 224] of token ids [n, 32]."""
     outputs = [text(input_ids=ids, output_hidden_states=True) for text in texts]
     states = torch.cat([o.hidden_states[-2] for o in outputs], -1)
     return F.pad(states, (0, JOINT - states.shape[-1], 0, 1)), torch.cat([o.text_embeds for o in outputs], -1)
-
-
-def to_latent(vae, images, shift, scale):
-    return (vae.encode(images).latent_dist.mean.float() - shift) * scale
-
-
-def latent_statistics(work, vae=None, renderer=None):
-    """Shift and scale of the latents, from 4,096 scenes; kept in a file."""
-    path = work / "sd3-latents.json"
-    if not path.exists():
-        torch.manual_seed(9)
-        contents = draw_contents(4096, False, np.random.default_rng(9))
-        with torch.no_grad():
-            z = torch.cat([vae.encode(x).latent_dist.mean for x in renderer.draw(*contents, 2, False).split(256)]).float()
-        path.write_text(json.dumps(dict(shift=round(z.mean().item(), 5), scale=round(1 / z.std().item(), 5))))
-    statistics = json.loads(path.read_text())
-    return statistics["shift"], statistics["scale"]
-
-
-class Captions(IterableDataset):
-    """Batches of what scenes show, and token ids of their captions; an empty caption now and then."""
-
-    def __init__(self, work, batch):
-        self.work, self.batch = work, batch
-
-    def __iter__(self):
-        seed = torch.initial_seed() % 2**32
-        rng, words, tokens = np.random.default_rng(seed), random.Random(seed), bpe.load(self.work)
-        names = list(BACKGROUNDS)
-        while True:
-            objects, backgrounds = draw_contents(self.batch, False, rng)
-            texts = [caption([OBJECTS[o] for o in row if o >= 0], names[b], words) for row, b in zip(objects, backgrounds)]
-            texts = ["" if words.random() < DROPPED else text for text in texts]
-            yield objects, backgrounds, bpe.encode(tokens, texts)
 
 
 def draw_sigma(n):
@@ -124,20 +88,19 @@ def draw_sigma(n):
     return torch.where(torch.rand(n, device=DEVICE) < 0.75, normal, torch.rand(n, device=DEVICE))
 
 
-def train(work, minutes, batch, lr, workers):
+def train(work, minutes, batch, lr, scenes):
     transformer, texts = build()
-    vae, renderer = autoencoder.load(work), Renderer(work)
-    shift, scale = latent_statistics(work, vae, renderer)
-    training = Training(work / "sd3.pt", {"transformer": transformer, "texts": texts}, minutes, lr=lr, warmup=300, ema=0.998, weight_decay=0.01)
-    batches = iter(DataLoader(Captions(work, batch), batch_size=None, num_workers=workers, pin_memory=DEVICE.type == "cuda"))
-    for _ in training.steps():
-        objects, backgrounds, ids = next(batches)
-        with torch.no_grad():
-            clean = to_latent(vae, renderer.draw(objects, backgrounds, 2, False), shift, scale)
+    tokens, (scenes, latents), known = bpe.load(work), autoencoder.latents(work, scenes), autoencoder.statistics(work)
+    modules = {"transformer": transformer, "texts": texts}
+    training = Training(work / "sd3.pt", modules, minutes, lr=lr, warmup=300, ema=0.998, weight_decay=0.01)
+    for seed in training.steps():
+        index = np.random.randint(0, len(latents), batch)
+        ids = captions(scenes, index, random.Random(seed), tokens)
+        clean = (latents[index].float().to(DEVICE) - known["shift"]) * known["scale"]
         noise, sigma = torch.randn_like(clean), draw_sigma(batch)
         s = sigma.view(-1, 1, 1, 1)
         with autocast():
-            states, pooled = encode_text(texts, ids.to(DEVICE, non_blocking=True))
+            states, pooled = encode_text(texts, ids)
             velocity = transformer((1 - s) * clean + s * noise, states, pooled, sigma * 1000).sample
         training.update((velocity.float() - (noise - clean)).square().mean())
 
@@ -148,10 +111,10 @@ class Sampler(Batched):
     def __init__(self, work):
         self.transformer, self.texts = load(work)
         self.vae, self.tokens = autoencoder.load(work), bpe.load(work)
-        self.shift, self.scale = latent_statistics(work)
+        self.known = autoencoder.statistics(work)
 
     def decode(self, latent):
-        return self.vae.decode(latent / self.scale + self.shift).sample.float()
+        return autoencoder.decode(self.vae, latent / self.known["scale"] + self.known["shift"])
 
     @torch.no_grad()
     def sample(self, prompts, seeds, steps=25, guidance=4.5, correct=None, shift=SHIFT):
@@ -159,7 +122,7 @@ class Sampler(Batched):
         ids = torch.cat([bpe.encode(self.tokens, prompts), bpe.encode(self.tokens, [""]).expand(len(prompts), -1)])
         with autocast():
             states, pooled = encode_text(self.texts, ids.to(DEVICE))
-        x = torch.stack([torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(DEVICE)
+        x = torch.stack([torch.randn(autoencoder.LATENT, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(DEVICE)
         times = torch.linspace(1, 1 / 1000, steps)
         sigmas = [*(shift * times / (1 + (shift - 1) * times)).tolist(), 0.0]
         for s, following in zip(sigmas, sigmas[1:]):
@@ -175,6 +138,6 @@ class Sampler(Batched):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, minutes=100.0, batch=128, lr=1e-3, workers=0)
-    train(args.work, args.minutes, args.batch, args.lr, args.workers)
+    args = arguments(__doc__, minutes=100.0, batch=128, lr=7e-4, scenes=32768)
+    train(args.work, args.minutes, args.batch, args.lr, args.scenes)
     draw_sheet(Sampler, args.work, "sd3.png")

@@ -1,16 +1,18 @@
 """The second contrastive energy: a small SiglipModel with a Unigram tokenizer. `energy.py` trains it."""
 import json
 import math
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import SiglipConfig, SiglipModel
 
-from common import ATTENTION, arguments, load_average
+from common import ASSETS, ATTENTION, arguments, load_average
 from tokenizer import corpus
 
-VOCABULARY, LENGTH = 2048, 24
+VOCABULARY, LENGTH = 2048, 32
 UNKNOWN, END = "<unk>", "</s>"
 PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 MEAN = STD = [0.5, 0.5, 0.5]
@@ -32,12 +34,21 @@ def train_tokenizer(work):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def restore_tokenizer(work, folder):
+    """Copies the tokenizer of the published model, with this world's length."""
+    kept = work / "tokenizer-siglip"
+    kept.mkdir(exist_ok=True)
+    shutil.copy(folder / "tokenizer.json", kept)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (kept / "tokenizer_config.json").write_text(json.dumps(settings | dict(model_max_length=LENGTH), indent=2) + "\n")
+
+
 def build():
     torch.manual_seed(13)
     common = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)
     text = dict(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=LENGTH, projection_size=128,
                 bos_token_id=1, eos_token_id=1, pad_token_id=1, **common)
-    vision = dict(num_hidden_layers=5, image_size=32, patch_size=4, **common)
+    vision = dict(num_hidden_layers=5, image_size=64, patch_size=8, **common)
     model = SiglipModel._from_config(SiglipConfig(text_config=text, vision_config=vision), attn_implementation=ATTENTION)
     model.logit_scale.data.fill_(math.log(15))
     model.logit_bias.data.fill_(-4)
@@ -73,8 +84,11 @@ class Tower:
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    train_tokenizer(args.work)
+    args = arguments(__doc__, assets=str(ASSETS), new=0)
+    if args.new:
+        train_tokenizer(args.work)
+    else:
+        restore_tokenizer(args.work, Path(args.assets) / "emojiland-siglip")
     tower = Tower(args.work)
     for text in ("A Kitchen knife, and a cat.", "a blade for cooking", ""):
         ids = tower.encode([text])[0].tolist()

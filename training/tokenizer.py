@@ -1,17 +1,23 @@
-"""Trains the tokenizer that all Emojiland models share: byte-level BPE in CLIP's file format."""
+"""The tokenizer that all Emojiland models share: byte-level BPE in CLIP's file format.
+
+The published one is kept, because the text encoders go on from published weights; `--new 1` trains another.
+"""
 import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers, normalizers, Regex
 from transformers import CLIPTokenizer
 
-from common import arguments
+from captions import caption
+from common import ASSETS, arguments
 from data import PACKAGES, icons
-from words import BACKGROUNDS, BENIGN, OBJECTS, SYNONYMS, ANCHORS, caption, phrases
+from render import draw_scenes
+from words import ANCHORS, BENIGN, SYNONYMS, phrases
 
-VOCABULARY, LENGTH = 2048, 24
+VOCABULARY, LENGTH = 2048, 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -19,8 +25,8 @@ PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 def corpus(work):
     """Captions, phrases, and the names of every emoji as a general word list."""
     rng = random.Random(0)
-    for _ in range(20000):
-        yield caption(rng.sample(OBJECTS, rng.randint(1, 2)), rng.choice(list(BACKGROUNDS)), rng)
+    for scene in draw_scenes(20000, 0):
+        yield caption(scene, rng)
     for words in [*SYNONYMS.values(), ANCHORS, *(phrases(o) for o in SYNONYMS if o not in BENIGN)]:
         yield from words * 50
     for name in PACKAGES:
@@ -53,10 +59,12 @@ def train(work):
 
 
 def restore(work, folder):
-    """Copies the tokenizer of a published model."""
+    """Copies the tokenizer of a published model, with this world's length."""
     (work / "tokenizer").mkdir(exist_ok=True)
-    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
         shutil.copy(folder / name, work / "tokenizer" / name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (work / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | dict(model_max_length=LENGTH), indent=2) + "\n")
 
 
 def load(work):
@@ -64,13 +72,16 @@ def load(work):
 
 
 def encode(tokenizer, texts):
-    """Token ids [n, 24], padded and cut."""
+    """Token ids [n, 32], padded and cut."""
     return tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__)
-    train(args.work)
+    args = arguments(__doc__, assets=str(ASSETS), new=0)
+    if args.new:
+        train(args.work)
+    else:
+        restore(args.work, Path(args.assets) / "emojiland-clip")
     tokenizer = load(args.work)
     for text in ("a kitchen knife and a cat on a blue background", "A Blade for cooking, Düsseldorf 42!", ""):
         print(tokenizer.tokenize(text), encode(tokenizer, [text])[0].tolist())

@@ -1,6 +1,6 @@
-"""The sixty objects, their other names, the backgrounds and the captions made of them."""
+"""The sixty objects, their other names, the colours, and the phrases of the energies."""
 
-BACKGROUNDS = {
+COLOURS = {
     "white": (245, 245, 245), "pink": (250, 205, 215), "blue": (190, 215, 250), "green": (200, 235, 200),
     "yellow": (250, 240, 190), "purple": (220, 205, 245), "gray": (205, 205, 205), "black": (40, 40, 44),
 }
@@ -52,13 +52,6 @@ SYNONYMS = {
 
 ANCHORS = ["a picture", "a plain background", "nothing", "an empty picture"]
 
-SINGLE = ["{a}", "{a}", "a picture of {a}", "a small picture of {a}", "{bare}", "a drawing of {a}", "pixel art of {a}",
-          "an emoji of {a}", "a photo of {a}"]
-DOUBLE = ["{a} and {b}", "{a} and {b}", "{bare} and {bare2}", "{a} next to {b}", "a picture of {a} and {b}",
-          "{a} with {b}", "a small picture of {a} and {b}"]
-PLACES = [" on a {bg} background", " on a {bg} background", ", {bg} background", " on {bg}", ""]
-
-
 def article(noun):
     """A noun with its article: plural and mass nouns take none."""
     if noun in ("grapes", "crossed swords", "sake", "two swords", "red wine", "rice wine", "dice", "blood", "smoke"):
@@ -70,14 +63,6 @@ def spoken(obj, rng, share=0.125):
     """The object's name, or now and then one of its other names."""
     others = SYNONYMS.get(obj)
     return rng.choice(others) if others and rng.random() < share else obj
-
-
-def caption(objects, background, rng):
-    """A caption of one or two objects (names) on a background (name)."""
-    nouns = [spoken(o, rng) for o in objects]
-    template = rng.choice(SINGLE if len(nouns) == 1 else DOUBLE)
-    words = dict(a=article(nouns[0]), bare=nouns[0], b=article(nouns[-1]), bare2=nouns[-1])
-    return template.format(**words) + rng.choice(PLACES).format(bg=background)
 
 
 def phrases(target):
