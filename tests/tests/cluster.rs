@@ -128,20 +128,22 @@ async fn an_energy_node_gone_mid_job_releases_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The registration of a killed node lasts; its replica is known to the worker from the start.
+/// The registration of a killed node lasts; its replica comes while the shard runs, which stays with the
+/// node that it asks as long as that lives.
 #[tokio::test]
 async fn a_replica_takes_over_within_the_step() -> Result<()> {
     let mut sandbox = sandbox_with(&["--node-ttl", "1h"]).await?;
-    sandbox.energy("spare").await?;
-    sandbox.served_by(2).await?;
     let spec = JobSpec {
-        steps: Some(200),
+        // Enough for the replica to load.
+        steps: Some(400),
         policy: "lenient".into(),
         ..spec("an owl on a green background", 1)
     };
     let (_, calm) = sandbox.images(spec.clone()).await?;
     let job = sandbox.submit(spec).await?;
     sandbox.until_step(&job, |step| !step.scores.is_empty()).await?;
+    sandbox.energy("spare").await?;
+    sandbox.served_by(2).await?;
     sandbox.kill("energy").await?;
     let job = sandbox.finish(&job).await?;
     assert_eq!(job.state(), JobState::Completed, "{}", job.reason);
@@ -159,7 +161,8 @@ async fn a_replica_takes_over_within_the_step() -> Result<()> {
 async fn a_killed_worker_loses_no_job_and_changes_no_byte() -> Result<()> {
     let mut sandbox = sandbox().await?;
     let spec = JobSpec {
-        steps: Some(200),
+        // Enough for the replica to load.
+        steps: Some(400),
         policy: "lenient".into(),
         ..spec("an owl on a green background", 2)
     };
