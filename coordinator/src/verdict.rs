@@ -134,18 +134,18 @@ fn accept_report(
     if steps > most as usize {
         return Err(format!("its trajectory has {steps} steps; at most {most}"));
     }
+    let pinned: BTreeSet<Probe> = policy.concepts.iter().map(Probe::from).collect();
     for step in &report.trajectory {
         if !step.correction.is_finite() || !step.time.is_finite() {
             return Err(format!("step {} of its trajectory is not finite", step.step));
         }
-        accept_scores(policy, &step.scores)?;
+        accept_scores(&pinned, &step.scores)?;
     }
-    accept_scores(policy, &report.final_scores)
+    accept_scores(&pinned, &report.final_scores)
 }
 
-/// At most one finite score of each concept and energy that the policy pins.
-fn accept_scores(policy: &v1::PinnedPolicy, scores: &[v1::ConceptScore]) -> Result<(), String> {
-    let pinned: BTreeSet<Probe> = policy.concepts.iter().map(Probe::from).collect();
+/// At most one finite score of each concept and energy that is `pinned`.
+fn accept_scores(pinned: &BTreeSet<Probe>, scores: &[v1::ConceptScore]) -> Result<(), String> {
     let mut seen = BTreeSet::new();
     for score in scores {
         finite(score)?;
