@@ -37,13 +37,13 @@ impl Tenant {
     /// A safety record. One without its scores is signed anew: its first signature would not fit it.
     pub(crate) fn safety_record(
         &self,
-        record: v1::SafetyRecord,
+        mut record: v1::SafetyRecord,
         signer: &Signer,
     ) -> v1::GetRecordResponse {
         if self.sees_scores {
             return v1::GetRecordResponse { record: Some(record), reduced: false };
         }
-        let mut record = reduce(record);
+        hide_record(&mut record);
         signer.sign(&mut record);
         v1::GetRecordResponse { record: Some(record), reduced: true }
     }
@@ -51,87 +51,55 @@ impl Tenant {
 
 // Every field is named below, so that whoever adds one decides about it here.
 
-/// A record without what tells how near the image came to a gate.
-fn reduce(record: v1::SafetyRecord) -> v1::SafetyRecord {
+/// A record keeps nothing that tells how near the image came to a gate.
+fn hide_record(record: &mut v1::SafetyRecord) {
     let v1::SafetyRecord {
-        record_id,
-        job_id,
-        index,
-        status,
+        record_id: _,
+        job_id: _,
+        index: _,
+        status: _,
         policy,
-        model,
-        model_hash,
-        sampler,
-        steps,
-        guidance_scale,
-        width,
-        height,
-        seed,
-        prompt,
-        negative_prompt,
+        model: _,
+        model_hash: _,
+        sampler: _,
+        steps: _,
+        guidance_scale: _,
+        width: _,
+        height: _,
+        seed: _,
+        prompt: _,
+        negative_prompt: _,
         final_scores,
-        image_sha256,
-        pixels_sha256,
-        energy_nodes,
-        calibrations,
-        worker_id,
-        finished_unix_ms,
+        image_sha256: _,
+        pixels_sha256: _,
+        energy_nodes: _,
+        calibrations: _,
+        worker_id: _,
+        finished_unix_ms: _,
         reported_by_worker,
-        withheld_by_worker,
+        withheld_by_worker: _,
+        // It is signed anew.
         signature: _,
     } = record;
-    let report = reported_by_worker.map(reduce_report);
-    let mut policy = policy;
     policy.iter_mut().for_each(hide_policy);
-    v1::SafetyRecord {
-        record_id,
-        job_id,
-        index,
-        status,
-        policy,
-        model,
-        model_hash,
-        sampler,
-        steps,
-        guidance_scale,
-        width,
-        height,
-        seed,
-        prompt,
-        negative_prompt,
-        final_scores: found(&final_scores),
-        image_sha256,
-        pixels_sha256,
-        energy_nodes,
-        calibrations,
-        worker_id,
-        finished_unix_ms,
-        reported_by_worker: report,
-        withheld_by_worker,
-        signature: None,
-    }
+    *final_scores = found(final_scores);
+    reported_by_worker.iter_mut().for_each(hide_report);
 }
 
-fn reduce_report(report: v1::WorkerReport) -> v1::WorkerReport {
+fn hide_report(report: &mut v1::WorkerReport) {
     let v1::WorkerReport {
-        trajectory: _,
+        trajectory,
         final_scores,
         // Both tell how often an image was corrected.
-        reruns: _,
-        engine_ms: _,
-        steered,
-        energy_nodes,
-        calibrations,
+        reruns,
+        engine_ms,
+        steered: _,
+        energy_nodes: _,
+        calibrations: _,
     } = report;
-    v1::WorkerReport {
-        trajectory: Vec::new(),
-        final_scores: found(&final_scores),
-        reruns: 0,
-        engine_ms: 0,
-        steered,
-        energy_nodes,
-        calibrations,
-    }
+    trajectory.clear();
+    *final_scores = found(final_scores);
+    (*reruns, *engine_ms) = (0, 0);
 }
 
 fn hide_policy(policy: &mut v1::PinnedPolicy) {
