@@ -27,6 +27,11 @@ use crate::{
     tls::{HandshakeError, Peers, Tls},
 };
 
+/// What strangers may take unless it is said otherwise.
+const MAX_CONNECTIONS: u32 = 512;
+const MAX_CONNECTIONS_PER_PEER: u32 = 128;
+const HANDSHAKE_SECONDS: u32 = 10;
+
 /// Connections that one certificate may have beside those of strangers.
 const MOST_OF_A_MEMBER: usize = 64;
 
@@ -77,7 +82,7 @@ pub struct ServerArgs {
     #[arg(
         long,
         env = "FAIRLEAD_MAX_CONNECTIONS",
-        default_value_t = 512,
+        default_value_t = MAX_CONNECTIONS,
         value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
@@ -88,7 +93,7 @@ pub struct ServerArgs {
     #[arg(
         long,
         env = "FAIRLEAD_MAX_CONNECTIONS_PER_PEER",
-        default_value_t = 128,
+        default_value_t = MAX_CONNECTIONS_PER_PEER,
         value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
@@ -98,7 +103,7 @@ pub struct ServerArgs {
     #[arg(
         long,
         env = "FAIRLEAD_HANDSHAKE_TIMEOUT",
-        default_value_t = 10,
+        default_value_t = HANDSHAKE_SECONDS,
         value_name = "SECONDS",
         value_parser = clap::value_parser!(u32).range(1..=600)
     )]
@@ -110,9 +115,9 @@ impl Default for ServerArgs {
         Self {
             reflection: Switch::On,
             health: Switch::On,
-            max_connections: 512,
-            max_connections_per_peer: 128,
-            handshake_timeout: 10,
+            max_connections: MAX_CONNECTIONS,
+            max_connections_per_peer: MAX_CONNECTIONS_PER_PEER,
+            handshake_timeout: HANDSHAKE_SECONDS,
         }
     }
 }
